@@ -1,1 +1,1 @@
-
+"""How tokens come out: sampling, rounds, text."""

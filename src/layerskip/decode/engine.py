@@ -1,0 +1,395 @@
+"""Rounds over rows: everything that yields tokens yields `Round`.
+
+    engine = Engine(stack, rows=2, capacity=512)
+    row = engine.add(Request(prompt=ids, max_new_tokens=64, exit_layer=6, draft_length=4))
+    while engine.busy:
+        for round in engine.step():
+            ...
+
+One round function serves all modes. A row drafts K tokens with its first `exit_layer` layers and verifies them
+with the layers up to `depth`: plain decoding is K = 0 with E = depth = L, early-exit decoding K = 0 with
+E = depth < L (it believes its exit), self-speculation K > 0 with E < depth = L.
+
+Invariant, per row, between steps: the cache holds all tokens but the last, which is never cached.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerskip.decode import sampling, steps
+from layerskip.decode.round import Request, Round
+from layerskip.decode.sampling import DRAFT, KEEP, NEXT, Uniforms
+from layerskip.errors import UserError
+from layerskip.model.stack import Stack, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layerskip.model.head import Head
+
+PREFILL_CHUNK = 512  # positions of a prompt per work item
+
+
+@dataclass
+class _Row:
+    """One sequence in the engine. `tokens` are prompt and output, all committed."""
+
+    slot: int
+    request: Request
+    depth: int
+    exit_layer: int
+    tokens: list[int]
+    uniforms: Uniforms
+    state: tuple[Any, ...]  # of the processors, at the next position
+    waited: int = 0  # step id of the last service
+    finished: bool = False
+    proposal: list[int] = field(default_factory=list)
+    laws: list[Tensor] = field(default_factory=list)  # q of every draft, when sampling
+
+    @property
+    def budget(self) -> int:
+        return len(self.request.prompt) + self.request.max_new_tokens - len(self.tokens)
+
+    def uniform(self, position: int, purpose: int) -> float:
+        return self.uniforms.at(self.request.index, position, purpose)
+
+
+class Engine:
+    """Own one cache and serve its rows, one work item (a prefill chunk or a round) per `step`."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        rows: int,
+        capacity: int,
+        draft_head: Head | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        self.stack = stack
+        self.draft_head = draft_head
+        self.prefill_chunk = prefill_chunk
+        with torch.inference_mode():
+            self.cache = stack.new_cache(rows, capacity)
+        self._rows: dict[int, _Row] = {}
+        self._step_id = 0
+        self._prefilled_last = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row still has tokens to come."""
+        return any(not row.finished for row in self._rows.values())
+
+    def tokens(self, row: int) -> list[int]:
+        """Committed tokens of a row, prompt included."""
+        return list(self._rows[row].tokens)
+
+    # -- rows come and go ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def add(self, request: Request, row: int | None = None) -> int:
+        """Take a request into a free row, or into a kept `row`, whose cache is reused as far as tokens agree.
+
+        Raises: UserError for a request that cannot be honoured; the engine is unchanged then.
+        """
+        self.check(request)
+        exit_layer = request.exit_layer or self.stack.num_layers
+        depth = exit_layer if request.believe else self.stack.num_layers
+        reused = 0
+        if row is not None:
+            before = self._rows[row]
+            if not before.finished:
+                raise UserError(f"row {row} is still generating", "cancel it first, or wait for its end")
+            if self.cache.depths[row] == depth:
+                cached = before.tokens[: self.cache.lengths[row]]
+                reused = min(_common_prefix(cached, request.prompt), len(request.prompt) - 1)
+        else:
+            row = self.cache.allocate()
+            if row is None:
+                raise UserError(
+                    "all rows of the engine are taken", "wait for one to finish, or make more rows"
+                )
+        self.cache.set_length(row, reused, depth)
+        processing = request.processing
+        self._rows[row] = _Row(
+            row,
+            request,
+            depth,
+            exit_layer,
+            list(request.prompt),
+            Uniforms(request.seed),
+            processing.processors,
+        )
+        return row
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request this engine cannot honour."""
+        layers, length = self.stack.num_layers, len(request.prompt)
+        exit_layer = layers if request.exit_layer is None else request.exit_layer
+        early = request.draft_length > 0 or request.believe
+        if not 1 <= exit_layer <= (layers - 1 if early else layers):
+            allowed = f"choose --exit-layer from 1 to {layers - 1} (the model has {layers} layers)"
+            raise UserError(f"exit layer {exit_layer} is out of range", allowed)
+        if request.draft_length < 0:
+            raise UserError(f"draft length {request.draft_length} is negative", "--draft-length is 0 or more")
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {request.max_new_tokens}", "ask for at least one new token")
+        if length == 0:
+            raise UserError("the prompt is empty", "give at least one token to continue")
+        if length > self.cache.capacity:
+            raise UserError(
+                f"the prompt has {length} tokens, the context is {self.cache.capacity}", "shorten the prompt"
+            )
+        if (largest := max(request.prompt)) >= self.stack.vocab_size or min(request.prompt) < 0:
+            raise UserError(
+                f"the prompt has token {largest}, the vocabulary ends at {self.stack.vocab_size - 1}",
+                "was it encoded by another model's tokenizer?",
+            )
+
+    @torch.inference_mode()
+    def cancel(self, row: int) -> None:
+        """Drop a row, finished or not, at any time; other rows are untouched."""
+        if self._rows.pop(row, None) is not None:
+            self.cache.free(row)
+
+    def pause(self, row: int) -> None:
+        """Stop generating but keep the row's cache for a next turn."""
+        self._rows[row].finished = True
+
+    # -- work ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Round]:
+        """Do one work item: a prompt chunk of one row, or a round of the rows that share an exit layer.
+
+        Prompts and rounds alternate when both wait, so that a long prompt does not stall running rows.
+
+        Raises: UserError when the model gives NaN or processors forbid everything; the rows of this work
+        item are cancelled then and the others can go on.
+        """
+        waiting = [row for row in self._rows.values() if not row.finished]
+        prompts = [row for row in waiting if self._prefilling(row)]
+        rounds = [row for row in waiting if not self._prefilling(row)]
+        if not waiting:
+            return []
+        self._step_id += 1
+        self._prefilled_last = bool(prompts) and not (rounds and self._prefilled_last)
+        if self._prefilled_last:
+            group = prompts[:1]
+        else:
+            oldest = min(rounds, key=lambda row: row.waited)
+            group = [r for r in rounds if (r.exit_layer, r.depth) == (oldest.exit_layer, oldest.depth)]
+        try:
+            return self._prefill(group[0]) if self._prefilled_last else self._round(group)
+        except UserError:
+            for row in group:
+                self.cancel(row.slot)
+            raise
+
+    def _prefilling(self, row: _Row) -> bool:
+        return self.cache.lengths[row.slot] < len(row.request.prompt)
+
+    def _span(self, rows: list[_Row], starts: list[int], counts: list[int]) -> Step:
+        slots = [row.slot for row in rows]
+        return Step.span(slots, starts, counts, self.stack.device, spill=self.cache.capacity)
+
+    def _prefill(self, row: _Row) -> list[Round]:
+        began = time.perf_counter()
+        start = self.cache.lengths[row.slot]
+        chunk = row.tokens[start : start + self.prefill_chunk]
+        tokens = torch.tensor([chunk], device=self.stack.device)  # [1, T]
+        h = steps.prefill(self.stack, self.cache, tokens, self._span([row], [start], [len(chunk)]), row.depth)
+        end = start + len(chunk)
+        if end < len(row.tokens):
+            self.cache.set_length(row.slot, end)
+            seconds, passes = time.perf_counter() - began, row.depth * len(chunk)
+            return [self._report(row, ([], None), h, seconds, [], 0, passes, len(chunk))]
+        logits = self.stack.logits(h[:, -1])  # [1, V]
+        kept, following = self._judge([row], logits)[0]
+        seconds = time.perf_counter() - began
+        self.cache.set_length(row.slot, end)
+        committed = self._commit(row, [], kept, following)
+        return [self._report(row, committed, logits, seconds, [], 0, row.depth * len(chunk), len(chunk))]
+
+    def _round(self, rows: list[_Row]) -> list[Round]:
+        """Draft, verify, accept, commit: one round of every row in the group (they share E and depth)."""
+        began = time.perf_counter()
+        exit_layer, depth = rows[0].exit_layer, rows[0].depth
+        positions = [len(row.tokens) - 1 for row in rows]  # of the last committed token
+        hidden = self._draft(rows, positions, exit_layer)  # [B, T, D]
+        counts = [len(row.proposal) + 1 for row in rows]
+        h = steps.verify(
+            self.stack, self.cache, hidden, self._span(rows, positions, counts), exit_layer, depth
+        )
+        live = [h[b, :count] for b, count in enumerate(counts)]
+        logits = self.stack.logits(torch.cat(live) if len(live) > 1 else live[0])  # [N, V]
+        verdicts = self._judge(rows, logits)
+        seconds = time.perf_counter() - began
+        rounds = []
+        for row, count, own, verdict in zip(rows, counts, torch.split(logits, counts), verdicts, strict=True):
+            draft = row.proposal
+            committed = self._commit(row, draft, *verdict)
+            self.cache.set_length(row.slot, len(row.tokens) - 1, depth)
+            rounds.append(self._report(row, committed, own, seconds, draft, verdict[0], count * depth))
+        return rounds
+
+    def _draft(self, rows: list[_Row], positions: list[int], exit_layer: int) -> Tensor:
+        """Draft every row's proposal; return the exit states of all its positions, [B, max K' + 1, D].
+
+        Pass i runs the last committed token (i = 0) or draft i-1. A row leaves after the pass of its last
+        draft, which draws nothing: verification needs that position's early keys, values and state too.
+        """
+        limits = []
+        for row, position in zip(rows, positions, strict=True):
+            assert self.cache.lengths[row.slot] == position, "all tokens but the last are cached"
+            row.proposal, row.laws = [], []
+            room = self.cache.capacity - (position + 1)
+            limits.append(max(0, min(row.request.draft_length, row.budget - 1, room)))
+        hidden: Tensor | None = None
+        states = [row.state for row in rows]
+        inputs = [row.tokens[-1] for row in rows]
+        active, index = list(range(len(rows))), 0
+        while True:
+            group = [rows[b] for b in active]
+            span = self._span(group, [positions[b] + index for b in active], [1] * len(active))
+            tokens = torch.tensor([[inputs[b]] for b in active], device=self.stack.device)  # [B', 1]
+            h = steps.draft(self.stack, self.cache, tokens, span, exit_layer)  # [B', 1, D]
+            if hidden is None:
+                hidden = h.new_zeros(len(rows), max(limits) + 1, h.shape[-1])
+            hidden[active, index] = h[:, 0]
+            drawing = [
+                (at, b)
+                for at, b in enumerate(active)
+                if index < limits[b] and not (index and inputs[b] in rows[b].request.eos)
+            ]
+            if not drawing:
+                return hidden[:, : index + 1]
+            chosen = h[:, 0] if len(drawing) == len(active) else h[[at for at, _ in drawing], 0]
+            logits = self.stack.logits(chosen, self.draft_head)  # [B', V or reduced]
+            active = [b for _, b in drawing]
+            for b, token in zip(active, self._propose(rows, active, states, logits), strict=True):
+                rows[b].proposal.append(token)
+                inputs[b] = token
+            index += 1
+
+    def _propose(
+        self, rows: list[_Row], active: list[int], states: list[tuple[Any, ...]], logits: Tensor
+    ) -> list[int]:
+        """Draw one draft for each active row from its draft law; `states` of the processors move on."""
+        head = self.draft_head
+        if all(rows[b].request.processing.plain_greedy for b in active):
+            best = logits.argmax(-1)
+            return (best if head is None else head.ids[best]).tolist()
+        if head is not None:
+            logits = head.scatter(logits, self.stack.vocab_size)
+        proposed = []
+        for b, row_logits in zip(active, logits, strict=True):
+            row = rows[b]
+            prefix = row.tokens + row.proposal
+            law, states[b] = row.request.processing.law_logits(row_logits, prefix, states[b])
+            q = sampling.warp(law, row.request.processing.sampling)  # [V]
+            row.laws.append(q)
+            uniform = torch.tensor(row.uniform(len(prefix), DRAFT), dtype=torch.float64, device=q.device)
+            proposed.append(int(sampling.draw(q, uniform)))
+        return proposed
+
+    def _judge(self, rows: list[_Row], logits: Tensor) -> list[tuple[int, int]]:
+        """Accept each row's proposal against the target's logits [N, V], N = sum of drafts + 1."""
+        sampling.check_finite(logits)
+        counts = [len(row.proposal) + 1 for row in rows]
+        targets = logits.argmax(-1).tolist() if any(r.request.processing.plain_greedy for r in rows) else []
+        verdicts, first = [], 0
+        for row, count, row_logits in zip(rows, counts, torch.split(logits, counts), strict=True):
+            if row.request.processing.plain_greedy:
+                own = targets[first : first + count]
+                kept = next((i for i, x in enumerate(row.proposal) if x != own[i]), count - 1)
+                verdicts.append((kept, own[kept]))
+            else:
+                verdicts.append(self._judge_law(row, row_logits))
+            first += count
+        return verdicts
+
+    def _judge_law(self, row: _Row, logits: Tensor) -> tuple[int, int]:
+        """Build the target's laws position by position, each seeing its own prefix, and accept."""
+        state, states, laws = row.state, [], []
+        processing, n = row.request.processing, len(row.tokens)
+        for i, position_logits in enumerate(logits):
+            law, state = processing.law_logits(position_logits, row.tokens + row.proposal[:i], state)
+            laws.append(sampling.warp(law, processing.sampling))
+            states.append(state)
+        p = torch.stack(laws)  # [K'+1, V]
+        draft = torch.tensor(row.proposal, dtype=torch.long, device=p.device)
+        q = torch.stack(row.laws) if row.laws else p[:0]  # [K', V]
+        numbers = [row.uniform(n + i, KEEP) for i in range(len(draft))] + [row.uniform(n, NEXT)]
+        uniforms = torch.tensor(numbers, dtype=torch.float64, device=p.device)
+        kept, following = (int(x) for x in sampling.accept(draft, q, p, uniforms))
+        row.state = states[kept]
+        return kept, following
+
+    def _commit(self, row: _Row, draft: list[int], kept: int, following: int) -> tuple[list[int], str | None]:
+        """Append what was accepted, cut at the first end of sequence, stop or budget; return it and the reason."""
+        committed: list[int] = []
+        reason = None
+        for token in (*draft[:kept], following):
+            row.tokens.append(token)
+            committed.append(token)
+            if token in row.request.eos:
+                reason = "eos"
+            elif row.request.stop is not None and row.request.stop(token):
+                reason = "stop"
+            elif row.budget == 0 or len(row.tokens) > self.cache.capacity:
+                reason = "length"
+            if reason:
+                break
+        return committed, reason
+
+    def _report(
+        self,
+        row: _Row,
+        committed: tuple[list[int], str | None],
+        logits: Tensor,
+        step_s: float,
+        draft: list[int],
+        kept: int,
+        layer_passes: int,
+        prompt_tokens: int = 0,
+    ) -> Round:
+        """Describe what a work item did for a row, and let go of the row when it is finished."""
+        (tokens, reason), request = committed, row.request
+        row.waited, row.finished = self._step_id, reason is not None
+        if row.finished and not request.keep:
+            self.cancel(row.slot)
+        plain = "early-exit" if request.believe else "plain"
+        source = "self-speculative" if row.exit_layer < row.depth else plain
+        return Round(
+            row=row.slot,
+            tokens=tokens,
+            draft=draft,
+            accepted=min(kept, len(tokens)),
+            exit_layer=row.exit_layer,
+            draft_length=request.draft_length,
+            source="prefill" if prompt_tokens else source,
+            step_id=self._step_id,
+            step_s=step_s,
+            layer_passes=layer_passes,
+            prompt_tokens=prompt_tokens,
+            finish_reason=reason,
+            logprobs=_logprobs(logits, tokens) if request.logprobs and tokens else None,
+        )
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _logprobs(logits: Tensor, tokens: list[int]) -> list[float]:
+    """Log-probabilities of committed tokens under the model itself, before any processing: [N, V] -> N'."""
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    picked = logits[: len(tokens)].log_softmax(-1).gather(-1, index)[:, 0]
+    return [float(x) for x in picked]

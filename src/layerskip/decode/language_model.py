@@ -1,0 +1,390 @@
+"""The Python face: load a model, generate, stream, chat. Thin loops over the engine.
+
+lm = layerskip.load("smollm2-135m")
+lm.generate("def fibonacci(n):", mode="self-speculative", exit_layer=6, draft_length=4).text
+for round in lm.stream([{"role": "user", "content": "Hello"}]): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from layerskip.decode import text as texts
+from layerskip.decode.engine import Engine
+from layerskip.decode.options import Options, Plan
+from layerskip.decode.round import Request, Round
+from layerskip.errors import UserError, nearest
+from layerskip.model import checkpoint, hub, stack
+from layerskip.model.head import Head, draft_ids
+from layerskip.model.huggingface import HuggingFaceStack
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from layerskip.model.checkpoint import Facts
+    from layerskip.model.stack import Stack
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass
+class Generation:
+    """A finished continuation. `tokens` are the new ones only; `rounds` is how they came about."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None
+    rounds: list[Round]
+    stats: dict[str, Any]
+
+
+@dataclass
+class _Item:
+    """A prompt on its way through the engine."""
+
+    request: Request
+    rounds: list[Round] = field(default_factory=list)
+
+
+class LanguageModel:
+    """A loaded model with its tokenizer and defaults."""
+
+    def __init__(self, stack: Stack, tokenizer: Any = None, path: Path | None = None, hf: Any = None) -> None:
+        self.stack = stack
+        self.tokenizer = tokenizer
+        self.path = path
+        self.hf = hf
+        self.facts: Facts = (
+            checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
+        )
+        self._heads: dict[int, Head] = {}
+
+    # -- the three ways to decode ----------------------------------------------------------------------------
+
+    def generate(self, prompt: Any, **keywords: Any) -> Any:
+        """Continue a prompt (text, messages or token ids), or a list of them.
+
+        Returns a `Generation`, or a list of them in input order. Keywords: see `Options`.
+        Exact: self-speculative output equals plain decoding (tests/test_lossless.py says in which sense).
+        Raises: UserError for a request that cannot be honoured.
+        """
+        options = Options.parse(keywords)
+        prompts, single = _as_batch(prompt)
+        items = self._items(prompts, options)
+        if not items:
+            return []
+        engine = self._engine(items, options, rows=min(options.batch_size, len(items)))
+        for item, round in _drive(engine, items):
+            item.rounds.append(round)
+        done = [self._generation(item, options) for item in items]
+        return done[0] if single else done
+
+    def stream(self, prompt: Any, **keywords: Any) -> Iterator[Round]:
+        """Yield the rounds of one prompt as they happen; abandoning the iterator frees everything."""
+        options = Options.parse(keywords)
+        prompts, single = _as_batch(prompt)
+        if not single:
+            raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
+        items = self._items(prompts, options)
+        engine = self._engine(items, options, rows=1)
+        return (round for _, round in _drive(engine, items))
+
+    def chat(self, system: str | None = None, context: int | None = None, **keywords: Any) -> Chat:
+        """Open a conversation that keeps its cache between turns."""
+        return Chat(self, Options.parse(keywords), system, context)
+
+    # -- from options to requests ----------------------------------------------------------------------------
+
+    def plan(self, options: Options) -> Plan:
+        return options.plan(self.facts, self.stack.num_layers)
+
+    def encode(self, prompt: Any, chat: bool | None = None) -> list[int]:
+        """Turn text, messages or token ids into token ids."""
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+            return list(prompt)
+        return texts.encode_prompt(self.tokenizer, prompt, chat)
+
+    def eos_ids(self, options: Options) -> frozenset[int]:
+        """All end-of-sequence ids: of the options, else the generation config, else config and tokenizer."""
+        sources = [options.eos_token_id]
+        for owner in (
+            getattr(self.hf, "generation_config", None),
+            getattr(self.hf, "config", None),
+            self.tokenizer,
+        ):
+            sources.append(getattr(owner, "eos_token_id", None))
+        ids = next((source for source in sources if source is not None), ())
+        return frozenset([ids] if isinstance(ids, int) else ids)
+
+    def request(self, prompt: Any, options: Options, index: int = 0, keep: bool = False) -> Request:
+        """Build the engine's request for one prompt. Raises: UserError when its options cannot be honoured."""
+        plan = self.plan(options)
+        if options.seed is None:
+            raise AssertionError("the seed is drawn once per call")
+        stop = None
+        if options.stops:
+            if self.tokenizer is None:
+                raise UserError("stop strings need a tokenizer", "pass tokenizer=, or end on eos_token_id")
+            stop = texts.StopStrings(self.tokenizer, options.stops).push
+        return Request(
+            prompt=self.encode(prompt, options.chat),
+            max_new_tokens=options.max_new_tokens,
+            exit_layer=plan.exit_layer,
+            draft_length=plan.draft_length,
+            believe=plan.believe,
+            eos=self.eos_ids(options),
+            processing=options.processing,
+            seed=options.seed,
+            index=index,
+            stop=stop,
+            logprobs=options.logprobs,
+            keep=keep,
+        )
+
+    def _items(self, prompts: Sequence[Any], options: Options) -> list[_Item]:
+        options = seeded(options)
+        return [_Item(self.request(prompt, options, index)) for index, prompt in enumerate(prompts)]
+
+    def draft_head(self, options: Options) -> Head | None:
+        """Build the reduced draft head the options ask for, once per size."""
+        if options.draft_vocab == "off":
+            return None
+        size = int(options.draft_vocab)
+        if size not in self._heads:
+            ranked = checkpoint.ranked_vocabulary(self.path, self.facts)
+            ids = draft_ids(size, self.stack.vocab_size, ranked, sorted(self.eos_ids(options)))
+            self._heads[size] = self.stack.reduced_head(ids)
+        return self._heads[size]
+
+    def _engine(self, items: Sequence[_Item], options: Options, rows: int) -> Engine:
+        longest = max(len(item.request.prompt) for item in items)
+        wanted = max(len(item.request.prompt) + item.request.max_new_tokens - 1 for item in items)
+        context = self.stack.context or wanted
+        if longest > context:
+            raise UserError(
+                f"the prompt has {longest} tokens, the model's context is {context}", "shorten the prompt"
+            )
+        engine = Engine(
+            self.stack, rows=rows, capacity=max(1, min(wanted, context)), draft_head=self.draft_head(options)
+        )
+        for item in items:  # before any work: the last of many prompts may be the wrong one
+            engine.check(item.request)
+        return engine
+
+    def _generation(self, item: _Item, options: Options) -> Generation:
+        return finished(
+            self.tokenizer, item.rounds, self.plan(options), len(item.request.prompt), options.stops
+        )
+
+
+def finished(
+    tokenizer: Any, rounds: list[Round], plan: Plan, prompt_tokens: int, stops: Sequence[str] = ()
+) -> Generation:
+    """Sum up the rounds of one sequence."""
+    tokens = [token for round in rounds for token in round.tokens]
+    text = "" if tokenizer is None else texts.final_text(tokenizer, tokens, stops)
+    reason = rounds[-1].finish_reason if rounds else None
+    return Generation(text, tokens, reason, rounds, statistics(rounds, plan, prompt_tokens))
+
+
+def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[str, Any]:
+    """Count and time a sequence. Rates are None where nothing was measured; prefill and decode stay apart."""
+    decode = [round for round in rounds if round.source != "prefill"]
+    decode_s = sum(round.step_s for round in decode)
+    decoded = sum(len(round.tokens) for round in decode)
+    drafted, accepted = sum(r.drafted for r in decode), sum(r.accepted for r in decode)
+    return {
+        "mode": plan.mode,
+        "exit_layer": plan.exit_layer,
+        "draft_length": plan.draft_length,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": sum(len(round.tokens) for round in rounds),
+        "prefill_s": sum(round.step_s for round in rounds if round.source == "prefill"),
+        "decode_s": decode_s,
+        "decode_tokens_per_s": decoded / decode_s if decode_s else None,
+        "rounds": len(decode),
+        "drafted": drafted,
+        "accepted": accepted,
+        "acceptance": accepted / drafted if drafted else None,
+        "tokens_per_round": decoded / len(decode) if decode else None,
+        "layer_passes": sum(round.layer_passes for round in decode),
+    }
+
+
+def _drive(engine: Engine, items: Sequence[_Item]) -> Iterator[tuple[_Item, Round]]:
+    """Keep the engine's rows filled with items, in order, until all are done."""
+    waiting = list(items)[::-1]
+    running: dict[int, _Item] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < len(engine.cache.lengths):
+                row = engine.add(waiting[-1].request)
+                running[row] = waiting.pop()
+            for round in engine.step():
+                item = running[round.row]
+                if round.finish_reason:
+                    del running[round.row]
+                yield item, round
+    finally:
+        for row in running:
+            engine.cancel(row)
+
+
+class Chat:
+    """A conversation: one row whose cache is reused up to the longest common token prefix of each turn."""
+
+    def __init__(
+        self, lm: LanguageModel, options: Options, system: str | None = None, context: int | None = None
+    ) -> None:
+        self.lm = lm
+        self.options = seeded(options)
+        self.plan = lm.plan(options)
+        self._system = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self._system)
+        capacity = min(filter(None, (context, lm.stack.context)), default=4096)
+        self.engine = Engine(lm.stack, rows=1, capacity=capacity, draft_head=lm.draft_head(options))
+        self._row: int | None = None
+        self._turn = 0
+        self.last: Generation | None = None
+
+    def send(self, content: str) -> Iterator[Round]:
+        """Answer a message, yielding rounds; abandoning the iterator keeps what was said so far.
+
+        Raises: UserError, with the conversation unchanged, when it no longer fits the context.
+        """
+        messages = [*self.messages, {"role": "user", "content": content}]
+        request = self.lm.request(messages, self.options, self._turn, keep=True)
+        row = self._row = self.engine.add(request, self._row)
+        self._turn += 1
+        rounds: list[Round] = []
+        try:
+            while not (rounds and rounds[-1].finish_reason):
+                for round in self.engine.step():
+                    rounds.append(round)
+                    yield round
+        except UserError:
+            self._row = None  # the engine has cancelled it
+            raise
+        finally:
+            if self._row is not None:
+                self.engine.pause(row)
+            self.last = finished(
+                self.lm.tokenizer, rounds, self.plan, len(request.prompt), self.options.stops
+            )
+            if self.last.tokens:  # an answer abandoned before its first token leaves no turn
+                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+
+    def reset(self) -> None:
+        """Forget the conversation but not the system message."""
+        self.messages = list(self._system)
+        self.last = None
+        if self._row is not None:
+            self.engine.cancel(self._row)
+            self._row = None
+
+
+def seeded(options: Options) -> Options:
+    """Fix the seed of a call: the given one, or a draw from torch's global generator."""
+    return options if options.seed is not None else replace(options, seed=int(torch.randint(2**62, ())))
+
+
+def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
+    """Tell one prompt from a list of prompts: one is text, a list of messages, or token ids."""
+    if isinstance(prompt, torch.Tensor):
+        return ([prompt], True) if prompt.dim() == 1 else (list(prompt), False)
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], (int, Mapping))):
+        return [prompt], True
+    if isinstance(prompt, Sequence):
+        if not prompt:
+            raise UserError("the prompt is empty", "give text, messages, token ids, or a list of them")
+        return list(prompt), False
+    raise UserError(
+        f"cannot read a prompt of type {type(prompt).__name__}", "give text, messages or token ids"
+    )
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Turn a name into a dtype; `auto` is float32 on the CPU and bfloat16 (else float16) on accelerators."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        return torch.float16 if half else torch.bfloat16
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}", nearest(dtype, [*DTYPES, "auto"]))
+    return DTYPES[dtype]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn a name into a device; `auto` is the accelerator when there is one. Raises: UserError."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} is not usable here: {reason}", "try --device cpu") from error
+    return chosen
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    progress: bool = True,
+) -> LanguageModel:
+    """Load a built-in model, a Hugging Face folder, or a hub id.
+
+    Raises: UserError when it cannot be found or loaded, or fails the parity check.
+    """
+    from transformers import AutoTokenizer
+
+    chosen = resolve_device(device)
+    path = hub.resolve(str(name), progress=progress)
+    model, hf = stack.load(path, dtype=resolve_dtype(dtype, chosen), device=chosen, device_map=device_map)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None  # token ids still work; text then says what is missing
+    lm = LanguageModel(model, tokenizer, path, hf)
+    lm.facts = checkpoint.facts_of(hf.config, str(name))
+    return lm
+
+
+_stacks: WeakKeyDictionary[Any, HuggingFaceStack] = WeakKeyDictionary()
+
+
+def stack_of(hf_model: Any) -> HuggingFaceStack:
+    """Wrap a model already in memory; its modules are used in place.
+
+    The parity check runs once per model, and again when it was moved or cast.
+    """
+    known = _stacks.get(hf_model)
+    place = hf_model.get_input_embeddings().weight.device
+    if known is None or hf_model.training or (known.dtype, known.device) != (hf_model.dtype, place):
+        known = _stacks[hf_model] = HuggingFaceStack(hf_model)
+    return known
+
+
+def generate(hf_model: Any, prompt: Any, *, tokenizer: Any = None, **keywords: Any) -> Any:
+    """Generate with a Hugging Face model already in memory; see `LanguageModel.generate`."""
+    return LanguageModel(stack_of(hf_model), tokenizer, hf=hf_model).generate(prompt, **keywords)

@@ -1,0 +1,101 @@
+"""What a caller may set for a generation, checked and resolved against the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from layerskip.decode.sampling import Processing, Sampling
+from layerskip.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from layerskip.model.checkpoint import Facts
+
+MODES = ("ar", "early-exit", "self-speculative")
+DEFAULT_DRAFT_LENGTH = 4  # short drafts lose little on untrained exits and fit most trained ones
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `generate`, `stream` and `chat`; names are those of Hugging Face where it has one."""
+
+    mode: str | None = None  # None: self-speculative when exits are trained or an exit is given, else ar
+    exit_layer: int | None = None  # E; None: the checkpoint's default, else a quarter of the layers
+    draft_length: int | None = None  # K; None: the checkpoint's default, else 4
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logits_processor: Sequence[Any] = ()
+    seed: int | None = None  # None: drawn from torch's global generator
+    stop: str | Sequence[str] = ()
+    chat: bool | None = None  # wrap a text prompt as a user message; None: only lists of messages
+    draft_vocab: int | str = "off"  # size of the reduced draft head
+    policy: str = "fixed"
+    eos_token_id: int | Sequence[int] | None = None  # None: all ids of the generation config
+    logprobs: bool = False
+    batch_size: int = 8  # rows decoded together when several prompts are given
+
+    @classmethod
+    def parse(cls, keywords: dict[str, Any]) -> Options:
+        """Check names and values. Raises: UserError with the nearest name for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                raise UserError(f"unknown option {name!r}", nearest(name, known))
+        options = cls(**keywords)
+        if options.mode is not None and options.mode not in MODES:
+            raise UserError(f"unknown mode {options.mode!r}", nearest(options.mode, MODES))
+        if options.policy != "fixed":
+            raise UserError(f"unknown policy {options.policy!r}", "known: fixed")
+        if options.batch_size < 1:
+            raise UserError(f"batch_size is {options.batch_size}", "it must be at least 1")
+        if not (options.draft_vocab == "off" or isinstance(options.draft_vocab, int)):
+            raise UserError(f"draft_vocab is {options.draft_vocab!r}", "give a number of tokens, or off")
+        return options
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def processing(self) -> Processing:
+        shape = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return Processing(shape, tuple(self.logits_processor))
+
+    def plan(self, facts: Facts, num_layers: int) -> Plan:
+        """Choose mode, E and K. Raises: UserError for an exit layer or draft length out of range."""
+        chosen = self.exit_layer is not None or self.draft_length is not None
+        mode = self.mode or ("self-speculative" if facts.trained or chosen else "ar")
+        if mode == "ar":
+            return Plan(mode, num_layers, 0)
+        exit_layer = self.exit_layer if self.exit_layer is not None else facts.exit_layer
+        exit_layer = max(1, num_layers // 4) if exit_layer is None else exit_layer
+        if not 1 <= exit_layer < num_layers:
+            raise UserError(
+                f"exit layer {exit_layer} is out of range",
+                f"choose one from 1 to {num_layers - 1} (the model has {num_layers} layers; "
+                f"all of them is --mode ar)",
+            )
+        draft_length = self.draft_length if self.draft_length is not None else facts.draft_length
+        draft_length = DEFAULT_DRAFT_LENGTH if draft_length is None else draft_length
+        if draft_length < 0:
+            raise UserError(f"draft length {draft_length} is negative", "--draft-length is 0 or more")
+        return Plan(mode, exit_layer, draft_length if mode == "self-speculative" else 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved choice: how many layers draft, how many tokens, and whether they are verified."""
+
+    mode: str
+    exit_layer: int
+    draft_length: int
+
+    @property
+    def believe(self) -> bool:
+        return self.mode == "early-exit"

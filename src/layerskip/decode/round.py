@@ -1,0 +1,53 @@
+"""What goes into the engine and what comes out: `Request` and `Round`.
+
+The CLI, the server, the benchmark and the tuner consume the stream of rounds and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from layerskip.decode.sampling import Processing
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue, and how. `exit_layer` None means all layers: plain decoding."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    exit_layer: int | None = None
+    draft_length: int = 0
+    believe: bool = False  # early-exit decoding: stop at the exit layer and do not verify
+    eos: frozenset[int] = frozenset()
+    processing: Processing = Processing()
+    seed: int = 0
+    index: int = 0  # place in the caller's order: keys the row's random numbers
+    stop: Callable[[int], bool] | None = None  # asked after every committed token, in order
+    logprobs: bool = False
+    keep: bool = False  # leave the row's cache in place when it finishes, for a next turn
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one work item committed to one row."""
+
+    row: int
+    tokens: list[int]  # committed
+    draft: list[int]
+    accepted: int  # drafts committed, 0..K
+    exit_layer: int
+    draft_length: int  # K asked for; a draft may be shorter (end of sequence, budget, capacity)
+    source: str  # prefill, plain, early-exit, self-speculative
+    step_id: int
+    step_s: float  # seconds, shared by all rows of the step: sum once per step_id
+    layer_passes: int  # layers x tokens of this row that went through them
+    prompt_tokens: int = 0  # prompt positions computed by this work item
+    finish_reason: str | None = None  # eos, stop, length
+    logprobs: list[float] | None = None
+
+    @property
+    def drafted(self) -> int:
+        """Count the drafts that were judged: those cut off by the end of the output are not rejections."""
+        return self.accepted if self.finish_reason and len(self.tokens) == self.accepted else len(self.draft)

@@ -1,0 +1,169 @@
+"""One preallocated key/value cache for all layers: a length per row, rollback by setting a length.
+
+Slots [0, length) of a row hold the first `length` tokens of its sequence in the first `depth` layers. What lies
+beyond is stale: it is masked or not read, and overwritten by the next write. Draft and verification write
+into the same cache at different layers, so exit layer and draft length may change every round at no cost.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from layerskip.model.stack import Step
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one layer keeps per token."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
+class Cache:
+    """Keys and values of every layer, `[rows, H, capacity + 1, d]` each.
+
+    The extra slot takes the writes of padding (see `Step`) and is never read. Memory is zeroed at the start
+    and when a row is freed: masked slots get probability 0, but 0 times a stale NaN would still be NaN.
+    """
+
+    def __init__(self, shapes: Sequence[KVShape], rows: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.lengths = [0] * rows
+        self.depths = [len(shapes)] * rows  # layers valid up to the row's length
+        self._free = list(range(rows))
+        self._touched = [0] * rows  # slots written since the row was last zeroed
+        self._step: Step | None = None
+        require_memory(shapes, rows, capacity)
+        try:
+            self.keys = [_zeros(s, rows, capacity, s.key_size) for s in shapes]
+            self.values = [_zeros(s, rows, capacity, s.value_size) for s in shapes]
+        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU
+            raise _no_memory(shapes, rows, capacity) from error
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    # -- rows ------------------------------------------------------------------------------------------------
+
+    def allocate(self) -> int | None:
+        """Take the lowest free row (so that busy rows stay adjacent), or None when all are taken."""
+        if not self._free:
+            return None
+        row = heapq.heappop(self._free)
+        self.lengths[row] = 0
+        return row
+
+    def free(self, row: int) -> None:
+        """Give a row back; its slots are zeroed."""
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, : self._touched[row]].zero_()
+        self._touched[row] = 0
+        self.lengths[row] = 0
+        heapq.heappush(self._free, row)
+
+    def set_length(self, row: int, length: int, depth: int | None = None) -> None:
+        """Declare the first `length` slots of a row valid in the first `depth` layers (default: unchanged)."""
+        assert 0 <= length <= self.capacity, (length, self.capacity)
+        self.lengths[row] = length
+        if depth is not None:
+            self.depths[row] = depth
+
+    def move(self, row: int, sources: Sequence[int], start: int) -> None:
+        """Copy the slots `sources` of a row, in order, to `start ..`: the accepted path of a tree."""
+        for tensor in (*self.keys, *self.values):
+            picked = tensor[row][:, list(sources)]  # advanced indexing copies first, so overlaps are safe
+            tensor[row, :, start : start + len(sources)] = picked
+
+    # -- writing and reading ---------------------------------------------------------------------------------
+
+    def bind(self, step: Step) -> None:
+        """Set where the coming `update` calls write and what they read."""
+        self._step = step
+        for row, start in zip(step.rows, step.starts, strict=True):
+            self._touched[row] = max(self._touched[row], min(start + step.width, self.capacity))
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write and read for the bound step: the one method Hugging Face attentions call.
+
+        Shapes: key, value [B, H, T, d] -> views or copies [B, H, kv_len, d].
+        """
+        assert self._step is not None, "bind a step before running layers"
+        self.write(layer_idx, key, value, self._step)
+        return self.read(layer_idx, self._step)
+
+    def write(self, layer: int, key: Tensor, value: Tensor, step: Step) -> None:
+        """Put key, value [B, H, T, d] at the step's slots."""
+        for store, new in ((self.keys[layer], key), (self.values[layer], value)):
+            if step.row_slice is not None and step.uniform:
+                store[step.row_slice, :, step.starts[0] : step.starts[0] + step.width] = new
+            else:
+                index = torch.tensor(step.rows, device=store.device)[:, None]  # [B, 1]
+                store[index, :, step.slots.to(store.device)] = new.transpose(1, 2)  # [B, T, H, d]
+
+    def read(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        """Get keys and values [B, H, kv_len, d] of the step's rows; adjacent rows are views, others copies."""
+        key, value = self.keys[layer][:, :, : step.kv_len], self.values[layer][:, :, : step.kv_len]
+        if step.row_slice is not None:
+            return key[step.row_slice], value[step.row_slice]
+        index = torch.tensor(step.rows, device=key.device)
+        return key.index_select(0, index), value.index_select(0, index)
+
+
+def _zeros(shape: KVShape, rows: int, capacity: int, size: int) -> Tensor:
+    return torch.zeros(rows, shape.heads, capacity + 1, size, dtype=shape.dtype, device=shape.device)
+
+
+def require_memory(shapes: Sequence[KVShape], rows: int, capacity: int) -> None:
+    """Raise UserError when the cache will not fit, before the system starts to swap or kill.
+
+    The CPU maps zeroed pages lazily, so an allocation alone would succeed and fail much later.
+    """
+    for device in {shape.device for shape in shapes}:
+        needed = sum(s.token_bytes for s in shapes if s.device == device) * rows * (capacity + 1)
+        available = available_bytes(device)
+        if available is not None and needed > available:
+            raise _no_memory(shapes, rows, capacity, available)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Estimate the free memory of a device; None where it cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
+        return None
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def _no_memory(
+    shapes: Sequence[KVShape], rows: int, capacity: int, available: int | None = None
+) -> UserError:
+    needed = sum(shape.token_bytes for shape in shapes) * rows * (capacity + 1)
+    room = "" if available is None else f", {available / 2**30:.2f} GiB are free"
+    return UserError(
+        f"not enough memory for the key/value cache: {rows} row(s) of {capacity} tokens need "
+        f"{needed / 2**30:.2f} GiB{room}",
+        "lower --max-new-tokens (or the context), send fewer rows at once, or use a 16-bit --dtype",
+    )

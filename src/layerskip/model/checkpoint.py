@@ -1,0 +1,72 @@
+"""What a checkpoint says about its exits: the single key `layerskip` in its `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from layerskip.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Our entry in a checkpoint's configuration; an absent entry means untrained exits."""
+
+    exits: tuple[int, ...] = ()  # trained exit layers
+    exit_layer: int | None = None  # default E
+    draft_length: int | None = None  # default K
+    draft_vocab: str | None = None  # file beside config.json: token ids by falling frequency, a JSON list
+    recipe: str | None = None
+    versions: dict[str, str] | None = None
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.exits)
+
+
+# Checkpoints published by the method's authors carry no entry of ours; settings from the paper's tables.
+_PUBLISHED = {
+    "layerskip-llama2-7b": Facts(exits=(8,), exit_layer=8, draft_length=12),
+    "layerskip-llama2-13b": Facts(exits=(7, 15), exit_layer=7, draft_length=4),
+}
+
+
+def facts_of(config: Any, name: str = "") -> Facts:
+    """Read the entry from a Hugging Face config object; fall back to the table of published checkpoints.
+
+    Raises: UserError for keys or values we do not know.
+    """
+    entry = getattr(config, "layerskip", None)
+    if entry is None:
+        last = str(name or getattr(config, "_name_or_path", "")).rstrip("/").rsplit("/", 1)[-1].lower()
+        return _PUBLISHED.get(last, Facts())
+    known = {field.name for field in fields(Facts)}
+    if not isinstance(entry, dict):
+        raise UserError(f"config.json: layerskip is {entry!r}, not an object of " + ", ".join(sorted(known)))
+    for key in entry:
+        if key not in known:
+            raise UserError(f"config.json: unknown key layerskip.{key}", nearest(key, known))
+    facts = Facts(**{**entry, "exits": tuple(entry.get("exits") or ())})
+    layers = config.get_text_config().num_hidden_layers
+    for exit_layer in (*facts.exits, *([facts.exit_layer] if facts.exit_layer is not None else [])):
+        if not isinstance(exit_layer, int) or not 1 <= exit_layer <= layers:
+            raise UserError(f"config.json: layerskip names exit {exit_layer}, the model has {layers} layers")
+    return facts
+
+
+def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
+    """Read the checkpoint's draft vocabulary, ids by falling frequency; None when it has none."""
+    if path is None or facts.draft_vocab is None:
+        return None
+    file = path / facts.draft_vocab
+    try:
+        ranked = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the draft vocabulary {file}: {error}") from error
+    if not isinstance(ranked, list) or not all(isinstance(token, int) for token in ranked):
+        raise UserError(f"{file} is not a JSON list of token ids")
+    return ranked

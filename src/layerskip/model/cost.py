@@ -1,0 +1,70 @@
+"""The cost model: what a round costs in layers, what it yields in tokens, when it pays. Pure arithmetic.
+
+Source: LayerSkip (arXiv 2404.16710) measured against layer counts; expected tokens per round as in
+Leviathan et al. (arXiv 2211.17192). On a device, put measured step times in place of layer counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Costs in any one unit: layers (`head` = V*D / parameters of a layer) or seconds.
+
+    `layers` is one full pass without the head, `early` the slice [0, E), `head` the full head,
+    `draft_head` the head used for drafting, `verify` the slice [E, L) over K+1 positions (None: as one row).
+    """
+
+    layers: float
+    early: float
+    head: float
+    draft_head: float
+    verify: float | None = None
+
+    def round(self, draft_length: int) -> float:
+        """Price K drafts and their verification: (K+1) early passes, K draft heads, one late pass, the head.
+
+        The head over K+1 positions is priced once: it is bound by reading its weights.
+        """
+        late = self.layers - self.early if self.verify is None else self.verify
+        return (draft_length + 1) * self.early + draft_length * self.draft_head + late + self.head
+
+    def speedup(self, draft_length: int, tokens_per_round: float) -> float:
+        """Compare with plain decoding: seconds per token of the one over the other."""
+        return tokens_per_round * (self.layers + self.head) / self.round(draft_length)
+
+
+def tokens_per_round(draft_length: int, acceptance: float) -> float:
+    """Expected tokens of a round from accepted/drafted: 1 + a K."""
+    return 1.0 + acceptance * draft_length
+
+
+def expected_tokens(draft_length: int, per_token: float) -> float:
+    """Expected tokens of a round when each draft is kept with probability `per_token`, independently.
+
+    Source: Leviathan et al., eq. 1: (1 - alpha^(K+1)) / (1 - alpha).
+    """
+    if per_token >= 1.0:
+        return draft_length + 1.0
+    return float((1.0 - per_token ** (draft_length + 1)) / (1.0 - per_token))
+
+
+def acceptance_from(per_token: float, draft_length: int) -> float:
+    """Turn a per-token probability into accepted/drafted: a K = sum of alpha^i."""
+    return 0.0 if draft_length == 0 else (expected_tokens(draft_length, per_token) - 1.0) / draft_length
+
+
+def per_token_from(acceptance: float, draft_length: int) -> float:
+    """Invert `acceptance_from` by bisection (it is monotone)."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if acceptance_from(middle, draft_length) < acceptance else (low, middle)
+    return (low + high) / 2
+
+
+def break_even(cost: Cost) -> float:
+    """Acceptance (accepted/drafted) at which speculation stops losing: (E + h_d) / (L + h)."""
+    return (cost.early + cost.draft_head) / (cost.layers + cost.head)

@@ -1,0 +1,57 @@
+"""The reduced draft head: a subset of the vocabulary's rows, used for drafting only.
+
+Drafting with fewer rows stays exact: the draft law is zero outside the subset, which `accept` handles like any
+other draft law (FR-Spec, arXiv 2502.14856). Verification always uses the full head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """Rows of the output projection with the token ids they stand for."""
+
+    ids: Tensor  # int64 [size], ascending
+    weight: Tensor  # [size, D]
+    bias: Tensor | None = None  # [size]
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
+
+    def scatter(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Spread [..., size] over the full vocabulary, -inf elsewhere: [..., V]."""
+        full = logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf)
+        full[..., self.ids] = logits
+        return full
+
+
+def draft_ids(size: int, vocab_size: int, ranked: Sequence[int] | None, always: Sequence[int]) -> list[int]:
+    """Choose the token ids of a draft vocabulary of `size`, in ascending order.
+
+    `ranked` lists ids by falling frequency (a checkpoint's draft vocabulary file). Without it the lowest ids
+    are taken: byte-pair vocabularies number their merges in the order they were learned, most frequent first.
+    `always` (the end-of-sequence ids) is included whatever its rank.
+
+    Raises: UserError for a size outside 1..vocab_size.
+    """
+    if not 1 <= size <= vocab_size:
+        raise UserError(
+            f"draft vocabulary of {size} tokens: the model has {vocab_size}",
+            f"give --draft-vocab a number from 1 to {vocab_size}, or off",
+        )
+    first = [token for token in dict.fromkeys(always) if 0 <= token < vocab_size][:size]
+    order = [*first, *(range(vocab_size) if ranked is None else ranked)]
+    return sorted(list(dict.fromkeys(order))[:size])

@@ -1,0 +1,197 @@
+"""The contract every decoder stands behind: `embed` tokens, `run` a slice of layers, read `logits`.
+
+    step = Step.span(rows=[0], starts=[0], counts=[len(ids)], device=stack.device, spill=cache.capacity)
+    h = stack.embed(torch.tensor([ids]), step)          # [B, T, D]
+    h, _ = stack.run(h, 0, exit_layer, step, cache)     # layers 1..E, writes their keys and values
+    h, _ = stack.run(h, exit_layer, stack.num_layers, step, cache)
+    logits = stack.logits(h[:, -1:])                    # float32 [B, 1, V]
+
+Shape letters, fixed everywhere: `B` rows, `T` positions in this call, `S` cache capacity (slots), `D` width,
+`V` vocabulary, `L` layers, `E` exit layer (layers executed, 1 <= E <= L), `K` draft length, `H` key/value
+heads, `d` size of one head, `N` flattened (row, position) pairs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from layerskip.model.cache import Cache
+    from layerskip.model.head import Head
+
+
+@dataclass
+class Step:
+    """Everything attention needs to know about one call, built once per call.
+
+    Row b brings `counts[b]` live tokens that stand at positions `starts[b] ..`; the remaining `T - counts[b]`
+    columns are padding: they repeat the last live position and write to the spill slot, which nobody reads.
+    A row with count 0 is dead (it only fills a static shape). Positions feed the rotary tables, slots say
+    where keys and values go; they differ only for trees, whose builder supplies its own `visible`.
+    """
+
+    rows: tuple[int, ...]  # cache rows
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    positions: Tensor  # [B, T]
+    slots: Tensor  # [B, T]
+    kv_len: int  # slots [0, kv_len) are read
+    visible: Tensor | None = None  # bool [B, T, kv_len], for trees; None means causal
+    shared: dict[Any, Any] = field(default_factory=dict)  # what stacks compute once per step (rotary, masks)
+
+    @classmethod
+    def span(
+        cls,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        device: torch.device,
+        spill: int,
+    ) -> Step:
+        """Lay out consecutive tokens per row; `spill` is the slot padding writes to (the cache's capacity)."""
+        width = max(counts)
+        offsets = torch.arange(width, device=device)  # [T]
+        if len(set(zip(starts, counts, strict=True))) == 1:  # same place in every row: one range serves all
+            positions = slots = (offsets + starts[0]).expand(len(rows), width)  # [B, T]
+        else:
+            first = torch.tensor(starts, device=device)[:, None]  # [B, 1]
+            live = torch.tensor(counts, device=device)[:, None]
+            positions = first + torch.minimum(offsets, (live - 1).clamp(min=0))  # [B, T]
+            slots = torch.where(offsets < live, first + offsets, spill)  # [B, T]
+        kv_len = max(start + count for start, count in zip(starts, counts, strict=True))
+        return cls(tuple(rows), tuple(starts), tuple(counts), positions, slots, kv_len)
+
+    @property
+    def width(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def num_live(self) -> int:
+        """Count live tokens: the unit of `Counters`."""
+        return sum(self.counts)
+
+    @cached_property
+    def row_slice(self) -> slice | None:
+        """The cache rows as a slice when they are adjacent: reads are then views."""
+        first = self.rows[0]
+        adjacent = self.rows == tuple(range(first, first + len(self.rows)))
+        return slice(first, first + len(self.rows)) if adjacent else None
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all rows write the same slots, so that slices replace index lists."""
+        return len(set(self.starts)) == 1 and set(self.counts) == {self.width}
+
+    def sees_everything(self, window: int | None) -> bool:
+        """Whether every query sees every slot read, so that no mask is needed (plain decoding)."""
+        plain = self.visible is None and self.width == 1 and (window is None or self.kv_len <= window)
+        return plain and self.uniform
+
+    def from_empty(self, window: int | None) -> bool:
+        """Whether the call starts at slot 0, where SDPA's upper-left aligned causal flag is right."""
+        plain = self.visible is None and (window is None or self.kv_len <= window)
+        return plain and self.uniform and self.starts[0] == 0
+
+    def mask(self, window: int | None) -> Tensor:
+        """Say which slots each query may see.
+
+        Shapes: bool [B, 1, T, kv_len], True = attend. `window` keeps the last `window` positions only.
+        """
+        key = ("mask", window)
+        if key not in self.shared:
+            slot = torch.arange(self.kv_len, device=self.positions.device)  # [kv_len]
+            position = self.positions[:, :, None]  # [B, T, 1]
+            seen = slot <= position if self.visible is None else self.visible  # [B, T, kv_len]
+            if window is not None:
+                seen = seen & (slot > position - window)
+            self.shared[key] = seen[:, None]  # [B, 1, T, kv_len]
+        mask: Tensor = self.shared[key]
+        return mask
+
+
+@dataclass
+class Counters:
+    """Count the work a stack has done; tests state the exact work of a round with it."""
+
+    runs: Counter[tuple[int, int, int]] = field(default_factory=Counter)  # (start, stop, T) -> calls
+    layer_tokens: int = 0  # layers x live tokens through them
+    head_rows: Counter[int] = field(default_factory=Counter)  # head size -> rows of logits
+
+    def count_run(self, start: int, stop: int, step: Step) -> None:
+        self.runs[start, stop, step.width] += 1
+        self.layer_tokens += (stop - start) * step.num_live
+
+    def reset(self) -> None:
+        self.runs.clear()
+        self.head_rows.clear()
+        self.layer_tokens = 0
+
+
+class Stack(ABC):
+    """A decoder as a stack of layers with one shared head.
+
+    `run(0, L)` then `logits` equals the Hugging Face model's logits, and `run(0, E)` then `run(E, L)` equals
+    `run(0, L)`; loading checks both and refuses a model that fails.
+    """
+
+    num_layers: int
+    width: int
+    vocab_size: int
+    context: int | None  # longest sequence the positions are defined for; None: unbounded
+    dtype: torch.dtype
+    device: torch.device  # where tokens go in and logits come out
+    counters: Counters
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, step: Step) -> Tensor:
+        """Turn tokens [B, T] into hidden states [B, T, D]."""
+
+    @abstractmethod
+    def run(
+        self, h: Tensor, start: int, stop: int, step: Step, cache: Cache, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the layers [start, stop) and write their keys and values into `cache` at the step's slots.
+
+        Shapes: h [B, T, D] -> [B, T, D]; the dictionary holds the hidden state after k layers for k in taps.
+        """
+
+    @abstractmethod
+    def logits(self, h: Tensor, head: Head | None = None) -> Tensor:
+        """Apply final norm, head and the family's logit transforms.
+
+        Shapes: h [..., D] -> float32 [..., V], or [..., head.size] with a reduced draft head.
+        """
+
+    @abstractmethod
+    def reduced_head(self, ids: Sequence[int]) -> Head:
+        """Keep the rows `ids` of the head, for drafting only."""
+
+    @abstractmethod
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """Preallocate keys and values of all layers for `rows` sequences of up to `capacity` tokens.
+
+        Raises: UserError when the memory is not there.
+        """
+
+
+def load(
+    path: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", device_map: Any = None
+) -> tuple[Stack, Any]:
+    """Load a plain Hugging Face folder; return its stack and the Hugging Face model behind it.
+
+    Raises: UserError for a model that does not load, or whose slices do not reproduce it.
+    """
+    from layerskip.model import huggingface
+
+    return huggingface.load(path, dtype=dtype, device=device, device_map=device_map)
