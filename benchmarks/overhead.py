@@ -2,10 +2,10 @@
 
     python benchmarks/overhead.py [--save]
 
-Acceptance is made 100% by zeroing the output projections (o_proj, down_proj) of the layers [E, L): every exit from E
-on then equals the full model, all work is still done, and what remains is pure overhead. The methods of a trial run
-in turn (A B C, A B C, ...), every ratio is taken within a trial, and the median over prompts and trials is
-printed with a bootstrap interval. Equality of the tokens is checked first.
+Acceptance is made 100% by zeroing the output projections (o_proj, down_proj) of the layers [E, L): every exit
+from E on then equals the full model, all work is still done, and what remains is pure overhead. The methods of a
+trial run in turn (A B C, A B C, ...), every ratio is taken within a trial, and the median over prompts and trials
+is printed with a bootstrap interval. Equality of the tokens is checked first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def interval(ratios: list[float], seed: int = 0) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--exit-layer", type=int, default=6)
     parser.add_argument("--draft-length", type=int, default=8)
@@ -155,7 +157,9 @@ def compare(methods: dict, prompts: list, trials: int, pairs: list[tuple[str, st
 def cpu_name() -> str:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+            return next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
+            )
     return platform.processor()
 
 

@@ -37,7 +37,10 @@ FAMILIES = {
     "smollm3": (hf.SmolLM3Config, {"no_rope_layers": [1, 1, 0, 1, 1]}),
     "olmo2": (hf.Olmo2Config, {}),
     "gemma": (hf.GemmaConfig, {"head_dim": 8}),
-    "gemma2": (hf.Gemma2Config, {**_WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": _ALTERNATING}),
+    "gemma2": (
+        hf.Gemma2Config,
+        {**_WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": _ALTERNATING},
+    ),
     "gemma3_text": (
         hf.Gemma3TextConfig,
         {**_WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": _ALTERNATING},

@@ -69,6 +69,11 @@ class LanguageModel:
         )
         self._heads: dict[int, Head] = {}
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer can wrap messages."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
     # -- the three ways to decode ----------------------------------------------------------------------------
 
     def generate(self, prompt: Any, **keywords: Any) -> Any:
@@ -131,24 +136,24 @@ class LanguageModel:
     def request(self, prompt: Any, options: Options, index: int = 0, keep: bool = False) -> Request:
         """Build the engine's request for one prompt. Raises: UserError when its options cannot be honoured."""
         plan = self.plan(options)
-        if options.seed is None:
-            raise AssertionError("the seed is drawn once per call")
-        stop = None
-        if options.stops:
-            if self.tokenizer is None:
-                raise UserError("stop strings need a tokenizer", "pass tokenizer=, or end on eos_token_id")
-            stop = texts.StopStrings(self.tokenizer, options.stops).push
+        assert options.seed is not None, "the seed is drawn once per call"
+        if options.stops and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer", "pass tokenizer=, or end on eos_token_id")
+        # The text never shows special tokens, so a stop that names one ends the sequence by its id.
+        named = {stop for stop in options.stops if stop in self.tokenizer.all_special_tokens}
+        strings = [stop for stop in options.stops if stop not in named]
         return Request(
             prompt=self.encode(prompt, options.chat),
             max_new_tokens=options.max_new_tokens,
             exit_layer=plan.exit_layer,
             draft_length=plan.draft_length,
             believe=plan.believe,
-            eos=self.eos_ids(options),
+            eos=self.eos_ids(options)
+            | set(self.tokenizer.convert_tokens_to_ids(sorted(named)) if named else ()),
             processing=options.processing,
             seed=options.seed,
             index=index,
-            stop=stop,
+            stop=texts.StopStrings(self.tokenizer, strings).push if strings else None,
             logprobs=options.logprobs,
             keep=keep,
         )

@@ -1,0 +1,353 @@
+"""The command line: each verb parses, calls one function, prints. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from layerskip.display import err, out, print_contests, print_rounds, statistics_line
+from layerskip.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a language model draft for itself: exact self-speculative decoding with early exits.",
+)
+Model = Annotated[
+    str, typer.Argument(help="Built-in name, Hugging Face folder, or hub id.", show_default=False)
+]
+Mode = Annotated[
+    str | None, typer.Option(help="ar, early-exit or self-speculative.", show_default="by checkpoint")
+]
+ExitLayer = Annotated[int | None, typer.Option(help="E, layers that draft.", show_default="by checkpoint")]
+DraftLength = Annotated[
+    int | None, typer.Option(help="K, tokens drafted per round.", show_default="by checkpoint")
+]
+MaxNew = Annotated[int, typer.Option(help="Budget of new tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Keep the smallest set with this probability; 1 is off.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most probable; 0 is off.")]
+Penalty = Annotated[float, typer.Option(help="Divide logits of tokens already present; 1 is off.")]
+Seed = Annotated[int, typer.Option(help="Sampling is repeatable per seed.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Stop before this text; may be repeated.", show_default=False)
+]
+DraftVocab = Annotated[str, typer.Option(help="Tokens the draft head knows: a number, or off.")]
+Policy = Annotated[str, typer.Option(help="Who chooses E and K each round: fixed.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
+
+
+def main() -> None:
+    """Run the command line; what a user caused is two lines on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        err.print(Text("error: ", style="bold red") + Text(error.message, style="default"))
+        if error.hint:
+            err.print(Text(f"  {error.hint}"))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="Text; - or nothing reads standard input.")] = None,
+    mode: Mode = None,
+    exit_layer: ExitLayer = None,
+    draft_length: DraftLength = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Wrap the prompt as a message.", show_default="if it can"),
+    ] = None,
+    draft_vocab: DraftVocab = "off",
+    policy: Policy = "fixed",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    batch_file: Annotated[Path | None, typer.Option(help="JSON lines with prompt or messages.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows decoded together with --batch-file.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt, streaming; drafted and kept text is coloured.
+
+    layerskip generate smollm2-135m "Why is the sky blue?" --mode self-speculative --exit-layer 6 --draft-length 4
+    """
+    prompts: list[Any] = _prompts(prompt, prompt_file, batch_file)
+    options = _options(
+        mode=mode,
+        exit_layer=exit_layer,
+        draft_length=draft_length,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        draft_vocab=draft_vocab,
+        policy=policy,
+        batch_size=batch_size,
+    )
+    lm = _load(model, dtype, device)
+    options["chat"] = lm.has_template if chat is None else chat
+    if batch_file is None and not as_json:
+        _stream(lm, prompts[0], options)
+        return
+    for result in lm.generate(prompts, **options):
+        if as_json:
+            line = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+            print(json.dumps({**line, "stats": result.stats}))
+        else:
+            out.print(Text(result.text), Text(statistics_line(result.stats), style="dim"), "", sep="\n")
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
+    mode: Mode = None,
+    exit_layer: ExitLayer = None,
+    draft_length: DraftLength = None,
+    max_new_tokens: MaxNew = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    draft_vocab: DraftVocab = "off",
+    policy: Policy = "fixed",
+    context: Annotated[int | None, typer.Option(help="Tokens to keep; the model's own by default.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Talk with a model; the cache is kept between turns. /reset forgets, /stats counts, /exit leaves.
+
+    layerskip chat smollm2-135m --temperature 0.7 --top-p 0.9
+    """
+    options = _options(
+        mode=mode,
+        exit_layer=exit_layer,
+        draft_length=draft_length,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        draft_vocab=draft_vocab,
+        policy=policy,
+    )
+    lm = _load(model, dtype, device)
+    conversation = lm.chat(system=system, context=context, **options)
+    err.print(Text(f"{model}: /reset, /stats, /exit; Ctrl-C stops an answer", style="dim"))
+    while (line := _ask()) is not None:
+        if line.startswith("/"):
+            if line in ("/exit", "/quit"):
+                break
+            _chat_command(conversation, line)
+        elif line:
+            try:
+                print_rounds(lm, conversation.send(line), options["stop"])
+            except KeyboardInterrupt:
+                out.print()
+            except UserError as error:  # a turn that does not fit must not end the conversation
+                err.print(Text(f"error: {error}", style="red"))
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List built-in models and what is cached.
+
+    layerskip models
+    """
+    from layerskip.model import hub
+
+    rows = [
+        {
+            "name": builtin.name,
+            "description": builtin.description,
+            "licence": builtin.licence,
+            "download_bytes": builtin.size_bytes,
+            "path": None if (path := hub.cached(builtin.name)) is None else str(path),
+        }
+        for builtin in hub.builtins()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for builtin in hub.builtins():
+        out.print(Text(builtin.name, style="bold") + Text(f"  {builtin.description} ({builtin.licence})"))
+        cached = hub.cached(builtin.name)
+        size = f"not downloaded yet, {builtin.size_bytes / 1e6:.0f} MB"
+        out.print(Text(f"  {size if cached is None else cached}", style="dim"))
+    out.print(Text("A Hugging Face folder or hub id works in the same place.", style="dim"))
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Show versions, devices, dtypes and the cache folder: what a bug report needs.
+
+    layerskip env
+    """
+    from layerskip.environment import environment
+
+    facts = environment()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(box=None, show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    out.print(table)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")] = "smollm2-135m",
+    exit_layer: ExitLayer = None,
+    draft_length: DraftLength = None,
+    max_new_tokens: MaxNew = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Decode three real prompts plainly and self-speculatively: equality first, then speed.
+
+    layerskip demo
+    """
+    from layerskip.demo import as_record, contests
+
+    lm = _load(model, dtype, device)
+    results = []
+    for contest in contests(lm, exit_layer, draft_length, max_new_tokens):
+        results.append(contest)
+        if not as_json:
+            out.print(
+                Text(f"\n[{contest.task}]", style="bold"), Text(contest.speculative.text.strip()), sep="\n"
+            )
+    if as_json:
+        print(json.dumps(as_record(model, lm, results)))
+    else:
+        print_contests(model, lm, results)
+
+
+# -- shared by the verbs -------------------------------------------------------------------------------------
+
+
+def _load(model: str, dtype: str, device: str) -> LanguageModel:
+    with err.status(f"Loading {model} …"):
+        from transformers.utils import logging
+
+        from layerskip.decode import language_model
+
+        logging.disable_progress_bar()
+    return language_model.load(model, dtype=dtype, device=device)
+
+
+def _options(**given: Any) -> dict[str, Any]:
+    """Check options before a model is loaded, so that a slip costs no time."""
+    from layerskip.decode.options import Options
+
+    vocab = given["draft_vocab"]
+    if vocab != "off":
+        if not vocab.isdecimal():
+            raise UserError(f"draft vocabulary {vocab!r}", "--draft-vocab is a number of tokens, or off")
+        given["draft_vocab"] = int(vocab)
+    options = Options.parse(given)
+    _ = options.processing
+    return given
+
+
+def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | None) -> list[Any]:
+    """Find the prompt: argument, file, batch file or standard input; exactly one of them."""
+    given = [
+        name
+        for name, value in (("PROMPT", prompt), ("--prompt-file", prompt_file), ("--batch-file", batch_file))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other", "give one source of prompts")
+    if batch_file is not None:
+        from layerskip.config import read_prompts
+
+        return [line.content for line in read_prompts(batch_file)]
+    if prompt_file is not None:
+        try:
+            prompt = prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {prompt_file}: {error}") from error
+    elif prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            err.print(Text("reading the prompt from standard input; end with Ctrl-D", style="dim"))
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise UserError(
+            "the prompt is empty", 'layerskip generate MODEL "some text", --prompt-file, or a pipe'
+        )
+    return [prompt]
+
+
+def _stream(lm: LanguageModel, prompt: str, options: dict[str, Any]) -> None:
+    from layerskip.decode.language_model import finished
+    from layerskip.decode.options import Options
+
+    rounds = print_rounds(lm, lm.stream(prompt, **options), options["stop"])
+    plan = lm.plan(Options.parse(options))
+    prompt_tokens = sum(round.prompt_tokens for round in rounds)
+    stats = finished(lm.tokenizer, rounds, plan, prompt_tokens).stats
+    err.print(Text(statistics_line(stats), style="dim"))
+
+
+def _ask() -> str | None:
+    """Read one line; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        out.print()
+        return ""
+
+
+def _chat_command(conversation: Any, command: str) -> None:
+    if command == "/reset":
+        conversation.reset()
+        err.print(Text("forgotten", style="dim"))
+    elif command == "/stats":
+        last = conversation.last
+        line = "nothing yet" if last is None else statistics_line(last.stats)
+        computed = (
+            "" if last is None else f" · {sum(r.prompt_tokens for r in last.rounds)} of them computed anew"
+        )
+        err.print(Text(line + computed, style="dim"))
+    else:
+        err.print(Text(f"unknown command {command}: {nearest(command, ['/exit', '/reset', '/stats'])}"))
