@@ -19,8 +19,9 @@ transformers.utils.logging.disable_progress_bar()
 FULL = os.environ.get("LAYERSKIP_FULL") == "1"
 
 # Two ways of computing the same numbers (one call or several, whole or sliced) differ by rounding only: a few units
-# in the last place of numbers of order ten, through five layers.
-CLOSE = {torch.float32: 2e-4, torch.float64: 1e-10}
+# in the last place of numbers of order ten, through five layers. In float64 too Hugging Face's eager softmax and
+# its norms round to float32.
+CLOSE = {torch.float32: 2e-4, torch.float64: 1e-6}
 
 
 def pytest_collection_modifyitems(items):

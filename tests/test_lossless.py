@@ -5,12 +5,12 @@ import itertools
 from collections import Counter
 
 import pytest
-import tiny
 import torch
-from conftest import FULL
-from rounds import decode
 
+import tiny
+from conftest import FULL
 from layerskip.model.huggingface import HuggingFaceStack
+from rounds import decode
 
 NEW = 48
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]  # ragged; one of a single token

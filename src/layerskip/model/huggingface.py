@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ADDING_A_MODEL = "docs/adding-a-model.md says what a family must provide"
 
 # Largest relative difference between our slices and the model's own forward that rounding explains: the same
-# modules run, only the attention kernel may differ (masked against causal, other tile sizes). In float64 too some of
+# modules run, only the attention kernel may differ (masked against causal, other tiles). In float64 too some of
 # Hugging Face's own steps (rotary tables, RMS norms, the eager softmax) are done in float32.
 PARITY = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
