@@ -26,14 +26,7 @@ import transformers
 import layerskip
 from layerskip.model.cost import Cost
 
-PROMPTS = [
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Explain in three sentences why the sky is blue.",
-    "Summarize the plot of Romeo and Juliet.",
-    "List five things to pack for a week in the mountains.",
-    "What is the difference between a list and a tuple in Python?",
-    "Write a short letter to a friend about the first snow of the year.",
-]
+HERE = Path(__file__).parent
 
 
 def timed(work):
@@ -56,6 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--exit-layer", type=int, default=6)
     parser.add_argument("--draft-length", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=6, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -66,7 +60,8 @@ def main() -> None:
 
     lm = layerskip.load(arguments.model, dtype="float32", device="cpu")
     hf = lm.hf
-    prompts = [lm.encode([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    lines = (HERE / "prompts.jsonl").read_text().splitlines()[: arguments.limit]
+    prompts = [lm.encode([{"role": "user", "content": json.loads(line)["prompt"]}]) for line in lines]
 
     def ours(prompt, **options):
         done = lm.generate(prompt, max_new_tokens=new, eos_token_id=[], **options)
@@ -122,7 +117,7 @@ def main() -> None:
     }
     if arguments.save:
         name = f"overhead_{arguments.model.replace('/', '-')}_cpu_{time.strftime('%Y-%m-%d')}.json"
-        path = Path(__file__).parent / "results" / name
+        path = HERE / "results" / name
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written: benchmarks/results/{name}")
 

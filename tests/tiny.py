@@ -108,3 +108,22 @@ def agreement(model, tokens, exit_layer: int) -> float:
     )
     same = stack.logits(h).argmax(-1) == stack.logits(taps[exit_layer]).argmax(-1)
     return same.float().mean().item()
+
+
+def tokenizer():
+    """A byte-level tokenizer with a chat template: 256 bytes and three special tokens, no merges."""
+    import tokenizers as tk
+
+    alphabet = sorted(tk.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "<|im_end|>", *alphabet])}
+    fast = tk.Tokenizer(tk.models.BPE(vocab=vocabulary, merges=[]))
+    fast.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tk.decoders.ByteLevel()
+    made = hf.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="<|im_end|>"
+    )
+    made.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return made

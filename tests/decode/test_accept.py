@@ -285,7 +285,7 @@ def draft_vocabulary(*ids: int) -> torch.Tensor:
 TOYS = {
     "two different chains": Toy(),
     "the same chain": Toy(draft=TARGET_LOGITS),
-    "disjoint supports": Toy(target=TARGET_LOGITS + torch.tensor(ONLY_LOW), draft=DRAFT_LOGITS + torch.tensor(ONLY_HIGH)),
+    "disjoint supports": Toy(TARGET_LOGITS + torch.tensor(ONLY_LOW), DRAFT_LOGITS + torch.tensor(ONLY_HIGH)),
     "overlapping supports": Toy(
         target=TARGET_LOGITS + torch.tensor([0.0, 0.0, 0.0, -torch.inf]),
         draft=DRAFT_LOGITS + torch.tensor([-torch.inf, 0.0, 0.0, 0.0]),
@@ -531,9 +531,7 @@ def long_outputs(stack, processing: Processing, head: Head | None) -> torch.Tens
     engine = Engine(stack, rows=num_rows, capacity=64, draft_head=head)
     rows: dict[int, list[int]] = {}
     for index in range(num_rows):
-        request = Request(
-            PROMPT, num_new, LONG_EXIT, LONG_DRAFT, processing=processing, seed=7, index=index
-        )
+        request = Request(PROMPT, num_new, LONG_EXIT, LONG_DRAFT, processing=processing, seed=7, index=index)
         rows[engine.add(request)] = list(PROMPT)
     while engine.busy:
         for round in engine.step():
@@ -557,8 +555,8 @@ def test_long_outputs_of_the_engine_follow_the_shaped_law_at_every_position(mode
     places = list(itertools.product(range(len(ids)), range(len(PROMPT), ids.shape[1])))
 
     def laws(logits: torch.Tensor) -> torch.Tensor:
-        shaped = [processing.law_logits(logits[b, n - 1], ids[b, :n].tolist(), ())[0] for b, n in places]
-        return warp(torch.stack(shaped), sampling).double()  # [N, V]
+        rows = [processing.law_logits(logits[b, n - 1], ids[b, :n].tolist(), ())[0] for b, n in places]
+        return warp(torch.stack(rows), sampling).double()  # [N, V]
 
     with torch.no_grad():
         p, q = laws(model(ids).logits), laws(exit_logits(stack, ids, head))

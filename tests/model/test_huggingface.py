@@ -144,6 +144,22 @@ def test_a_folder_loads_as_a_stack_and_a_broken_one_is_a_user_error(tmp_path):
         stack.load(tmp_path, dtype=torch.float32)
 
 
+def test_a_folder_with_missing_or_damaged_weights_is_refused(tmp_path):
+    """transformers fills missing weights with random numbers and a warning."""
+    from safetensors.torch import load_file, save_file
+
+    tiny.random_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights .* layers.3.mlp.up_proj"):
+        stack.load(tmp_path, dtype=torch.float32)
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="cannot load"):
+        stack.load(tmp_path, dtype=torch.float32)
+
+
 def test_layers_on_several_devices_work_through_the_stack(tmp_path):
     """accelerate's hooks move what each layer is given; half of this model is offloaded to the disk."""
     pytest.importorskip("accelerate")

@@ -301,9 +301,10 @@ class Engine:
 
     def _judge(self, rows: list[_Row], logits: Tensor) -> list[tuple[int, int]]:
         """Accept each row's proposal against the target's logits [N, V], N = sum of drafts + 1."""
-        sampling.check_finite(logits)
+        best = logits.max(-1)
+        sampling.check_finite(best.values)
         counts = [len(row.proposal) + 1 for row in rows]
-        targets = logits.argmax(-1).tolist() if any(r.request.processing.plain_greedy for r in rows) else []
+        targets = best.indices.tolist()
         verdicts, first = [], 0
         for row, count, row_logits in zip(rows, counts, torch.split(logits, counts), strict=True):
             if row.request.processing.plain_greedy:

@@ -6,10 +6,13 @@ transformers hands such a callable neither `streamer` nor `tokenizer`; where you
 
     model.generate(**inputs, assistant_early_exit=4, custom_generate=layerskip.custom_generate_with(
         streamer=streamer, tokenizer=tokenizer, stop_strings=["\\n\\n"], draft_length=6))
+
+Logits processors and stopping criteria are called with one row at a time, on ids that start with the row's padding.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,7 +45,12 @@ _UNSUPPORTED = {
     "constraints": (None,),
     "force_words_ids": (None,),
     "use_cache": (None, True),
+    "use_mtp": (None, False),
+    "num_assistant_tokens_schedule": (None, "constant"),
+    "assistant_confidence_threshold": (None, 0, 0.4),  # 0.4 is the default; drafts are never cut short here
 }
+# What transformers fills in when the caller leaves `num_assistant_tokens` unset (GenerationConfig of 5.17 to 5.23).
+_NO_CHOICE = 20
 # Bookkeeping of `generate` for a forward it expects us to call; ours builds its own.
 _OWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
@@ -59,9 +67,10 @@ def custom_generate(
 ) -> Any:
     """Decode as `generate` would, drafting with the first `assistant_early_exit` layers.
 
-    `num_assistant_tokens` is the draft length; without `assistant_early_exit` decoding is plain. Sampling
-    draws its seed from torch's global generator, so `torch.manual_seed` repeats it; the law is that of
-    `generate`, the draws are not. Returns what `generate` returns.
+    `num_assistant_tokens` is the draft length (transformers fills in 20 where it is unset, so 20 means the
+    checkpoint's own, else 4); without `assistant_early_exit` decoding is plain. Sampling draws its seed from
+    torch's global generator, so `torch.manual_seed` repeats it; the law is that of `generate`, the draws are
+    not. Returns what `generate` returns.
     Raises: UserError for an option that cannot be honoured.
     """
     return _generate(
@@ -103,11 +112,9 @@ def custom_generate_with(
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
         return _generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
-            model_kwargs, tokenizer, stops, draft_length,
+            model_kwargs, tokenizer, stops, draft_length, stream_prompt=True,
         )  # fmt: skip
 
     # transformers reads the signature to find extra arguments; the wrapped one would offer `streamer`.
@@ -127,40 +134,53 @@ def _generate(
     tokenizer: Any = None,
     stops: tuple[str, ...] = (),
     draft_length: int | None = None,
+    stream_prompt: bool = False,
 ) -> Any:
     _refuse(config, model_kwargs, synced_gpus)
     if streamer is not None and input_ids.shape[0] > 1:
         raise UserError("a streamer shows one row", "generate rows one by one to stream them")
     lm = LanguageModel(stack_of(model), tokenizer, hf=model)
     mode = "self-speculative" if config.assistant_early_exit is not None else "ar"
-    drafts = draft_length if draft_length is not None else config.num_assistant_tokens
+    asked = None if config.num_assistant_tokens == _NO_CHOICE else config.num_assistant_tokens
+    drafts = draft_length if draft_length is not None else asked
     plan = lm.plan(Options(mode=mode, exit_layer=config.assistant_early_exit, draft_length=drafts))
     sampling = Sampling(temperature=1.0) if config.do_sample else Sampling()  # warpers come as processors
     seed = int(torch.randint(2**62, ()))
-    eos = lm.eos_ids(Options(eos_token_id=_as_ids(config.eos_token_id)))
-    engine: Engine | None = None
+    ends = _Ends(config, criteria, tokenizer, stops)
+    if ends.asks and not ends.eos and len(input_ids) > 1:
+        raise UserError(
+            "stopping criteria cannot end the rows of a batch one by one without an end-of-sequence token",
+            "set eos_token_id (and pad_token_id), or generate rows one by one",
+        )
     requests = []
-    mask = model_kwargs.get("attention_mask")
-    for index, row in enumerate(input_ids):
-        real = row if mask is None else row[mask[index].bool()]
-        padding = tuple(row[: len(row) - len(real)].tolist())
+    prompts = _prompts(input_ids, model_kwargs)
+    for index, (row, prompt) in enumerate(zip(input_ids.tolist(), prompts, strict=True)):
+        padding = tuple(row[: len(row) - len(prompt)])
+        own = tuple(_for_row(processor, index) for processor in processors or ())
         requests.append(
             Request(
-                prompt=real.tolist(),
-                max_new_tokens=config.max_length - len(row),
+                prompt=prompt,
+                max_new_tokens=max(1, ends.max_length - len(row)),
                 exit_layer=plan.exit_layer,
                 draft_length=plan.draft_length,
-                eos=eos if config.eos_token_id is not None else frozenset(),
-                processing=Processing(sampling, tuple(processors or ()), padding),
+                eos=frozenset(ends.eos),
+                processing=Processing(sampling, own, padding),
                 seed=seed,
                 index=index,
-                stop=_Stopping(row, criteria, StopStrings(tokenizer, stops) if stops else None),
+                stop=ends.of_row(row, input_ids.device),
             )
         )
-    longest = max(len(request.prompt) for request in requests)
-    engine = Engine(lm.stack, rows=len(requests), capacity=longest + requests[0].max_new_tokens)
+    capacity = max(map(len, prompts)) + requests[0].max_new_tokens - 1  # the last token is never cached
+    if lm.stack.context is not None and capacity > lm.stack.context:
+        raise UserError(
+            f"prompt and new tokens may take {capacity} positions, the model's context is {lm.stack.context}",
+            "lower max_new_tokens (or max_length), or shorten the prompt",
+        )
+    engine = Engine(lm.stack, rows=len(requests), capacity=capacity)
     rows = {engine.add(request): request.index for request in requests}
     new: list[list[int]] = [[] for _ in requests]
+    if streamer is not None and stream_prompt:
+        streamer.put(input_ids.cpu())
     while engine.busy:
         for round in engine.step():
             new[rows[round.row]] += round.tokens
@@ -168,27 +188,79 @@ def _generate(
                 streamer.put(torch.tensor(round.tokens))
     if streamer is not None:
         streamer.end()
-    return _result(config, input_ids, new, eos)
+    return _result(config, input_ids, new, ends.eos)
 
 
-class _Stopping:
-    """Ask a row's stop strings and stopping criteria after every committed token."""
+class _Ends:
+    """When rows end. Read from the criteria: a caller's own length or eos criterion replaces the config's."""
 
-    def __init__(self, row: Tensor, criteria: Any, strings: StopStrings | None) -> None:
+    def __init__(self, config: Any, criteria: Any, tokenizer: Any, stops: tuple[str, ...]) -> None:
         # Length and end of sequence are the engine's own; asking again would cost a tensor per token.
-        builtin = ("MaxLengthCriteria", "EosTokenCriteria")
-        self.criteria = [c for c in criteria or () if type(c).__name__ not in builtin]
-        self.strings = strings
-        self.tokens = row.tolist()
-        self.device = row.device
+        kinds: dict[str, list[Any]] = {"MaxLengthCriteria": [], "EosTokenCriteria": []}
+        self.others: list[Any] = []
+        for criterion in criteria or ():
+            kinds.get(type(criterion).__name__, self.others).append(criterion)
+        lengths, eos = kinds.values()
+        self.max_length: int = min((c.max_length for c in lengths), default=config.max_length)
+        self.eos: list[int] = [token for c in eos for token in c.eos_token_id.tolist()]
+        self.tokenizer, self.stops = tokenizer, stops
 
-    def __call__(self, token: int) -> bool:
-        found = self.strings is not None and self.strings.push(token)
-        if not self.criteria:
-            return found
-        self.tokens.append(token)
-        ids = torch.tensor([self.tokens], device=self.device)  # [1, n]
-        return bool(found or any(torch.as_tensor(c(ids, None)).any() for c in self.criteria))
+    @property
+    def asks(self) -> bool:
+        return bool(self.others or self.stops)
+
+    def of_row(self, row: list[int], device: torch.device) -> Callable[[int], bool] | None:
+        """Build the question asked after every committed token of a row."""
+        if not self.asks:
+            return None
+        strings = StopStrings(self.tokenizer, self.stops)
+        tokens = list(row)
+
+        def stop(token: int) -> bool:
+            found = strings.push(token)
+            if not self.others:
+                return found
+            tokens.append(token)
+            ids = torch.tensor([tokens], device=device)  # [1, n]
+            return found or any(bool(torch.as_tensor(c(ids, None)).any()) for c in self.others)
+
+        return stop
+
+
+def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[list[int]]:
+    """Take the padding off each row. Raises: UserError for a mask or positions that are not those of padding."""
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise UserError(
+            "attention_mask hides tokens that are not at the start of their row",
+            "pad on the left: tokenizer.padding_side = 'left'",
+        )
+    if positions is not None and ((positions != mask.cumsum(-1) - 1) & mask).any():
+        raise UserError(
+            "position_ids of your own cannot be honoured by layerskip", "leave position_ids unset"
+        )
+    return [row[seen].tolist() for row, seen in zip(input_ids, mask, strict=True)]
+
+
+def _for_row(processor: Any, index: int) -> Any:
+    """Bind a processor that holds something for every row of the batch to one row: it is called with that alone."""
+    name = type(processor).__name__
+    if not type(processor).__module__.startswith("transformers."):
+        return processor
+    own = copy.copy(processor)
+    if name == "PrefixConstrainedLogitsProcessor":
+        allowed = processor._prefix_allowed_tokens_fn
+        own._prefix_allowed_tokens_fn = lambda _, ids: allowed(index, ids)
+    elif name == "EncoderRepetitionPenaltyLogitsProcessor":
+        own.encoder_input_ids = processor.encoder_input_ids[index : index + 1]
+    elif name == "EncoderNoRepeatNGramLogitsProcessor":
+        own.generated_ngrams, own.batch_size = processor.generated_ngrams[index : index + 1], 1
+    elif name == "RepetitionPenaltyLogitsProcessor":
+        ignored = getattr(processor, "prompt_ignore_length", None)  # from 5.23: the padding of every row
+        if isinstance(ignored, torch.Tensor) and len(ignored) > 1:
+            own.prompt_ignore_length = ignored[index : index + 1]
+    return own
 
 
 def _refuse(config: Any, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
@@ -208,15 +280,10 @@ def _refuse(config: Any, model_kwargs: dict[str, Any], synced_gpus: bool) -> Non
         )
 
 
-def _as_ids(eos: Any) -> int | list[int] | None:
-    ids: int | list[int] | None = eos.tolist() if isinstance(eos, torch.Tensor) else eos
-    return ids
-
-
-def _result(config: Any, input_ids: Tensor, new: list[list[int]], eos: frozenset[int]) -> Any:
+def _result(config: Any, input_ids: Tensor, new: list[list[int]], eos: list[int]) -> Any:
     """Lay rows side by side, padded on the right, and wrap them as the generation config asks."""
     longest = max(len(tokens) for tokens in new)
-    pad = config.pad_token_id if config.pad_token_id is not None else min(eos, default=0)
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
     padded = [tokens + [pad] * (longest - len(tokens)) for tokens in new]
     sequences = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=1)
     if not config.return_dict_in_generate:

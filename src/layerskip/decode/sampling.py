@@ -228,9 +228,12 @@ def _pure(processor: Any) -> bool:
     return kind.__module__.startswith("transformers.") and kind.__name__ not in _STATEFUL
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise UserError for NaN logits [..., V]: a NaN would otherwise pass as the argmax."""
-    if logits.amax(-1).isnan().any():
+def check_finite(largest: Tensor) -> None:
+    """Raise UserError when a position's largest logit is NaN: it would otherwise pass as the argmax.
+
+    Shapes: [...]; `max` returns NaN when any of its inputs is.
+    """
+    if largest.isnan().any():
         raise UserError(
             "the model gave NaN logits",
             "its weights are damaged or overflow in this dtype: try --dtype float32 (or bfloat16 for float16)",

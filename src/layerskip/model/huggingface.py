@@ -7,12 +7,12 @@ wrong row of the table, or a new release that moves something, is an error and n
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from layerskip.errors import UserError
 from layerskip.model.cache import Cache, KVShape
@@ -314,19 +314,25 @@ def load(
 
     placement = {"device_map": device_map} if device_map is not None else {}
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
+        hf, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
             **placement,
         )
         hf = hf.eval() if device_map is not None else hf.to(device).eval()
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot load {path} as a causal language model: {error}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"not enough memory on {device} for the weights of {path}", "use a 16-bit --dtype"
         ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load {path} as a causal language model: {error}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of {type(hf).__name__}, the first is {missing[0]}",
+            "is the download complete, and config.json that of these weights?",
+        )
     return HuggingFaceStack(hf), hf

@@ -1,0 +1,60 @@
+"""What the documents say is true: commands exist, code runs, tables come from result files, links resolve."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from layerskip.cli import app
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_and_transcripts_of_the_readme_come_from_result_files():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.filled(README) == README, "run `python benchmarks/tables.py --write`"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_named_files_exist(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (path.parent / target).exists(), target
+    for name in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", text):
+        assert "*" in name or (ROOT / name).exists(), name
+
+
+def test_every_verb_and_option_in_the_readme_exists():
+    from typer.main import get_command
+
+    verbs = get_command(app).commands
+    for line in re.findall(r"^layerskip (.*)$", README, re.M):
+        verb, *rest = line.split()
+        known = {
+            option for parameter in verbs[verb].params for option in parameter.opts + parameter.secondary_opts
+        }
+        assert {word for word in rest if word.startswith("--")} <= known, line
+    assert {line.split()[0] for line in re.findall(r"^layerskip (.*)$", README, re.M)} == set(verbs)
+
+
+def test_the_python_blocks_of_the_readme_run(monkeypatch, tmp_path):
+    """On a tiny model in place of the built-in one."""
+    import layerskip
+    from layerskip.decode.language_model import LanguageModel
+    from layerskip.model.huggingface import HuggingFaceStack
+
+    model = tiny.random_model("llama", num_hidden_layers=8, vocab_size=260)
+    tokenizer = tiny.tokenizer()
+    lm = LanguageModel(HuggingFaceStack(model), tokenizer, hf=model)
+    monkeypatch.setattr(layerskip, "load", lambda name: lm, raising=False)
+    inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "max_new_tokens": 8}
+    names = {"hf_model": model, "tokenizer": tokenizer, "inputs": inputs}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(compile(block, "README.md", "exec"), names)
