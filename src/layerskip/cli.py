@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.display import err, out, print_contests, print_rounds, statistics_line
+from layerskip.display import err, out, print_contests, print_rounds, show, statistics_line
 from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def generate(
             line = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
             print(json.dumps({**line, "stats": result.stats}))
         else:
-            out.print(Text(result.text), Text(statistics_line(result.stats), style="dim"), "", sep="\n")
+            show(result.text + "\n")
+            err.print(Text(statistics_line(result.stats), style="dim"))
 
 
 @app.command()
@@ -167,6 +168,10 @@ def chat(
         policy=policy,
     )
     lm = _load(model, dtype, device)
+    if not lm.has_template:
+        raise UserError(
+            f"{model} has no chat template to talk through", "layerskip generate continues plain text"
+        )
     conversation = lm.chat(system=system, context=context, **options)
     err.print(Text(f"{model}: /reset, /stats, /exit; Ctrl-C stops an answer", style="dim"))
     while (line := _ask()) is not None:
@@ -302,13 +307,16 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | No
         return [line.content for line in read_prompts(batch_file)]
     if prompt_file is not None:
         try:
-            prompt = prompt_file.read_text(encoding="utf-8")
+            prompt = prompt_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {prompt_file}: {error}") from error
     elif prompt is None or prompt == "-":
         if sys.stdin.isatty():
             err.print(Text("reading the prompt from standard input; end with Ctrl-D", style="dim"))
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not text: {error}") from error
     if not prompt.strip():
         raise UserError(
             "the prompt is empty", 'layerskip generate MODEL "some text", --prompt-file, or a pipe'
@@ -336,6 +344,9 @@ def _ask() -> str | None:
     except KeyboardInterrupt:
         out.print()
         return ""
+    except UnicodeDecodeError as error:
+        err.print(Text(f"error: that line is not text: {error}", style="red"))
+        return ""
 
 
 def _chat_command(conversation: Any, command: str) -> None:
@@ -344,10 +355,11 @@ def _chat_command(conversation: Any, command: str) -> None:
         err.print(Text("forgotten", style="dim"))
     elif command == "/stats":
         last = conversation.last
-        line = "nothing yet" if last is None else statistics_line(last.stats)
-        computed = (
-            "" if last is None else f" · {sum(r.prompt_tokens for r in last.rounds)} of them computed anew"
-        )
-        err.print(Text(line + computed, style="dim"))
+        line = "nothing yet"
+        if last is not None:
+            computed = sum(round.prompt_tokens for round in last.rounds)
+            prompt = f"prompt of {last.stats['prompt_tokens']} tokens, {computed} computed anew"
+            line = f"{statistics_line(last.stats)} · {prompt}"
+        err.print(Text(line, style="dim"))
     else:
         err.print(Text(f"unknown command {command}: {nearest(command, ['/exit', '/reset', '/stats'])}"))

@@ -33,6 +33,8 @@ class PromptLine(BaseModel):
     def _one_of(self) -> PromptLine:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        if not (self.messages or (self.prompt or "").strip()):
+            raise ValueError("the prompt is empty")
         return self
 
     @property
@@ -49,7 +51,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
     Raises: UserError naming the line that cannot be used, or when there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts inside JSON strings too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     items = []

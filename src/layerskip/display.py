@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -29,11 +31,16 @@ def print_rounds(lm: LanguageModel, rounds: Iterable[Any], stop: Any) -> list[An
     try:
         for round in rounds:
             seen.append(round)
-            out.print(Text(stream.push(round.tokens[: round.accepted]), style=KEPT), end="")
-            out.print(Text(stream.push(round.tokens[round.accepted :])), end="")
+            show(stream.push(round.tokens[: round.accepted]), KEPT)
+            show(stream.push(round.tokens[round.accepted :]))
     finally:
-        out.print(Text(stream.finish()))
+        show(stream.finish() + "\n")
     return seen
+
+
+def show(text: str, style: str | None = None) -> None:
+    """Write a model's text as it is: rich's `Text` would turn its tabs into spaces and drop carriage returns."""
+    out.print(Segments([Segment(text, Style.parse(style) if style else None)]))
 
 
 def statistics_line(stats: dict[str, Any]) -> str:
@@ -44,6 +51,8 @@ def statistics_line(stats: dict[str, Any]) -> str:
         f"prefill {rate(prefill)}",
         f"decode {rate(stats['decode_tokens_per_s'])}",
     ]
+    if stats["mode"] == "early-exit":
+        parts.append(f"E {stats['exit_layer']}, not verified")
     if stats["drafted"]:
         parts.append(f"E {stats['exit_layer']}, K {stats['draft_length']}")
         parts.append(f"acceptance {share(stats['acceptance'])}")

@@ -30,14 +30,6 @@ PASSES, FAILS = 1e-4, 1e-6
 LARGEST = 1 - 2.0**-53  # the largest uniform below one
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def chi_square_tail(statistic: float, degrees: int) -> float:
     half = torch.tensor([degrees, statistic], dtype=torch.float64) / 2
     return float(torch.special.gammaincc(half[0], half[1])) if degrees else 1.0

@@ -37,14 +37,6 @@ EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 VOCAB = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # -- laws, against Hugging Face ------------------------------------------------------------------------------
 
 # A coarse grid makes ties, also at the borders of top-k and top-p; -inf is a token some processor forbade.
@@ -191,6 +183,13 @@ def test_a_draw_inverts_the_cdf_and_never_returns_a_token_of_probability_zero(ma
         assert cdf[token] - slack <= uniform * cdf[-1] <= cdf[token + 1] + slack
 
 
+def test_each_token_owns_the_uniforms_from_the_cdf_before_it_up_to_but_not_including_its_own():
+    law = torch.tensor([0.25, 0.0, 0.5, 0.25])
+    edges = [(0.0, 0), (0.25 - 2.0**-54, 0), (0.25, 2), (0.75 - 2.0**-53, 2), (0.75, 3), (LARGEST, 3)]
+    for uniform, token in edges:
+        assert int(draw(law, torch.tensor(uniform, dtype=torch.float64))) == token
+
+
 def test_a_float32_law_that_sums_to_less_than_one_still_has_no_gap_at_the_end():
     law = torch.full((3000,), 1 / 3000)
     law[-1] = 0.0
@@ -229,9 +228,6 @@ def test_seeds_rows_positions_and_purposes_all_have_their_own_uniforms():
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="seeds from 2**63 (all negative ones) are cast to float64 on the way to Philox"
-)
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_large_and_negative_seeds_have_their_own_uniforms():
     """A list of a key above 2**63 and a small row became float64: seeds -1, -2 and 0 gave one output."""
@@ -266,11 +262,11 @@ def test_nan_logits_are_refused_wherever_they_stand(place):
     logits = torch.zeros(2, VOCAB)
     logits[1, place] = torch.nan
     with pytest.raises(UserError, match="NaN"):
-        check_finite(logits)
+        check_finite(logits.max(-1).values)
 
 
 def test_forbidden_tokens_are_not_mistaken_for_nan():
-    check_finite(torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]]))
+    check_finite(torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]]).max(-1).values)
 
 
 # -- processors ----------------------------------------------------------------------------------------------
@@ -423,6 +419,20 @@ def test_greedy_speculation_equals_plain_decoding_under_a_processor(stack, proce
     assert generated(stack, processing, 0) == plain
 
 
+@pytest.mark.parametrize("shape", [Sampling(1.0), Sampling(0.8, top_k=5, top_p=0.9, repetition_penalty=1.5)])
+def test_a_draft_model_that_equals_the_target_has_every_draft_kept(shape):
+    """Both sides are shaped and processed alike, on the same prefixes: layers above the exit do nothing here."""
+    model = tiny.random_model("llama", seed=6, vocab_size=VOCAB, num_hidden_layers=3)
+    with torch.no_grad():
+        for branch in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+            branch.weight.zero_()
+    same = HuggingFaceStack(model)
+    processing = Processing(shape, (ForbidByCall(), hf.NoRepeatNGramLogitsProcessor(3)))
+    for seed in range(4):
+        done = rounds(same, processing, 4, seed=seed)
+        assert sum(round.drafted for round in done) == sum(round.accepted for round in done) > 12
+
+
 class EndsForGood:
     """A grammar: nothing may follow the end of the sequence."""
 
@@ -430,9 +440,6 @@ class EndsForGood:
         return torch.full_like(scores, -torch.inf) if EOS in input_ids[0] else scores
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserError, reason="the law after a drafted end of sequence is asked for"
-)
 def test_a_grammar_that_forbids_everything_after_the_end_is_never_asked_there(stack):
     """Plain decoding stops at EOS; verification computed the law of the position after a drafted one."""
     for seed in range(12):
@@ -442,7 +449,6 @@ def test_a_grammar_that_forbids_everything_after_the_end_is_never_asked_there(st
         assert EOS not in tokens[:-1]
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="a draft law without mass is taken for the target's")
 def test_a_constraint_outside_the_draft_vocabulary_does_not_stop_decoding(stack):
     """The target can satisfy it although no draft can: such a round has no drafts."""
 
@@ -454,7 +460,6 @@ def test_a_constraint_outside_the_draft_vocabulary_does_not_stop_decoding(stack)
     assert generated(stack, processing, 2, draft_ids=[0, 1, 2], max_new_tokens=4) == [6] * 4
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="the law after a rejected draft is asked for")
 def test_a_dead_end_behind_a_rejected_draft_does_not_stop_decoding(stack):
     """A processor with no token left after some prefix matters only where that prefix is committed."""
     plain = generated(stack, Processing(), 0)

@@ -56,9 +56,6 @@ class _Row:
     def budget(self) -> int:
         return len(self.request.prompt) + self.request.max_new_tokens - len(self.tokens)
 
-    def uniform(self, position: int, purpose: int) -> float:
-        return self.uniforms.at(self.request.index, position, purpose)
-
 
 class Engine:
     """Own one cache and serve its rows, one work item (a prefill chunk or a round) per `step`."""
@@ -272,31 +269,41 @@ class Engine:
                 return hidden[:, : index + 1]
             chosen = h[:, 0] if len(drawing) == len(active) else h[[at for at, _ in drawing], 0]
             logits = self.stack.logits(chosen, self.draft_head)  # [B', V or reduced]
-            active = [b for _, b in drawing]
-            for b, token in zip(active, self._propose(rows, active, states, logits), strict=True):
+            proposed = self._propose(rows, [b for _, b in drawing], states, logits)
+            for b, token in proposed.items():
                 rows[b].proposal.append(token)
                 inputs[b] = token
+            active = list(proposed)
             index += 1
+            if not active:
+                return hidden[:, :index]
 
     def _propose(
-        self, rows: list[_Row], active: list[int], states: list[tuple[Any, ...]], logits: Tensor
-    ) -> list[int]:
-        """Draw one draft for each active row from its draft law; `states` of the processors move on."""
+        self, rows: list[_Row], drawing: list[int], states: list[tuple[Any, ...]], logits: Tensor
+    ) -> dict[int, int]:
+        """Draw one draft for each row in `drawing`; `states` of the processors move on.
+
+        A row that is missing in the result ends its draft before this token: no token of the draft head is
+        allowed there, or a processor gave up on a prefix that the target may never reach. Where it is
+        reached, verification asks again and raises.
+        """
         head = self.draft_head
-        if all(rows[b].request.processing.plain_greedy for b in active):
+        if all(rows[b].request.processing.plain_greedy for b in drawing):
             best = logits.argmax(-1)
-            return (best if head is None else head.ids[best]).tolist()
+            return dict(zip(drawing, (best if head is None else head.ids[best]).tolist(), strict=True))
         if head is not None:
             logits = head.scatter(logits, self.stack.vocab_size)
-        proposed = []
-        for b, row_logits in zip(active, logits, strict=True):
+        proposed: dict[int, int] = {}
+        for b, row_logits in zip(drawing, logits, strict=True):
             row = rows[b]
             prefix = row.tokens + row.proposal
-            law, states[b] = row.request.processing.law_logits(row_logits, prefix, states[b])
+            try:
+                law, states[b] = row.request.processing.law_logits(row_logits, prefix, states[b])
+            except Exception:  # noqa: BLE001 - processors are the caller's code; see above
+                continue
             q = sampling.warp(law, row.request.processing.sampling)  # [V]
             row.laws.append(q)
-            uniform = torch.tensor(row.uniform(len(prefix), DRAFT), dtype=torch.float64, device=q.device)
-            proposed.append(int(sampling.draw(q, uniform)))
+            proposed[b] = int(sampling.draw(q, self._uniforms(row, [(len(prefix), DRAFT)])[0]))
         return proposed
 
     def _judge(self, rows: list[_Row], logits: Tensor) -> list[tuple[int, int]]:
@@ -317,21 +324,30 @@ class Engine:
         return verdicts
 
     def _judge_law(self, row: _Row, logits: Tensor) -> tuple[int, int]:
-        """Build the target's laws position by position, each seeing its own prefix, and accept."""
-        state, states, laws = row.state, [], []
+        """Accept draft by draft, building each target law only once its prefix is certain.
+
+        A law behind a rejected draft or an end of sequence is never asked for: processors may rightly have
+        no answer there.
+        """
         processing, n = row.request.processing, len(row.tokens)
-        for i, position_logits in enumerate(logits):
-            law, state = processing.law_logits(position_logits, row.tokens + row.proposal[:i], state)
-            laws.append(sampling.warp(law, processing.sampling))
-            states.append(state)
-        p = torch.stack(laws)  # [K'+1, V]
-        draft = torch.tensor(row.proposal, dtype=torch.long, device=p.device)
-        q = torch.stack(row.laws) if row.laws else p[:0]  # [K', V]
-        numbers = [row.uniform(n + i, KEEP) for i in range(len(draft))] + [row.uniform(n, NEXT)]
-        uniforms = torch.tensor(numbers, dtype=torch.float64, device=p.device)
-        kept, following = (int(x) for x in sampling.accept(draft, q, p, uniforms))
-        row.state = states[kept]
-        return kept, following
+        for i, token in enumerate([*row.proposal, None]):
+            law, row.state = processing.law_logits(logits[i], row.tokens + row.proposal[:i], row.state)
+            p = sampling.warp(law, processing.sampling)[None]  # [1, V]
+            if token is None:
+                return i, int(sampling.draw(p[0], self._uniforms(row, [(n, NEXT)])[0]))
+            draft, q = torch.tensor([token], device=p.device), row.laws[i][None]
+            uniforms = self._uniforms(row, [(n + i, KEEP), (n, NEXT)])
+            kept, following = sampling.accept(draft, q, p.expand(2, -1), uniforms)
+            if not kept:
+                return i, int(following)
+            if token in row.request.eos:
+                return i + 1, token  # the row ends with this draft; what follows is not committed
+        raise AssertionError("the last turn has returned")
+
+    def _uniforms(self, row: _Row, addresses: list[tuple[int, int]]) -> Tensor:
+        """Look up the row's numbers at (position, purpose) addresses, float64."""
+        numbers = [row.uniforms.at(row.request.index, *address) for address in addresses]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.stack.device)
 
     def _commit(self, row: _Row, draft: list[int], kept: int, following: int) -> tuple[list[int], str | None]:
         """Append what was accepted, cut at the first end of sequence, stop or budget; return it and the reason."""

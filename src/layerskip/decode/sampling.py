@@ -8,6 +8,7 @@ p exactly, whatever q was.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         allowed = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "temperature": (
+                self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
+                "0 (greedy), or from 1e-6 to 1e6",
+            ),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p < 1, "at least 0 (off) and below 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is off"),
@@ -84,7 +88,7 @@ def penalised(logits: Tensor, prefix: Sequence[int], penalty: float) -> Tensor:
 
     Shapes: [V] -> [V], a new tensor. Source: CTRL (arXiv 1909.05858), as in Hugging Face `generate`.
     """
-    seen = torch.tensor(sorted(set(prefix)), device=logits.device)
+    seen = torch.tensor(sorted(set(prefix)), dtype=torch.long, device=logits.device)
     scores = logits[seen]
     return logits.index_copy(0, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
@@ -156,7 +160,8 @@ class Uniforms:
         self.seed = seed % 2**64
 
     def at(self, row: int, position: int, purpose: int) -> float:
-        raw = np.random.Philox(counter=[position, purpose, 0, 0], key=[self.seed, row]).random_raw()
+        key = np.array([self.seed, row], dtype=np.uint64)  # a plain list would round large seeds to float64
+        raw = np.random.Philox(counter=[position, purpose, 0, 0], key=key).random_raw()
         return float(int(raw) >> 11) * 2.0**-53
 
 
@@ -183,6 +188,7 @@ class Processing:
     padding: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "processors", tuple(_flattened(self.processors)))
         for processor in self.processors:
             if (name := type(processor).__name__) in _REFUSED:
                 raise UserError(f"{name} cannot be used in speculation: {_REFUSED[name]}", "drop that option")
@@ -205,7 +211,7 @@ class Processing:
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Process the logits [V] of the position after `prefix`; return them with the next state.
 
-        Raises: UserError when every token is forbidden.
+        Raises: UserError when every token is forbidden or the processors give NaN; whatever they raise.
         """
         if self.sampling.repetition_penalty != 1:
             logits = penalised(logits, prefix, self.sampling.repetition_penalty)
@@ -223,18 +229,27 @@ class Processing:
         return logits, state
 
 
+def _flattened(processors: Iterable[Any]) -> Iterator[Any]:
+    """Open nested processor lists, so that each member is judged by its own class."""
+    for processor in processors:
+        if isinstance(processor, list):
+            yield from _flattened(processor)
+        else:
+            yield processor
+
+
 def _pure(processor: Any) -> bool:
     kind = type(processor)
     return kind.__module__.startswith("transformers.") and kind.__name__ not in _STATEFUL
 
 
 def check_finite(largest: Tensor) -> None:
-    """Raise UserError when a position's largest logit is NaN: it would otherwise pass as the argmax.
+    """Raise UserError when a position's largest logit is NaN or infinite: it would pass as the argmax.
 
     Shapes: [...]; `max` returns NaN when any of its inputs is.
     """
-    if largest.isnan().any():
+    if not largest.isfinite().all():
         raise UserError(
-            "the model gave NaN logits",
+            "the model gave NaN or infinite logits",
             "its weights are damaged or overflow in this dtype: try --dtype float32 (or bfloat16 for float16)",
         )

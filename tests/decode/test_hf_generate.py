@@ -1,0 +1,726 @@
+"""The Python face: inside `model.generate` of transformers, `layerskip.generate`, streams and conversations."""
+
+import copy
+import functools
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    NoRepeatNGramLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+
+import layerskip
+import tiny
+from layerskip import LanguageModel, UserError, custom_generate, custom_generate_with
+from layerskip.decode import language_model
+from layerskip.decode.language_model import stack_of
+from layerskip.decode.text import final_text
+
+L, NEW = tiny.NUM_LAYERS, 16
+ONE = torch.tensor([[5, 9, 20, 33]])
+RAGGED = torch.tensor([[0, 0, 0, 5, 9, 20], [5, 9, 20, 33, 7, 8], [0, 0, 0, 0, 0, 40]])  # 0 pads on the left
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.calibrated("llama")
+
+
+def masked(ids):
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def plain(model, ids=ONE, **options):
+    return model.generate(**masked(ids), **{"max_new_tokens": NEW, "do_sample": False, **options})
+
+
+def own(model, ids=ONE, generate=custom_generate, exit_layer=2, **options):
+    return plain(model, ids, custom_generate=generate, assistant_early_exit=exit_layer, **options)
+
+
+@functools.cache
+def greedy(padded=False):
+    """What `generate` says, without any option."""
+    return plain(tiny.calibrated("llama"), RAGGED if padded else ONE)
+
+
+# -- greedy output is that of `generate` ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
+def test_greedy_output_is_that_of_generate_for_a_single_row_and_a_padded_batch(family):
+    model = tiny.calibrated(family)
+    for ids in (ONE, RAGGED):
+        assert torch.equal(own(model, ids), plain(model, ids))
+
+
+def test_drafts_come_from_the_exit_and_num_assistant_tokens_is_their_number(model):
+    counters = stack_of(model).counters
+    for asked, drafted in ((3, 3), (6, 6), (None, 4), (20, 4)):  # transformers itself fills in 20
+        counters.reset()
+        assert torch.equal(own(model, num_assistant_tokens=asked), greedy())
+        assert counters.runs[2, L, drafted + 1] > 1
+    counters.reset()
+    assert torch.equal(own(model, generate=custom_generate_with(draft_length=12)), greedy())
+    assert counters.runs[2, L, 13] == 1
+
+
+def test_without_an_exit_layer_decoding_is_plain(model):
+    counters = stack_of(model).counters
+    counters.reset()
+    ids = model.generate(**masked(ONE), max_new_tokens=NEW, custom_generate=custom_generate)
+    assert torch.equal(ids, greedy())
+    assert counters.runs == {(0, L, 4): 1, (0, L, 1): NEW - 1}
+
+
+def ends():
+    """Tokens that end the rows of RAGGED, at different lengths and before the budget."""
+    new = greedy(padded=True)[:, RAGGED.shape[1] :]
+    return [new[0, 5].item(), new[1, 9].item(), new[2, 12].item()]
+
+
+def test_finished_rows_are_padded_as_in_generate(model):
+    for eos in (ends()[0], ends(), ends()[::-1]):
+        for pad in (0, None):  # without a pad token, the first eos id pads
+            wanted = plain(model, RAGGED, eos_token_id=eos, pad_token_id=pad)
+            assert (wanted.shape[1] < RAGGED.shape[1] + NEW) == isinstance(eos, list)
+            assert torch.equal(own(model, RAGGED, eos_token_id=eos, pad_token_id=pad), wanted)
+
+
+def test_the_end_of_sequence_of_the_generation_config_counts(model):
+    marked = copy.deepcopy(model)
+    for pad in (0, None):
+        marked.generation_config.eos_token_id, marked.generation_config.pad_token_id = ends(), pad
+        wanted = plain(marked, RAGGED)
+        assert wanted.shape[1] < RAGGED.shape[1] + NEW
+        assert torch.equal(own(marked, RAGGED), wanted)
+
+
+class ForbidMultiples(LogitsProcessor):
+    """A caller's processor: writes in place, and looks at the padded prefix."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, :: 2 + input_ids.shape[1] % 3] = -torch.inf
+        return scores
+
+
+def allowed_tokens(batch_id, ids):
+    """Other tokens for each row, and for each position of it."""
+    return [batch_id * 20 + (len(ids) * 7 + i) % 20 for i in range(5)]
+
+
+PROCESSING = {
+    "repetition penalty": {"repetition_penalty": 1.5},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "prompt penalty": {"encoder_repetition_penalty": 1.5},
+    "prompt n-grams": {"encoder_no_repeat_ngram_size": 1},
+    "minimum": {"min_new_tokens": 12},
+    "bad words": {"bad_words_ids": [[14], [31, 62], [51]]},
+    "forced end": {"forced_eos_token_id": 2, "eos_token_id": None},
+    "bias": {"sequence_bias": [[[62], 4.0], [[31, 14], 9.0]]},
+    "decay": {"exponential_decay_length_penalty": (5, 1.3)},
+    "suppressed": {"begin_suppress_tokens": [52, 14, 51], "suppress_tokens": [31]},
+    "a list": {"logits_processor": LogitsProcessorList([NoRepeatNGramLogitsProcessor(1), ForbidMultiples()])},
+    "a function": {"prefix_allowed_tokens_fn": allowed_tokens, "eos_token_id": None},
+    "several": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[14]]},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSING)
+def test_logits_processors_act_as_in_generate(model, name):
+    """Rows are processed one at a time, so a processor that holds something for each row is bound to its own."""
+    options, matters = {"eos_token_id": ends(), **PROCESSING[name]}, False
+    for ids in (ONE, RAGGED):
+        wanted = plain(model, ids, **options)
+        matters |= not torch.equal(wanted, plain(model, ids, eos_token_id=options["eos_token_id"]))
+        assert torch.equal(own(model, ids, **options), wanted)
+    assert matters
+
+
+class StopAfter(StoppingCriteria):
+    """Stop a row when it has `count` tokens of an even id."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids.ne(0) & input_ids.remainder(2).eq(0)).sum(1) >= self.count
+
+
+@pytest.mark.parametrize("count", [3, 6, 9])
+def test_stopping_criteria_stop_where_generate_stops(model, count):
+    criteria = StoppingCriteriaList([StopAfter(count)])
+    assert torch.equal(own(model, stopping_criteria=criteria), plain(model, stopping_criteria=criteria))
+    options = {"stopping_criteria": criteria, "eos_token_id": ends()}
+    assert torch.equal(own(model, RAGGED, **options), plain(model, RAGGED, **options))
+
+
+def test_a_callers_own_length_and_eos_criteria_replace_those_of_the_config(model):
+    """`generate` drops its own criterion of a kind when the caller brings one; ours were read from the config."""
+    token = greedy()[0, 10].item()
+    for criterion in (MaxLengthCriteria(9), MaxLengthCriteria(2), EosTokenCriteria(token)):
+        criteria = StoppingCriteriaList([criterion])
+        wanted = plain(model, stopping_criteria=criteria)
+        assert wanted.shape[1] < greedy().shape[1]
+        assert torch.equal(own(model, stopping_criteria=criteria), wanted)
+
+
+def test_criteria_without_an_end_of_sequence_are_refused_for_a_batch(model):
+    """`generate` then lets finished rows run on until all are finished, which nobody wants."""
+    with pytest.raises(UserError, match="without an end-of-sequence token"):
+        own(model, RAGGED, stopping_criteria=StoppingCriteriaList([StopAfter(3)]))
+
+
+def test_length_may_be_given_as_max_length_or_max_new_tokens_or_not_at_all(model):
+    for options in (
+        {"max_new_tokens": None, "max_length": 17},
+        {"max_new_tokens": None},
+        {"max_new_tokens": 1},
+    ):
+        for ids in (ONE, RAGGED):
+            assert torch.equal(own(model, ids, **options), plain(model, ids, **options))
+
+
+def test_an_inferred_mask_is_that_of_generate(model):
+    options = {"max_new_tokens": NEW, "custom_generate": custom_generate, "assistant_early_exit": 2}
+    assert torch.equal(model.generate(RAGGED, **options), greedy(padded=True))
+
+
+def test_a_dictionary_is_returned_when_asked_for(model):
+    outcome = own(model, RAGGED, return_dict_in_generate=True)
+    assert isinstance(outcome, GenerateDecoderOnlyOutput)
+    assert torch.equal(outcome.sequences, greedy(padded=True))
+
+
+# -- sampling ------------------------------------------------------------------------------------------------
+
+
+def test_sampling_is_repeatable_under_the_global_seed(model):
+    def draw(seed, **options):
+        torch.manual_seed(seed)
+        return own(model, RAGGED, do_sample=True, **options)
+
+    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    assert torch.equal(draw(1, **options), draw(1, **options))
+    assert not torch.equal(draw(1, **options), draw(2, **options))
+    assert torch.equal(draw(3, top_k=1), greedy(padded=True)), "the warpers reach both laws"
+
+
+def test_rows_of_one_prompt_are_drawn_apart_and_obey_the_law_of_generate():
+    """Third tokens of 200 rows, the second and third drafted, against the law computed by summing over paths."""
+    small = tiny.random_model("llama", vocab_size=8)
+    ids = torch.tensor([[3, 5]])
+    warper = TemperatureLogitsWarper(3.0)
+
+    @torch.no_grad()
+    def law(prefixes):
+        return warper(prefixes, small(prefixes).logits[:, -1]).softmax(-1)  # [N, 8]
+
+    paths = torch.cartesian_prod(torch.arange(8), torch.arange(8))  # [64, 2]
+    first = law(ids)[0]
+    second = law(torch.cat([ids.repeat(8, 1), torch.arange(8)[:, None]], 1))
+    third = law(torch.cat([ids.repeat(64, 1), paths], 1))
+    exact = ((first[:, None] * second).flatten()[:, None] * third).sum(0)
+    torch.manual_seed(0)
+    rows = own(small, ids.repeat(200, 1), do_sample=True, temperature=3.0, top_k=0, max_new_tokens=3)
+    seen = torch.bincount(rows[:, -1], minlength=8) / len(rows)
+    assert (seen - exact).abs().sum() / 2 < 0.12  # 200 draws of 8 values are expected about 0.07 away
+
+
+def test_several_return_sequences_need_plain_decoding(model):
+    """transformers itself refuses `num_return_sequences` with any assistant; without an exit it is honoured."""
+    options = {"do_sample": True, "num_return_sequences": 3}
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        own(model, **options)
+    rows = plain(model, custom_generate=custom_generate, **options)
+    assert rows.shape == (3, ONE.shape[1] + NEW)
+    assert not torch.equal(rows[0], rows[1])
+
+
+# -- what transformers does not pass on ----------------------------------------------------------------------
+
+
+class Recorder:
+    def __init__(self):
+        self.seen, self.ended = [], False
+
+    def put(self, value):
+        assert not self.ended
+        self.seen.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_sees_the_prompt_then_every_token_then_the_end(model):
+    streamer = Recorder()
+    ids = own(model, generate=custom_generate_with(streamer=streamer))
+    assert torch.equal(ids, greedy())
+    prompt, *rounds = streamer.seen
+    assert prompt == ONE.tolist()
+    assert [*itertools.chain(*rounds)] == ids[0, 4:].tolist()
+    assert max(map(len, rounds)) > 1, "rounds come whole"
+    assert streamer.ended
+
+
+def test_a_streamer_of_transformers_shows_the_text_of_its_own_decoding(texts):
+    ids = torch.tensor([texts.encode("hello")])
+    streamer = TextIteratorStreamer(texts.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    new = own(texts.hf, ids, custom_generate_with(streamer=streamer))[0, 5:]
+    assert "".join(streamer) == texts.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_streamer_shows_one_row_and_is_left_alone_by_refused_calls(model):
+    streamer = Recorder()
+    with pytest.raises(UserError, match="one row"):
+        own(model, RAGGED, custom_generate_with(streamer=streamer))
+    with pytest.raises(UserError, match="out of range"):
+        own(model, ONE, custom_generate_with(streamer=streamer), exit_layer=L)
+    assert streamer.seen == []
+
+
+def test_stop_strings_stop_where_those_of_transformers_stop(texts):
+    ids = torch.tensor([texts.encode("hello")])
+    text = texts.tokenizer.decode(plain(texts.hf, ids)[0, 5:])
+    readable = [text[at : at + 2] for at in range(len(text) - 1) if text[at : at + 2].isascii()]
+    for stop in (readable[0], readable[len(readable) // 2], readable):
+        bound = custom_generate_with(tokenizer=texts.tokenizer, stop_strings=stop)
+        wanted = plain(texts.hf, ids, tokenizer=texts.tokenizer, stop_strings=stop)
+        assert torch.equal(own(texts.hf, ids, bound), wanted)
+        assert wanted.shape[1] < 5 + NEW
+
+
+def test_stop_strings_need_a_tokenizer(model):
+    with pytest.raises(UserError, match="tokenizer"):
+        custom_generate_with(stop_strings=["x"])
+    with pytest.raises(ValueError, match="tokenizer"):  # given to `generate`, transformers says so
+        own(model, stop_strings=["x"])
+
+
+# -- what cannot be honoured ---------------------------------------------------------------------------------
+
+
+def filled_cache(model):
+    return model(ONE[:, :2], past_key_values=DynamicCache(config=model.config)).past_key_values
+
+
+REFUSED = {
+    "beams": {"num_beams": 2},
+    "scores": {"output_scores": True, "return_dict_in_generate": True},
+    "logits": {"output_logits": True, "return_dict_in_generate": True},
+    "attentions": {"output_attentions": True, "return_dict_in_generate": True},
+    "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "guidance": {"guidance_scale": 1.5},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "draft schedule": {"num_assistant_tokens_schedule": "heuristic"},
+    "confidence": {"assistant_confidence_threshold": 0.7},
+    "filled cache": {"past_key_values": filled_cache},
+    "positions": {"position_ids": torch.tensor([[3, 4, 5, 6]])},
+    "exit layer 0": {"assistant_early_exit": 0},
+    "exit layer -1": {"assistant_early_exit": -1},
+    "exit layer L": {"assistant_early_exit": L},
+    "exit layer L+1": {"assistant_early_exit": L + 1},
+    "draft length -1": {"num_assistant_tokens": -1},
+    "context": {"max_new_tokens": tiny.CONTEXT},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_options_that_cannot_be_honoured_are_refused(model, name):
+    options = {key: value(model) if callable(value) else value for key, value in REFUSED[name].items()}
+    with pytest.raises(UserError) as caught:
+        plain(model, custom_generate=custom_generate, **{"assistant_early_exit": 2, **options})
+    assert caught.value.hint
+    assert torch.equal(own(model), greedy()), "the next call is right"
+
+
+def test_embeddings_instead_of_tokens_are_refused(model):
+    embeds = model.get_input_embeddings()(ONE).detach()
+    for extra in ({}, {"input_ids": ONE}):
+        with pytest.raises(UserError, match="inputs_embeds"):
+            model.generate(
+                inputs_embeds=embeds, custom_generate=custom_generate, assistant_early_exit=2, **extra
+            )
+
+
+def test_only_padding_on_the_left_can_be_honoured(model):
+    for hidden in (3, 1):
+        mask = torch.ones_like(ONE)
+        mask[0, hidden] = 0
+        with pytest.raises(UserError, match="start of their row"):
+            model.generate(ONE, attention_mask=mask, custom_generate=custom_generate, assistant_early_exit=2)
+
+
+def test_a_model_in_training_mode_is_refused_and_then_accepted():
+    model = tiny.random_model("llama")
+    wanted = plain(model)
+    model.train()
+    with pytest.raises(UserError, match=r"model\.eval"):
+        own(model)
+    assert model.training
+    assert torch.equal(own(model.eval()), wanted)
+
+
+# -- the model is left as it was -----------------------------------------------------------------------------
+
+
+class Fails(LogitsProcessor):
+    calls = 0  # of the class: processors are copied, so that rejected drafts leave no trace in them
+
+    def __call__(self, input_ids, scores):
+        Fails.calls += 1
+        if Fails.calls == 5:
+            raise ZeroDivisionError("in the middle")
+        return scores
+
+
+def test_the_model_is_untouched_even_by_a_failure_in_the_middle():
+    model = tiny.random_model("llama")
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+    def looks():
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        return model.config.to_dict(), model.generation_config.to_dict(), model(ONE).logits.detach(), weights
+
+    config, generation_config, logits, weights = looks()
+    with pytest.raises(ZeroDivisionError):
+        own(model, logits_processor=LogitsProcessorList([Fails()]))
+    own(model)
+    after = looks()
+    assert after[:2] == (config, generation_config)
+    assert model.config.num_hidden_layers == len(model.model.layers) == L
+    assert torch.equal(after[2], logits)
+    assert all(torch.equal(after[3][name], value) for name, value in weights.items())
+    assert not model.training
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    model.train()(ONE, labels=ONE).loss.backward()  # nothing made in inference mode stayed in the model
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_model_that_moved_or_was_dropped_is_not_confused_with_its_stack():
+    model = tiny.random_model("llama")
+    assert stack_of(model) is stack_of(model)
+    assert torch.equal(own(model), plain(model))
+    model.double()
+    assert torch.equal(own(model), plain(model))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("exit_layer", [2, 4])
+def test_layers_offloaded_by_accelerate_decode_as_if_they_were_in_memory(model, tmp_path, exit_layer):
+    pytest.importorskip("accelerate")
+    model.save_pretrained(tmp_path)
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys([*parts, *(f"model.layers.{i}" for i in range(L))], "cpu")
+    places["model.layers.3"] = "disk"
+    kwargs = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    split = type(model).from_pretrained(tmp_path, **kwargs)
+    split.generation_config.eos_token_id = None
+    assert split.model.layers[3].mlp.up_proj.weight.device.type == "meta"
+    assert torch.equal(own(split, RAGGED, exit_layer=exit_layer), greedy(padded=True))
+
+
+def test_a_model_offloaded_whole_decodes_and_says_that_its_head_cannot_be_reduced(model):
+    accelerate = pytest.importorskip("accelerate")
+    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert torch.equal(own(away), greedy())
+    with pytest.raises(UserError, match="offloaded"):
+        layerskip.generate(away, [5, 9], mode="self-speculative", draft_vocab=16, max_new_tokens=4)
+
+
+# -- layerskip.generate and LanguageModel --------------------------------------------------------------------
+
+SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_length": 3}
+MESSAGES = [{"role": "user", "content": "hello"}]
+KEYS = ["mode", "exit_layer", "draft_length", "prompt_tokens", "new_tokens", "prefill_s", "decode_s"]
+KEYS += [
+    "decode_tokens_per_s",
+    "rounds",
+    "drafted",
+    "accepted",
+    "acceptance",
+    "tokens_per_round",
+    "layer_passes",
+]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A tiny language model that reads and writes bytes; its second exit agrees about half of the time."""
+    tokenizer = tiny.tokenizer()
+    model = tiny.random_model("llama", vocab_size=len(tokenizer))
+    gains, _ = tiny.residual_gains(model)
+    with torch.no_grad():
+        for gain in gains:
+            gain.mul_(0.1)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return LanguageModel(stack_of(model), tokenizer, hf=model)
+
+
+def test_generate_takes_a_model_in_memory_and_any_form_of_prompt(texts):
+    lm, tokenizer = texts, texts.tokenizer
+    ids = tokenizer.encode("hello")
+    alone = layerskip.generate(lm.hf, ids, max_new_tokens=NEW, **SPECULATIVE)
+    assert alone.tokens == plain(lm.hf, torch.tensor([ids]))[0, 5:].tolist()
+    assert (alone.text, alone.finish_reason) == ("", "length")
+    for prompt in ("hello", ids, torch.tensor(ids)):
+        got = layerskip.generate(lm.hf, prompt, tokenizer=tokenizer, max_new_tokens=NEW, **SPECULATIVE)
+        assert got.tokens == alone.tokens
+        assert got.text == final_text(tokenizer, got.tokens)
+        assert [token for round in got.rounds for token in round.tokens] == got.tokens
+    chats = [(MESSAGES, None), ("hello", True), ("user: hello<|im_end|>assistant: ", None)]
+    wrapped = [lm.generate(prompt, chat=chat, max_new_tokens=NEW) for prompt, chat in chats]
+    assert wrapped[0].tokens == wrapped[1].tokens == wrapped[2].tokens != alone.tokens
+
+
+def test_a_list_comes_back_in_input_order_whatever_the_batch_size(texts):
+    prompts = ["hello", MESSAGES, "a", [5, 9, 20], "how are you?", "x" * 30]
+    for sampling in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}):
+        alone = texts.generate(prompts, max_new_tokens=12, batch_size=1, **SPECULATIVE, **sampling)
+        for batch_size in (2, 50):
+            batch = texts.generate(
+                prompts, max_new_tokens=12, batch_size=batch_size, **SPECULATIVE, **sampling
+            )
+            assert [g.tokens for g in batch] == [g.tokens for g in alone]
+    assert [g.stats["prompt_tokens"] for g in alone] == [5, len(texts.encode(MESSAGES)), 1, 3, 12, 30]
+    assert texts.generate(["hello"], max_new_tokens=2)[0].stats["new_tokens"] == 2
+    rows = texts.generate(torch.tensor([[5, 9], [7, 8]]), max_new_tokens=3)
+    assert [len(g.tokens) for g in rows] == [3, 3]
+
+
+def test_statistics_have_exactly_these_keys_and_count_the_work_of_the_method(texts):
+    speculative = texts.generate("hello", max_new_tokens=NEW, **SPECULATIVE)
+    stats = speculative.stats
+    rounds = [round for round in speculative.rounds if round.source == "self-speculative"]
+    assert list(stats) == KEYS
+    assert (stats["mode"], stats["exit_layer"], stats["draft_length"]) == ("self-speculative", 2, 3)
+    assert (stats["prompt_tokens"], stats["new_tokens"], stats["rounds"]) == (5, NEW, len(rounds))
+    assert stats["layer_passes"] == sum((len(round.draft) + 1) * L for round in rounds)
+    assert stats["accepted"] == sum(round.accepted for round in rounds) == NEW - 1 - len(rounds)
+    assert stats["acceptance"] == stats["accepted"] / stats["drafted"]
+    assert stats["tokens_per_round"] == (NEW - 1) / len(rounds)
+    assert stats["decode_tokens_per_s"] == (NEW - 1) / stats["decode_s"]
+    assert stats["prefill_s"] > 0
+    ar = texts.generate("hello", max_new_tokens=NEW, mode="ar").stats
+    assert list(ar) == KEYS
+    assert (ar["exit_layer"], ar["draft_length"], ar["rounds"]) == (L, 0, NEW - 1)
+    assert (ar["drafted"], ar["acceptance"], ar["layer_passes"]) == (0, None, L * (NEW - 1))
+    early = texts.generate("hello", max_new_tokens=NEW, mode="early-exit", exit_layer=2).stats
+    assert (early["exit_layer"], early["draft_length"], early["layer_passes"]) == (2, 0, 2 * early["rounds"])
+    one = texts.generate("hello", max_new_tokens=1, **SPECULATIVE).stats
+    assert (one["new_tokens"], one["rounds"], one["tokens_per_round"], one["decode_s"]) == (1, 0, None, 0)
+
+
+def test_the_mode_follows_what_was_chosen(texts):
+    modes = [{}, {"exit_layer": 1}, {"draft_length": 2}, {"mode": "ar", "exit_layer": 1}]
+    chosen = [texts.generate("a", max_new_tokens=1, **options).stats["mode"] for options in modes]
+    assert chosen == ["ar", "self-speculative", "self-speculative", "ar"]
+
+
+def test_a_sampled_call_without_a_seed_follows_torchs_global_one(texts):
+    def draw():
+        return texts.generate("hello", temperature=1.0, max_new_tokens=12).tokens
+
+    torch.manual_seed(4)
+    first, second = draw(), draw()
+    torch.manual_seed(4)
+    assert [draw(), draw()] == [first, second]
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 5}, "max_new_tokens"),
+        ({"mode": "self-speculate"}, "self-speculative"),
+        ({"exit_layer": 0}, "out of range"),
+        ({"exit_layer": L}, "out of range"),
+        ({"draft_length": -1}, "negative"),
+        ({"max_new_tokens": 0}, "at least one"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"stop": [""]}, "stop string is empty"),
+        ({"policy": "dynamic"}, "fixed"),
+        ({"draft_vocab": "many"}, "number of tokens"),
+        ({"draft_vocab": 10_000, "exit_layer": 2}, "draft vocabulary"),
+    ],
+)
+def test_bad_options_are_user_errors(texts, options, message):
+    with pytest.raises(UserError, match=message):
+        texts.generate("hello", **options)
+
+
+@pytest.mark.parametrize("prompt", [[], "", [[]], "x" * 300, [300], [-1], None, [{"role": "user"}]])
+def test_bad_prompts_are_user_errors(model, texts, prompt):
+    lm = LanguageModel(stack_of(model)) if prompt == "" else texts
+    with pytest.raises(UserError):
+        lm.generate(prompt)
+
+
+# -- streams and conversations -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Weak references to all engines that are made."""
+    made = []
+
+    class Watched(language_model.Engine):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(language_model, "Engine", Watched)
+    return made
+
+
+def test_an_abandoned_stream_leaves_nothing_allocated_and_the_next_call_is_right(texts, engines):
+    wanted = texts.generate("hello", max_new_tokens=NEW, **SPECULATIVE)
+    stream = texts.stream("hello", max_new_tokens=NEW, **SPECULATIVE)
+    taken = [next(stream), next(stream)]
+    assert [r.tokens for r in taken] == [r.tokens for r in wanted.rounds[:2]]
+    engine = engines[-1]()
+    stream.close()
+    assert not engine.busy
+    assert engine.cache.lengths == [0]
+    assert not any(tensor.any() for tensor in (*engine.cache.keys, *engine.cache.values))
+    del engine, stream
+    gc.collect()
+    assert [engine() for engine in engines] == [None, None]
+    rounds = list(texts.stream("hello", max_new_tokens=NEW, **SPECULATIVE))
+    assert [token for round in rounds for token in round.tokens] == wanted.tokens
+
+
+def test_a_stream_refuses_at_once_and_takes_one_prompt(texts):
+    with pytest.raises(UserError, match="out of range"):
+        texts.stream("hello", exit_layer=L)  # before the first round is asked for
+    with pytest.raises(UserError, match="one prompt"):
+        texts.stream(["hello", "you"])
+
+
+def said(chat, text):
+    return [token for round in chat.send(text) for token in round.tokens]
+
+
+def computed(chat):
+    return sum(round.prompt_tokens for round in chat.last.rounds)
+
+
+@pytest.mark.parametrize("options", [{}, SPECULATIVE, {"mode": "early-exit", "exit_layer": 2}], ids=str)
+def test_a_second_turn_reuses_the_cache_and_answers_as_a_fresh_conversation(texts, options):
+    chat = texts.chat(system="be brief", max_new_tokens=12, **options)
+    turns = [{"role": "system", "content": "be brief"}]
+    for number, text in enumerate(["hello", "and you?", "why"]):
+        before = len(texts.encode(turns)) - len("assistant: ")
+        turns.append({"role": "user", "content": text})
+        fresh = texts.generate(turns, max_new_tokens=12, **options)
+        assert said(chat, text) == fresh.tokens
+        assert chat.last.text == fresh.text
+        assert chat.last.stats["prompt_tokens"] == len(texts.encode(turns))
+        if number:
+            assert computed(chat) < len(texts.encode(turns)) - before + 12 * 3
+        turns.append({"role": "assistant", "content": fresh.text})
+    assert chat.messages == turns
+
+
+def test_an_answer_abandoned_midway_stays_in_the_conversation(texts):
+    chat = texts.chat(max_new_tokens=20, **SPECULATIVE)
+    answer = chat.send("hello")
+    next(answer)
+    part = next(answer)
+    answer.close()
+    assert chat.messages[-1]["content"] == chat.last.text
+    assert chat.last.tokens[-len(part.tokens) :] == part.tokens
+    turns = [*chat.messages, {"role": "user", "content": "go on"}]
+    assert said(chat, "go on") == texts.generate(turns, max_new_tokens=20).tokens
+    assert computed(chat) < len(texts.encode(turns))
+
+
+def test_an_answer_abandoned_before_its_first_token_leaves_no_turn(texts):
+    chat = texts.chat(max_new_tokens=8)
+    answer = chat.send("x" * 100)
+    answer.close()  # never started
+    assert chat.messages == []
+    assert said(chat, "hello") == texts.generate(MESSAGES, max_new_tokens=8).tokens
+
+
+def test_a_message_sent_while_another_is_answered_is_refused(texts):
+    chat = texts.chat(max_new_tokens=20)
+    answer = chat.send("hello")
+    next(answer)
+    with pytest.raises(UserError, match="still generating"):
+        next(chat.send("hurry"))
+    first = [token for round in answer for token in round.tokens]
+    assert first == texts.generate(MESSAGES, max_new_tokens=20).tokens[1:]
+
+
+def test_a_conversation_that_was_reset_is_a_fresh_one(texts):
+    chat = texts.chat(system="be brief", max_new_tokens=8)
+    first = said(chat, "hello")
+    said(chat, "again")
+    chat.reset()
+    assert (chat.messages, chat.last) == ([{"role": "system", "content": "be brief"}], None)
+    assert said(chat, "hello") == first
+    assert computed(chat) == chat.last.stats["prompt_tokens"]
+
+
+def test_a_turn_that_does_not_fit_is_an_error_and_the_conversation_goes_on(texts):
+    chat = texts.chat(context=64, max_new_tokens=8)
+    said(chat, "hello")
+    before = list(chat.messages)
+    with pytest.raises(UserError, match="context is 64"):
+        said(chat, "x" * 70)
+    assert chat.messages == before
+    turns = [*before, {"role": "user", "content": "a"}]
+    assert said(chat, "a") == texts.generate(turns, max_new_tokens=8).tokens
+    assert computed(chat) < len(texts.encode(turns))
+
+
+def test_an_answer_that_fills_the_context_ends_there(texts):
+    chat = texts.chat(context=40, max_new_tokens=200, **SPECULATIVE)
+    said(chat, "hello")
+    assert chat.last.finish_reason == "length"
+    assert chat.last.stats["prompt_tokens"] + chat.last.stats["new_tokens"] <= 41
+
+
+def test_a_failing_answer_ends_its_row_and_the_conversation_goes_on(texts):
+    """A processor that forbids everything cancels the row: the next turn must start a new one."""
+
+    class ForbidAll(LogitsProcessor):
+        on = False
+
+        def __call__(self, input_ids, scores):
+            return scores.fill_(-torch.inf) if ForbidAll.on else scores
+
+    chat = texts.chat(max_new_tokens=8, logits_processor=[ForbidAll()])
+    said(chat, "hello")
+    before, ForbidAll.on = list(chat.messages), True
+    with pytest.raises(UserError, match="forbid every token"):
+        said(chat, "again")
+    assert chat.messages == before
+    ForbidAll.on = False
+    turns = [*before, {"role": "user", "content": "again"}]
+    assert said(chat, "again") == texts.generate(turns, max_new_tokens=8).tokens
