@@ -266,7 +266,13 @@ def test_nan_logits_are_refused_wherever_they_stand(place):
 
 
 def test_forbidden_tokens_are_not_mistaken_for_nan():
-    check_finite(torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]]).max(-1).values)
+    check_finite(torch.tensor([[0.0, -torch.inf], [-torch.inf, 1.0]]).max(-1).values)
+
+
+def test_a_model_that_allows_nothing_or_overflows_is_an_error():
+    for logits in ([-torch.inf, -torch.inf], [torch.inf, 0.0]):
+        with pytest.raises(UserError, match="infinite"):
+            check_finite(torch.tensor(logits).max(-1).values)
 
 
 # -- processors ----------------------------------------------------------------------------------------------
