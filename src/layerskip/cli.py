@@ -54,7 +54,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per 
 def main() -> None:
     """Run the command line; what a user caused is two lines on stderr and exit code 2."""
     try:
-        app()
+        app(prog_name="layerskip")
     except UserError as error:
         err.print(Text("error: ", style="bold red") + Text(error.message, style="default"))
         if error.hint:
@@ -169,8 +169,9 @@ def chat(
     )
     lm = _load(model, dtype, device)
     if not lm.has_template:
+        lacks = "tokenizer" if lm.tokenizer is None else "chat template"
         raise UserError(
-            f"{model} has no chat template to talk through", "layerskip generate continues plain text"
+            f"{model} has no {lacks}, so it cannot chat", "layerskip generate continues plain text"
         )
     conversation = lm.chat(system=system, context=context, **options)
     err.print(Text(f"{model}: /reset, /stats, /exit; Ctrl-C stops an answer", style="dim"))
@@ -183,7 +184,7 @@ def chat(
             try:
                 print_rounds(lm, conversation.send(line), options["stop"])
             except KeyboardInterrupt:
-                out.print()
+                pass  # the answer's line has been ended, and what was said stays
             except UserError as error:  # a turn that does not fit must not end the conversation
                 err.print(Text(f"error: {error}", style="red"))
 
@@ -275,6 +276,7 @@ def _load(model: str, dtype: str, device: str) -> LanguageModel:
         from layerskip.decode import language_model
 
         logging.disable_progress_bar()
+        logging.set_verbosity_error()  # what matters of its warnings, we raise
     return language_model.load(model, dtype=dtype, device=device)
 
 
@@ -311,10 +313,10 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | No
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {prompt_file}: {error}") from error
     elif prompt is None or prompt == "-":
-        if sys.stdin.isatty():
+        if sys.stdin and sys.stdin.isatty():
             err.print(Text("reading the prompt from standard input; end with Ctrl-D", style="dim"))
         try:
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.read() if sys.stdin else ""  # None where the shell closed it
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not text: {error}") from error
     if not prompt.strip():
@@ -337,9 +339,13 @@ def _stream(lm: LanguageModel, prompt: str, options: dict[str, Any]) -> None:
 
 def _ask() -> str | None:
     """Read one line; None at the end of input."""
+    if sys.stdin is None:
+        return None
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
+        if sys.stdin.isatty():
+            out.print()
         return None
     except KeyboardInterrupt:
         out.print()
@@ -359,7 +365,7 @@ def _chat_command(conversation: Any, command: str) -> None:
         if last is not None:
             computed = sum(round.prompt_tokens for round in last.rounds)
             prompt = f"prompt of {last.stats['prompt_tokens']} tokens, {computed} computed anew"
-            line = f"{statistics_line(last.stats)} · {prompt}"
+            line = f"{statistics_line(last.stats, computed)} · {prompt}"
         err.print(Text(line, style="dim"))
     else:
         err.print(Text(f"unknown command {command}: {nearest(command, ['/exit', '/reset', '/stats'])}"))

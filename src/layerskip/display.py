@@ -43,9 +43,10 @@ def show(text: str, style: str | None = None) -> None:
     out.print(Segments([Segment(text, Style.parse(style) if style else None)]))
 
 
-def statistics_line(stats: dict[str, Any]) -> str:
-    """Sum up a generation in a line; prefill and decode apart."""
-    prefill = stats["prompt_tokens"] / stats["prefill_s"] if stats["prefill_s"] else None
+def statistics_line(stats: dict[str, Any], prefilled: int | None = None) -> str:
+    """Sum up a generation in a line; prefill and decode apart. `prefilled`: prompt tokens computed, if not all."""
+    prefilled = stats["prompt_tokens"] if prefilled is None else prefilled
+    prefill = prefilled / stats["prefill_s"] if stats["prefill_s"] else None
     parts = [
         f"{stats['mode']}: {stats['new_tokens']} tokens",
         f"prefill {rate(prefill)}",
@@ -94,7 +95,7 @@ def print_contests(model: str, lm: LanguageModel, results: Sequence[Contest]) ->
             Text(
                 f"{model} has no trained exits yet: its early layers were never taught to predict, so most drafts "
                 "are rejected and self-speculation is slower than plain decoding here. What this shows is that "
-                "the output stays the same all the same.",
+                "the output is the same nevertheless.",
                 style="yellow",
             )
         )

@@ -284,7 +284,7 @@ class Engine:
         """Draw one draft for each row in `drawing`; `states` of the processors move on.
 
         A row that is missing in the result ends its draft before this token: no token of the draft head is
-        allowed there, or a processor gave up on a prefix that the target may never reach. Where it is
+        allowed there, or a constraint has no answer for a prefix that the target may never reach. Where it is
         reached, verification asks again and raises.
         """
         head = self.draft_head
@@ -299,7 +299,7 @@ class Engine:
             prefix = row.tokens + row.proposal
             try:
                 law, states[b] = row.request.processing.law_logits(row_logits, prefix, states[b])
-            except Exception:  # noqa: BLE001 - processors are the caller's code; see above
+            except (UserError, ValueError):  # ValueError: how transformers' constraints report a dead end
                 continue
             q = sampling.warp(law, row.request.processing.sampling)  # [V]
             row.laws.append(q)

@@ -145,7 +145,7 @@ def _generate(
     drafts = draft_length if draft_length is not None else asked
     plan = lm.plan(Options(mode=mode, exit_layer=config.assistant_early_exit, draft_length=drafts))
     sampling = Sampling(temperature=1.0) if config.do_sample else Sampling()  # warpers come as processors
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, ())) if config.do_sample else 0
     ends = _Ends(config, criteria, tokenizer, stops)
     if ends.asks and not ends.eos and len(input_ids) > 1:
         raise UserError(

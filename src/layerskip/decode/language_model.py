@@ -381,11 +381,10 @@ _stacks: WeakKeyDictionary[Any, HuggingFaceStack] = WeakKeyDictionary()
 def stack_of(hf_model: Any) -> HuggingFaceStack:
     """Wrap a model already in memory; its modules are used in place.
 
-    The parity check runs once per model, and again when it was moved or cast.
+    The parity check runs once per model, and again when it was moved, cast or changed.
     """
     known = _stacks.get(hf_model)
-    place = hf_model.get_input_embeddings().weight.device
-    if known is None or hf_model.training or (known.dtype, known.device) != (hf_model.dtype, place):
+    if known is None or not known.fits(hf_model):
         known = _stacks[hf_model] = HuggingFaceStack(hf_model)
     return known
 

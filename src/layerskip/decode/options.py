@@ -52,6 +52,8 @@ class Options:
             raise UserError(f"unknown mode {options.mode!r}", nearest(options.mode, MODES))
         if options.policy != "fixed":
             raise UserError(f"unknown policy {options.policy!r}", "known: fixed")
+        if options.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {options.max_new_tokens}", "ask for at least one new token")
         if options.batch_size < 1:
             raise UserError(f"batch_size is {options.batch_size}", "it must be at least 1")
         if not (options.draft_vocab == "off" or isinstance(options.draft_vocab, int)):

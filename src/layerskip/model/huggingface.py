@@ -96,10 +96,7 @@ class HuggingFaceStack(Stack):
         self.model_type = config.model_type
         self.family = FAMILIES.get(config.model_type, Family())
         try:
-            self.decoder = hf.get_submodule(self.family.decoder)
-            self.layers = list(getattr(self.decoder, self.family.layers))
-            self.rotary = getattr(self.decoder, self.family.rotary) if self.family.rotary else None
-            self.finish = [m for m in (getattr(self.decoder, name) for name in self.family.finish) if m]
+            self.decoder, self.layers, self.rotary, self.finish = _parts(hf, self.family)
         except AttributeError as error:
             raise UserError(
                 f"model type {config.model_type!r} is not supported: {error}", ADDING_A_MODEL
@@ -111,9 +108,7 @@ class HuggingFaceStack(Stack):
         self.vocab_size = self.head.weight.shape[0]
         self.context = _context(config)
         self.dtype = hf.dtype
-        self.device = hf.get_input_embeddings().weight.device
-        if self.device.type == "meta":  # offloaded by accelerate: its hooks take tokens from the CPU
-            self.device = torch.device("cpu")
+        self.device = _device(hf)
         self.eager = (
             hf.config._attn_implementation == "eager"
         )  # wants an additive mask, never the causal flag
@@ -122,6 +117,15 @@ class HuggingFaceStack(Stack):
         self.counters = Counters()
         self.kv_shapes = check_parity(self, hf)
         self.counters.reset()
+
+    def fits(self, hf: Any) -> bool:
+        """Whether this is still the stack of `hf`: nothing moved, cast, replaced or reconfigured since."""
+        _, layers, rotary, finish = _parts(hf, self.family)
+        ours = [self.table, self.head, self.rotary, *self.finish, *self.layers]
+        theirs = [hf.get_input_embeddings(), hf.get_output_embeddings(), rotary, *finish, *layers]
+        same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+        state = (hf.dtype, _device(hf), hf.config._attn_implementation == "eager")
+        return same and not hf.training and state == (self.dtype, self.device, self.eager)
 
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
         return self.family.embed(self.decoder, self.table, tokens, step.positions)
@@ -189,6 +193,20 @@ class HuggingFaceStack(Stack):
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         return Cache(self.kv_shapes, rows, capacity)
+
+
+def _parts(hf: Any, family: Family) -> tuple[Any, list[Any], Any, list[Any]]:
+    """Find decoder, layers, rotary module and finishing modules by the family's paths."""
+    decoder = hf.get_submodule(family.decoder)
+    rotary = getattr(decoder, family.rotary) if family.rotary else None
+    finish = [module for name in family.finish if (module := getattr(decoder, name)) is not None]
+    return decoder, list(getattr(decoder, family.layers)), rotary, finish
+
+
+def _device(hf: Any) -> torch.device:
+    """Where tokens go in; a table offloaded by accelerate takes them from the CPU through its hooks."""
+    device: torch.device = hf.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def refuse_unsupported(hf: Any) -> None:

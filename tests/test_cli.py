@@ -1,0 +1,473 @@
+"""The command line, in process, on a tiny checkpoint folder: what it prints, where, and how it fails."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from layerskip import cli
+from layerskip.display import KEPT, out, show, statistics_line
+from layerskip.model import cache
+
+L = tiny.NUM_LAYERS
+SPECULATIVE = ("--exit-layer", "2", "--draft-length", "3")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A checkpoint with a tokenizer and a chat template, whose second exit agrees about half of the time."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tokenizer = tiny.tokenizer()
+    model = tiny.random_model("llama", vocab_size=len(tokenizer))
+    gains, _ = tiny.residual_gains(model)
+    with torch.no_grad():
+        for gain in gains:
+            gain.mul_(0.1)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; returns exit code, stdout and stderr. `stdin` is a pipe, or None when closed."""
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["layerskip", *map(str, arguments)])
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        pipe = None if data is None else io.TextIOWrapper(io.BytesIO(data), "utf-8")
+        monkeypatch.setattr(sys, "stdin", pipe)
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """Call the command line with a mistake: two lines on stderr, exit code 2, nothing on stdout."""
+
+    def call(*arguments, stdin=""):
+        code, printed, message = run(*arguments, stdin=stdin)
+        assert code == 2, message
+        assert printed == ""
+        assert "Traceback" not in message
+        first, *hint = message.rstrip("\n").split("\n")
+        assert first.startswith("error: ")
+        assert len(hint) <= 1
+        return message
+
+    return call
+
+
+@pytest.fixture
+def one(run):
+    """Generate with --json; returns the only line's object."""
+
+    def call(*arguments, stdin=""):
+        code, printed, message = run("generate", *arguments, "--json", stdin=stdin)
+        assert code == 0, message
+        [line] = printed.splitlines()
+        return json.loads(line)
+
+    return call
+
+
+# -- generate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["ar", "early-exit", "self-speculative"])
+def test_json_is_one_line_with_exactly_these_keys(one, folder, mode):
+    got = one(folder, "hello", "--mode", mode, "--max-new-tokens", 12)
+    assert list(got) == ["text", "tokens", "finish_reason", "stats"]
+    assert (got["stats"]["mode"], got["finish_reason"], len(got["tokens"])) == (mode, "length", 12)
+    assert got["text"] == tiny.tokenizer().decode(got["tokens"], skip_special_tokens=True)
+
+
+def test_self_speculative_tokens_are_those_of_plain_decoding(one, folder):
+    plain = one(folder, "hello", "--mode", "ar", "--max-new-tokens", 32)
+    for exit_layer, draft_length in ((1, 3), (2, 5), (4, 0)):
+        options = ("--exit-layer", exit_layer, "--draft-length", draft_length)
+        assert one(folder, "hello", *options, "--max-new-tokens", 32)["tokens"] == plain["tokens"]
+    narrow = one(folder, "hello", *SPECULATIVE, "--draft-vocab", 90, "--max-new-tokens", 32)
+    assert narrow["tokens"] == plain["tokens"]
+    assert 0 < narrow["stats"]["acceptance"] < 1
+
+
+def test_the_prompt_comes_from_the_argument_a_file_or_standard_input(one, folder, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("héllo\n", encoding="utf-8")
+    wanted = one(folder, "héllo\n", "--max-new-tokens", 8)
+    assert one(folder, "--prompt-file", file, "--max-new-tokens", 8)["tokens"] == wanted["tokens"]
+    for arguments in ((), ("-",)):
+        got = one(folder, *arguments, "--max-new-tokens", 8, stdin="héllo\n")
+        assert got["tokens"] == wanted["tokens"]
+
+
+def test_a_prompt_is_wrapped_as_a_message_unless_told_otherwise(one, folder):
+    wrapped, bare = one(folder, "hello", "--max-new-tokens", 2), one(folder, "hello", "--no-chat")
+    assert wrapped["stats"]["prompt_tokens"] > bare["stats"]["prompt_tokens"] == len("hello")
+    written_out = one(folder, "user: hello<|im_end|>assistant: ", "--no-chat", "--max-new-tokens", 2)
+    assert written_out["tokens"] == wrapped["tokens"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_batch_file_gives_one_line_per_item_in_input_order(run, one, folder, tmp_path, size):
+    messages = [{"role": "user", "content": "and\u2028you?"}]  # a line separator to Python, not to JSON
+    items = [{"prompt": "hello", "task": "chat"}, {"messages": messages}, {"prompt": "a", "id": 7}]
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps(item, ensure_ascii=False) for item in items]
+    file.write_text("\ufeff" + "\r\n\n".join(lines) + "\n", encoding="utf-8")
+    arguments = ("--batch-file", file, "--batch-size", size, *SPECULATIVE, "--max-new-tokens", 10)
+    code, printed, _ = run("generate", folder, *arguments, "--json")
+    got = [json.loads(line) for line in printed.splitlines()]
+    texts = ("hello", "and\u2028you?", "a")
+    singles = [one(folder, text, "--mode", "ar", "--max-new-tokens", 10) for text in texts]
+    assert code == 0
+    assert [item["tokens"] for item in got] == [single["tokens"] for single in singles]
+    code, printed, message = run("generate", folder, *arguments)
+    assert printed == "".join(single["text"] + "\n" for single in singles)
+    assert [line.split(":")[0] for line in message.splitlines()] == ["self-speculative"] * 3
+
+
+def test_streamed_text_is_the_text_and_the_statistics_go_to_stderr(run, one, folder):
+    arguments = (folder, "hello", "--max-new-tokens", 40)
+    for options in (("--mode", "ar"), SPECULATIVE, ("--mode", "early-exit")):
+        wanted = one(*arguments, *options)
+        code, printed, message = run("generate", *arguments, *options)
+        assert (code, printed) == (0, wanted["text"] + "\n")
+        assert message.startswith(f"{wanted['stats']['mode']}: {len(wanted['tokens'])} tokens · prefill ")
+        assert message.count("\n") == 1
+    assert "E 1, not verified" in message
+    code, _, message = run("generate", *arguments, *SPECULATIVE)
+    assert all(part in message for part in ("E 2, K 3", "% ·", "tokens/round"))
+
+
+def test_the_prefill_rate_of_a_turn_counts_what_was_computed(one, folder):
+    """A second turn computes a few tokens of a long prompt; dividing the whole prompt by its time flattered it."""
+    stats = {**one(folder, "hello", "--max-new-tokens", 2)["stats"], "prompt_tokens": 50, "prefill_s": 0.5}
+    assert "prefill 100.0 tokens/s" in statistics_line(stats)
+    assert "prefill 20.0 tokens/s" in statistics_line(stats, prefilled=10)
+
+
+def test_text_is_shown_as_it_is_and_drafts_in_colour(monkeypatch, capsys):
+    """Rich's `Text` turned tabs into spaces and dropped carriage returns: a Makefile came out broken."""
+    text = "all:\n\tcc -c\r\n  [b]x[/b]  \x0c" + "y" * 300 + "\n"
+    show(text)
+    show("")
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(out, "_color_system", 1)  # a terminal with colours
+    show("draft", KEPT)
+    show("own")
+    assert capsys.readouterr().out == "\x1b[32mdraft\x1b[0mown"
+
+
+def test_a_stop_string_ends_the_text_before_it(run, one, folder):
+    whole = one(folder, "hello", "--max-new-tokens", 40)["text"]
+    stops = [whole[20:22], whole[30:32]]
+    got = one(folder, "hello", "--max-new-tokens", 40, "--stop", stops[1], "--stop", stops[0], *SPECULATIVE)
+    assert got["text"] == whole[: min(whole.index(stop) for stop in stops)]
+    assert got["finish_reason"] == "stop"
+    code, printed, _ = run("generate", folder, "hello", "--max-new-tokens", 40, "--stop", stops[0])
+    assert (code, printed) == (0, whole[: whole.index(stops[0])] + "\n")
+
+
+def test_sampling_is_repeatable_per_seed_and_shaped_by_its_flags(one, folder):
+    def tokens(*options):
+        return one(folder, "hello", "--max-new-tokens", 20, *SPECULATIVE, *options)["tokens"]
+
+    greedy, hot = tokens(), ("--temperature", 1.5)
+    assert tokens(*hot) == tokens(*hot, "--seed", 0) != tokens(*hot, "--seed", 1)
+    assert tokens(*hot) != greedy
+    for flags in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 0.999)):
+        assert tokens(*hot, *flags) == greedy
+    assert tokens("--repetition-penalty", 1.8) != greedy
+
+
+# -- chat ----------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_through_a_pipe(run, one, folder, tmp_path):
+    script = "hello\n/stats\n\nwhy\n/stats\n/rest\n/reset\n/stats\nhello\n/exit\nnever read\n"
+    options = (*SPECULATIVE, "--max-new-tokens", 8)
+    code, printed, message = run("chat", folder, "--system", "be brief", *options, stdin=script)
+    turns = [{"role": "system", "content": "be brief"}]
+    answers = []
+    for text in ("hello", "why"):
+        turns.append({"role": "user", "content": text})
+        file = tmp_path / "turns.jsonl"
+        file.write_text(json.dumps({"messages": turns}))
+        answers.append(one(folder, "--batch-file", file, "--max-new-tokens", 8))
+        turns.append({"role": "assistant", "content": answers[-1]["text"]})
+    first, second = (answer["text"] + "\n" for answer in answers)
+    assert (code, printed) == (0, first + second + first)
+    greeting, stats, again, unknown, reset, none = message.splitlines()
+    assert all(command in greeting for command in ("/reset", "/stats", "/exit"))
+    lengths = [answer["stats"]["prompt_tokens"] for answer in answers]
+    assert f"prompt of {lengths[0]} tokens, {lengths[0]} computed anew" in stats
+    computed = int(again.split(f"prompt of {lengths[1]} tokens, ")[1].split()[0])
+    assert computed <= lengths[1] - lengths[0]
+    assert unknown.startswith("unknown command /rest: did you mean '/reset'")
+    assert (reset, none) == ("forgotten", "nothing yet")
+
+
+def test_a_turn_that_does_not_fit_does_not_end_the_conversation(run, folder):
+    script = "hello\n" + "x" * 300 + "\nhello"
+    code, printed, message = run("chat", folder, "--context", 128, "--max-new-tokens", 4, stdin=script)
+    assert code == 0
+    assert "the context is 128" in message
+    assert "Traceback" not in message
+    assert len(printed.splitlines()) >= 2
+
+
+def test_a_closed_standard_input_is_an_empty_one(run, fails, folder):
+    assert "the prompt is empty" in fails("generate", folder, stdin=None)
+    code, printed, _ = run("chat", folder, stdin=None)
+    assert (code, printed) == (0, "")
+
+
+def test_input_that_is_not_text_is_an_error_and_no_traceback(run, fails, folder):
+    raw = b"hello\n\xff\xfe\n"
+    assert "standard input is not text" in fails("generate", folder, stdin=raw)
+    code, _, message = run("chat", folder, "--max-new-tokens", 2, stdin=raw)
+    assert code == 0
+    assert "not text" in message
+
+
+# -- models, env, demo ---------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_for_people_and_for_machines(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    code, printed, message = run("models", "--json")
+    assert (code, message) == (0, "")
+    [builtin] = json.loads(printed)
+    assert set(builtin) == {"name", "description", "licence", "download_bytes", "path"}
+    assert (builtin["name"], builtin["path"]) == ("smollm2-135m", None)
+    code, printed, _ = run("models")
+    assert code == 0
+    assert "smollm2-135m" in printed
+    assert "not downloaded yet" in printed
+
+
+def test_the_environment_is_shown_for_people_and_for_machines(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    code, printed, _ = run("env", "--json")
+    facts = json.loads(printed)
+    assert code == 0
+    assert facts["torch"] == torch.__version__
+    assert facts["cache folder"] == str(tmp_path)
+    code, printed, _ = run("env")
+    assert code == 0
+    assert all(key in printed for key in facts)
+
+
+def test_the_demo_gives_equality_before_speed(run, folder):
+    arguments = ("demo", folder, "--exit-layer", 2, "--draft-length", 3, "--max-new-tokens", 6)
+    monkey = {"code": "a", "chat": "b"}  # the real prompts do not fit the tiny context
+    from layerskip import demo
+
+    original, demo.PROMPTS = demo.PROMPTS, monkey
+    try:
+        code, printed, _ = run(*arguments, "--json")
+        record = json.loads(printed)
+        text_code, text, _ = run(*arguments)
+    finally:
+        demo.PROMPTS = original
+    assert (code, text_code) == (0, 0)
+    assert list(record) == ["model", "trained_exits", "equal", "prompts"]
+    assert (record["equal"], record["trained_exits"]) == (2, False)
+    assert [prompt["task"] for prompt in record["prompts"]] == ["code", "chat"]
+    assert all(prompt["speedup"] > 0 for prompt in record["prompts"])
+    assert record["prompts"][0]["self_speculative"]["exit_layer"] == 2
+    assert "equality: 2 of 2 outputs" in text
+    assert text.index("equality") < text.index("speed-up")
+    assert "E = 2 of 5 layers, K = 3, greedy, float32 on cpu" in text
+    assert "no trained exits" in text
+
+
+# -- bad input: exit code 2, a hint, no traceback ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--exit-layer", 0), f"choose one from 1 to {L - 1}"),
+        (("--exit-layer", L), f"choose one from 1 to {L - 1}"),
+        (("--exit-layer", L + 1), f"the model has {L} layers"),
+        (("--exit-layer", L, "--mode", "early-exit"), "out of range"),
+        (("--draft-length", -1), "--draft-length is 0 or more"),
+        (("--mode", "speculative"), "did you mean 'self-speculative'?"),
+        (("--dtype", "floaty32"), "did you mean 'float32'"),
+        (("--device", "cuda:17"), "try --device cpu"),
+        (("--device", "toaster"), "try --device cpu"),
+        (("--draft-vocab", "most"), "--draft-vocab is a number of tokens, or off"),
+        (("--draft-vocab", 0), "--draft-vocab a number from 1 to 259"),
+        (("--draft-vocab", 260), "--draft-vocab a number from 1 to 259"),
+        (("--policy", "dynamic"), "known: fixed"),
+        (("--max-new-tokens", 0), "at least one new token"),
+        (("--batch-size", 0), "at least 1"),
+        (("--temperature", -1), "temperature must be 0 (greedy)"),
+        (("--top-p", 0), "top_p must be above 0"),
+        (("--top-k", -1), "0 (off) or more"),
+        (("--min-p", 1), "min_p must be at least 0"),
+        (("--repetition-penalty", 0), "repetition_penalty must be above 0"),
+        (("--stop", ""), "stop string is empty"),
+        (("--prompt-file", "x.txt"), "give one source of prompts"),
+        (("--batch-file", "x.txt"), "give one source of prompts"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_says_what_would_be_right(fails, folder, arguments, expected):
+    assert expected in fails("generate", folder, "hello", *arguments)
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("chat",), ("demo",)], ids=lambda c: c[0])
+def test_an_unknown_model_is_an_error_with_a_suggestion(fails, command):
+    verb, *rest = command
+    message = fails(verb, "smollm2-135", *rest)
+    assert "no model 'smollm2-135'" in message
+    assert "did you mean 'smollm2-135m'?" in message
+
+
+@pytest.mark.parametrize("arguments", [("",), ("  \n",), ()])
+def test_an_empty_prompt_is_an_error(fails, folder, arguments):
+    assert "the prompt is empty" in fails("generate", folder, *arguments, stdin=" \n")
+
+
+def test_a_prompt_longer_than_the_context_is_an_error(fails, folder):
+    assert f"the model's context is {tiny.CONTEXT}" in fails("generate", folder, "x" * 300)
+
+
+def test_a_prompt_file_that_cannot_be_read_is_an_error(fails, folder, tmp_path):
+    assert "cannot read" in fails("generate", folder, "--prompt-file", tmp_path / "none.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "cannot read" in fails("generate", folder, "--prompt-file", tmp_path / "binary")
+    assert "cannot read" in fails("generate", folder, "--batch-file", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("hello", "line 3 is not JSON"),
+        ("{}", "line 3: "),
+        ('"hello"', "line 3: "),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "give either prompt or messages"),
+        ('{"messages": [{"role": "user"}]}', "line 3: messages.0.content"),
+        ('{"messages": []}', "the prompt is empty"),
+        ('{"prompt": " "}', "the prompt is empty"),
+    ],
+)
+def test_a_bad_batch_line_is_named(fails, folder, tmp_path, line, expected):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n\n' + line + "\n")
+    message = fails("generate", folder, "--batch-file", file)
+    assert expected in message
+    assert "line 3" in message
+
+
+def test_a_batch_file_without_prompts_is_an_error(fails, folder, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n")
+    assert "has no prompts" in fails("generate", folder, "--batch-file", file)
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "damaged")
+
+
+def test_a_folder_without_a_tokenizer_cannot_take_text(fails, damaged):
+    for file in damaged.glob("*token*"):
+        file.unlink()
+    (damaged / "chat_template.jinja").unlink()
+    for arguments in ((), ("--json",), ("--chat",), ("--stop", "x")):
+        assert "tokenizer" in fails("generate", damaged, "hello", *arguments)
+    assert "tokenizer" in fails("chat", damaged, stdin="hello\n")
+    assert "tokenizer" in fails("demo", damaged)
+
+
+def test_without_a_chat_template_text_is_continued_and_a_chat_refused(run, fails, damaged):
+    (damaged / "chat_template.jinja").unlink()
+    code, printed, _ = run("generate", damaged, "hello", "--max-new-tokens", 3, "--json")
+    assert code == 0
+    assert json.loads(printed)["stats"]["prompt_tokens"] == len("hello")
+    assert "no chat template" in fails("generate", damaged, "hello", "--chat")
+    assert "layerskip generate" in fails("chat", damaged, stdin="hello\n")
+
+
+def test_damaged_weights_are_an_error(fails, damaged):
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    assert "nan" in fails("generate", damaged, "hello").lower()
+    (damaged / "model.safetensors").write_bytes(b"not weights")
+    assert "cannot load" in fails("generate", damaged, "hello")
+    (damaged / "config.json").write_text("{")
+    assert "not valid JSON" in fails("generate", damaged, "hello")
+
+
+def test_a_pickled_checkpoint_is_refused_with_the_way_out(fails, damaged):
+    weights = load_file(damaged / "model.safetensors")
+    (damaged / "model.safetensors").unlink()
+    torch.save(weights, damaged / "pytorch_model.bin")
+    message = fails("generate", damaged, "hello")
+    assert "pytorch_model.bin" in message
+    assert "save_pretrained" in message
+
+
+def test_a_cache_that_does_not_fit_is_an_error_before_any_work(fails, folder, monkeypatch):
+    monkeypatch.setattr(cache, "available_bytes", lambda device: 20_000)
+    message = fails("generate", folder, "hello")
+    assert "not enough memory for the key/value cache" in message
+    assert "lower --max-new-tokens" in message
+
+
+@pytest.mark.parametrize("arguments", [("--frobnicate",), ("--exit-layer", "two"), ("--json", "a", "b")])
+def test_what_the_parser_refuses_is_exit_code_2_too(run, folder, arguments):
+    code, printed, message = run("generate", folder, "hello", *arguments)
+    assert (code, printed) == (2, "")
+    assert message.startswith("Usage: layerskip generate")
+    assert "Traceback" not in message
+
+
+def test_every_verb_explains_itself(run):
+    code, printed, _ = run("--help")
+    assert code == 0
+    for verb in ("generate", "chat", "models", "env", "demo"):
+        assert verb in printed
+        code, page, _ = run(verb, "--help")
+        assert code == 0
+        assert f"layerskip {verb}" in page.split("Usage:")[1].split("\n", 1)[1], "an example to copy"
+    code, printed, message = run()
+    assert code == 2
+    assert "Usage" in printed + message
+
+
+def test_a_real_process_leaves_with_code_2_and_no_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "from layerskip.cli import main; main()",
+        "generate",
+        str(tmp_path),
+        "hello",
+    ]
+    process = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    error, hint = process.stderr.splitlines()
+    assert error == f"error: {tmp_path} is not a checkpoint: it has no config.json"
+    assert hint.startswith("  name the folder")
