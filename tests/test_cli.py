@@ -347,7 +347,7 @@ def test_an_empty_prompt_is_an_error(fails, folder, arguments):
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(fails, folder):
-    assert f"the model's context is {tiny.CONTEXT}" in fails("generate", folder, "x" * 300)
+    assert f"the context is {tiny.CONTEXT}" in fails("generate", folder, "x" * 300)
 
 
 def test_a_prompt_file_that_cannot_be_read_is_an_error(fails, folder, tmp_path):

@@ -118,10 +118,10 @@ def generate(
     if batch_file is None and not as_json:
         _stream(lm, prompts[0], options)
         return
-    for result in lm.generate(prompts, **options):
+    for result in lm.each(prompts, **options):
         if as_json:
             line = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
-            print(json.dumps({**line, "stats": result.stats}))
+            print(json.dumps({**line, "stats": result.stats}), flush=True)
         else:
             show(result.text + "\n")
             err.print(Text(statistics_line(result.stats), style="dim"))

@@ -433,7 +433,7 @@ def test_a_model_that_moved_or_was_dropped_is_not_confused_with_its_stack():
 
 
 def replace_head(model):
-    model.set_output_embeddings(torch.nn.Linear(32, tiny.VOCAB, bias=False))
+    model.set_output_embeddings(torch.nn.Linear(32, tiny.VOCAB, bias=False).eval())
 
 
 def replace_layer(model):

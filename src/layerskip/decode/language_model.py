@@ -83,16 +83,20 @@ class LanguageModel:
         Exact: self-speculative output equals plain decoding (tests/test_lossless.py says in which sense).
         Raises: UserError for a request that cannot be honoured.
         """
-        options = Options.parse(keywords)
         prompts, single = _as_batch(prompt)
+        done = list(self.each(prompts, **keywords))
+        return done[0] if single else done
+
+    def each(self, prompts: Sequence[Any], **keywords: Any) -> Iterator[Generation]:
+        """Continue many prompts together, yielding each result, in input order, as soon as it is there."""
+        options = Options.parse(keywords)
         items = self._items(prompts, options)
-        if not items:
-            return []
         engine = self._engine(items, options, rows=min(options.batch_size, len(items)))
+        waiting = list(items)
         for item, round in _drive(engine, items):
             item.rounds.append(round)
-        done = [self._generation(item, options) for item in items]
-        return done[0] if single else done
+            while waiting and waiting[0].rounds and waiting[0].rounds[-1].finish_reason:
+                yield self._generation(waiting.pop(0), options)
 
     def stream(self, prompt: Any, **keywords: Any) -> Iterator[Round]:
         """Yield the rounds of one prompt as they happen; abandoning the iterator frees everything."""
@@ -174,18 +178,17 @@ class LanguageModel:
         return self._heads[size]
 
     def _engine(self, items: Sequence[_Item], options: Options, rows: int) -> Engine:
-        longest = max(len(item.request.prompt) for item in items)
         wanted = max(len(item.request.prompt) + item.request.max_new_tokens - 1 for item in items)
         context = self.stack.context or wanted
-        if longest > context:
-            raise UserError(
-                f"the prompt has {longest} tokens, the model's context is {context}", "shorten the prompt"
-            )
         engine = Engine(
             self.stack, rows=rows, capacity=max(1, min(wanted, context)), draft_head=self.draft_head(options)
         )
         for item in items:  # before any work: the last of many prompts may be the wrong one
-            engine.check(item.request)
+            try:
+                engine.check(item.request)
+            except UserError as error:
+                where = f"prompt {item.request.index + 1} of {len(items)}: " if len(items) > 1 else ""
+                raise UserError(where + error.message, error.hint) from None
         return engine
 
     def _generation(self, item: _Item, options: Options) -> Generation:
@@ -301,8 +304,10 @@ class Chat:
 
 
 def seeded(options: Options) -> Options:
-    """Fix the seed of a call: the given one, or a draw from torch's global generator."""
-    return options if options.seed is not None else replace(options, seed=int(torch.randint(2**62, ())))
+    """Fix the seed of a call: the given one, or, when sampling, a draw from torch's global generator."""
+    if options.seed is not None:
+        return options
+    return replace(options, seed=int(torch.randint(2**62, ())) if options.temperature else 0)
 
 
 def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
@@ -364,8 +369,9 @@ def load(
     from transformers import AutoTokenizer
 
     chosen = resolve_device(device)
+    kind = resolve_dtype(dtype, chosen)
     path = hub.resolve(str(name), progress=progress)
-    model, hf = stack.load(path, dtype=resolve_dtype(dtype, chosen), device=chosen, device_map=device_map)
+    model, hf = stack.load(path, dtype=kind, device=chosen, device_map=device_map)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError):

@@ -7,6 +7,7 @@ wrong row of the table, or a new release that moves something, is an error and n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,11 @@ class HuggingFaceStack(Stack):
         theirs = [hf.get_input_embeddings(), hf.get_output_embeddings(), rotary, *finish, *layers]
         same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
         state = (hf.dtype, _device(hf), hf.config._attn_implementation == "eager")
-        return same and not hf.training and state == (self.dtype, self.device, self.eager)
+        return (
+            same
+            and not any(m.training for m in hf.modules())
+            and state == (self.dtype, self.device, self.eager)
+        )
 
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
         return self.family.embed(self.decoder, self.table, tokens, step.positions)
@@ -231,7 +236,7 @@ def refuse_unsupported(hf: Any) -> None:
         raise UserError(
             f"{kind!r} has layers of a kind whose state cannot be rolled back ({what})", ADDING_A_MODEL
         )
-    if hf.training:
+    if any(module.training for module in hf.modules()):
         raise UserError(
             "the model is in training mode: dropout would change its output", "call model.eval() first"
         )
@@ -316,7 +321,12 @@ def check_parity(stack: HuggingFaceStack, hf: Any) -> list[KVShape]:
 def _compare(stack: HuggingFaceStack, ours: Tensor, reference: Tensor, what: str) -> None:
     scale = reference.abs().max().item()
     difference = (ours - reference).abs().max().item()
-    if not difference <= PARITY.get(stack.dtype, 1e-4) * max(scale, 1e-6):  # also catches NaN
+    if not math.isfinite(scale):
+        raise UserError(
+            "the model gives NaN or infinite logits: its weights are damaged, or overflow in this dtype",
+            "download it again, or try --dtype float32",
+        )
+    if not difference <= PARITY.get(stack.dtype, 1e-4) * max(scale, 1e-6):  # also catches our own NaN
         raise UserError(
             f"model type {stack.model_type!r} fails the parity check: {what} give logits that differ "
             f"from the model's own by {difference:.3g} (their largest is {scale:.3g})",
