@@ -307,7 +307,7 @@ def test_the_demo_gives_equality_before_speed(run, folder):
         (("--exit-layer", L), f"choose one from 1 to {L - 1}"),
         (("--exit-layer", L + 1), f"the model has {L} layers"),
         (("--exit-layer", L, "--mode", "early-exit"), "out of range"),
-        (("--draft-length", -1), "--draft-length is 0 or more"),
+        (("--draft-length", -1), "it must be 0 or more"),
         (("--mode", "speculative"), "did you mean 'self-speculative'?"),
         (("--dtype", "floaty32"), "did you mean 'float32'"),
         (("--device", "cuda:17"), "try --device cpu"),

@@ -131,10 +131,10 @@ class Engine:
         exit_layer = layers if request.exit_layer is None else request.exit_layer
         early = request.draft_length > 0 or request.believe
         if not 1 <= exit_layer <= (layers - 1 if early else layers):
-            allowed = f"choose --exit-layer from 1 to {layers - 1} (the model has {layers} layers)"
+            allowed = f"choose an exit layer from 1 to {layers - 1} (the model has {layers} layers)"
             raise UserError(f"exit layer {exit_layer} is out of range", allowed)
         if request.draft_length < 0:
-            raise UserError(f"draft length {request.draft_length} is negative", "--draft-length is 0 or more")
+            raise UserError(f"draft length {request.draft_length} is negative", "it must be 0 or more")
         if request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {request.max_new_tokens}", "ask for at least one new token")
         if length == 0:
@@ -143,9 +143,10 @@ class Engine:
             raise UserError(
                 f"the prompt has {length} tokens, the context is {self.cache.capacity}", "shorten the prompt"
             )
-        if (largest := max(request.prompt)) >= self.stack.vocab_size or min(request.prompt) < 0:
+        strange = next((t for t in request.prompt if not 0 <= t < self.stack.vocab_size), None)
+        if strange is not None:
             raise UserError(
-                f"the prompt has token {largest}, the vocabulary ends at {self.stack.vocab_size - 1}",
+                f"the prompt has token {strange}, the vocabulary ends at {self.stack.vocab_size - 1}",
                 "was it encoded by another model's tokenizer?",
             )
 

@@ -24,7 +24,7 @@ from layerskip.decode.language_model import LanguageModel, stack_of
 from layerskip.decode.options import Options
 from layerskip.decode.round import Request
 from layerskip.decode.sampling import Processing, Sampling
-from layerskip.decode.text import StopStrings
+from layerskip.decode.text import StopStrings, split_stops
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -203,7 +203,8 @@ class _Ends:
         lengths, eos = kinds.values()
         self.max_length: int = min((c.max_length for c in lengths), default=config.max_length)
         self.eos: list[int] = [token for c in eos for token in c.eos_token_id.tolist()]
-        self.tokenizer, self.stops = tokenizer, stops
+        self.tokenizer, (self.stops, named) = tokenizer, split_stops(tokenizer, stops)
+        self.eos += sorted(named)
 
     @property
     def asks(self) -> bool:

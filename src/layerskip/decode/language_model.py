@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from layerskip.model.checkpoint import Facts
     from layerskip.model.stack import Stack
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -91,6 +93,8 @@ class LanguageModel:
         """Continue many prompts together, yielding each result, in input order, as soon as it is there."""
         options = Options.parse(keywords)
         items = self._items(prompts, options)
+        if not items:
+            return
         engine = self._engine(items, options, rows=min(options.batch_size, len(items)))
         waiting = list(items)
         for item, round in _drive(engine, items):
@@ -141,19 +145,14 @@ class LanguageModel:
         """Build the engine's request for one prompt. Raises: UserError when its options cannot be honoured."""
         plan = self.plan(options)
         assert options.seed is not None, "the seed is drawn once per call"
-        if options.stops and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer", "pass tokenizer=, or end on eos_token_id")
-        # The text never shows special tokens, so a stop that names one ends the sequence by its id.
-        named = {stop for stop in options.stops if stop in self.tokenizer.all_special_tokens}
-        strings = [stop for stop in options.stops if stop not in named]
+        strings, ends = texts.split_stops(self.tokenizer, options.stops)
         return Request(
             prompt=self.encode(prompt, options.chat),
             max_new_tokens=options.max_new_tokens,
             exit_layer=plan.exit_layer,
             draft_length=plan.draft_length,
             believe=plan.believe,
-            eos=self.eos_ids(options)
-            | set(self.tokenizer.convert_tokens_to_ids(sorted(named)) if named else ()),
+            eos=self.eos_ids(options) | ends,
             processing=options.processing,
             seed=options.seed,
             index=index,
@@ -261,6 +260,8 @@ class Chat:
         self.plan = lm.plan(options)
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._system)
+        if context is not None and context < 1:
+            raise UserError(f"context is {context}", "give a number of tokens, at least 1")
         capacity = min(filter(None, (context, lm.stack.context)), default=4096)
         self.engine = Engine(lm.stack, rows=1, capacity=capacity, draft_head=lm.draft_head(options))
         self._row: int | None = None
@@ -314,9 +315,11 @@ def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     """Tell one prompt from a list of prompts: one is text, a list of messages, or token ids."""
     if isinstance(prompt, torch.Tensor):
         return ([prompt], True) if prompt.dim() == 1 else (list(prompt), False)
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], (int, Mapping))):
+    if isinstance(prompt, str):
         return [prompt], True
     if isinstance(prompt, Sequence):
+        if prompt and isinstance(prompt[0], (int, Mapping)):
+            return [prompt], True
         if not prompt:
             raise UserError("the prompt is empty", "give text, messages, token ids, or a list of them")
         return list(prompt), False
@@ -368,14 +371,25 @@ def load(
     """
     from transformers import AutoTokenizer
 
+    if not isinstance(name, (str, PathLike)):
+        raise UserError(
+            f"load takes a name or folder, got {type(name).__name__}",
+            "for a model in memory: layerskip.generate(hf_model, ...)",
+        )
     chosen = resolve_device(device)
     kind = resolve_dtype(dtype, chosen)
     path = hub.resolve(str(name), progress=progress)
     model, hf = stack.load(path, dtype=kind, device=chosen, device_map=device_map)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None  # token ids still work; text then says what is missing
+    tokenizer = None  # token ids still work; text then says what is missing
+    if any(
+        (path / file).exists() for file in TOKENIZER_FILES
+    ):  # else transformers would make up an empty one
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"cannot read the tokenizer of {path}: {error}", "add its tokenizer.json"
+            ) from error
     lm = LanguageModel(model, tokenizer, path, hf)
     lm.facts = checkpoint.facts_of(hf.config, str(name))
     return lm
@@ -389,6 +403,11 @@ def stack_of(hf_model: Any) -> HuggingFaceStack:
 
     The parity check runs once per model, and again when it was moved, cast or changed.
     """
+    if not isinstance(hf_model, torch.nn.Module):
+        raise UserError(
+            f"expected a Hugging Face model in memory, got {type(hf_model).__name__}",
+            "for a name or folder: layerskip.load(name).generate(...)",
+        )
     known = _stacks.get(hf_model)
     if known is None or not known.fits(hf_model):
         known = _stacks[hf_model] = HuggingFaceStack(hf_model)

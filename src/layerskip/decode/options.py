@@ -52,13 +52,27 @@ class Options:
             raise UserError(f"unknown mode {options.mode!r}", nearest(options.mode, MODES))
         if options.policy != "fixed":
             raise UserError(f"unknown policy {options.policy!r}", "known: fixed")
+        options._check_types()
         if options.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {options.max_new_tokens}", "ask for at least one new token")
         if options.batch_size < 1:
             raise UserError(f"batch_size is {options.batch_size}", "it must be at least 1")
-        if not (options.draft_vocab == "off" or isinstance(options.draft_vocab, int)):
+        if not (options.draft_vocab == "off" or type(options.draft_vocab) is int):
             raise UserError(f"draft_vocab is {options.draft_vocab!r}", "give a number of tokens, or off")
         return options
+
+    def _check_types(self) -> None:
+        whole = ("exit_layer", "draft_length", "max_new_tokens", "top_k", "seed", "batch_size")
+        real = ("temperature", "top_p", "min_p", "repetition_penalty")
+        for names, kinds, wanted in ((whole, (int,), "a whole number"), (real, (int, float), "a number")):
+            for name in names:
+                value = getattr(self, name)
+                unset = value is None and name in ("exit_layer", "draft_length", "seed")
+                if not unset and (isinstance(value, bool) or not isinstance(value, kinds)):
+                    raise UserError(f"{name} is {value!r}", f"give {wanted}")
+        for name in ("stop", "logits_processor"):
+            if getattr(self, name) is None:
+                raise UserError(f"{name} is None", "leave it out, or give a list")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -86,7 +100,7 @@ class Options:
         draft_length = self.draft_length if self.draft_length is not None else facts.draft_length
         draft_length = DEFAULT_DRAFT_LENGTH if draft_length is None else draft_length
         if draft_length < 0:
-            raise UserError(f"draft length {draft_length} is negative", "--draft-length is 0 or more")
+            raise UserError(f"draft length {draft_length} is negative", "it must be 0 or more")
         return Plan(mode, exit_layer, draft_length if mode == "self-speculative" else 0)
 
 

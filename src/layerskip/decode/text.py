@@ -234,6 +234,23 @@ def _checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
     return strings
 
 
+def split_stops(
+    tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str]
+) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Separate stops that are text from special tokens, which text never shows: those end a row by their id.
+
+    Raises: UserError for an empty stop string, or without a tokenizer.
+    """
+    strings = _checked_stop(stop)
+    if not strings:
+        return (), frozenset()
+    if tokenizer is None:
+        raise UserError("stop strings need a tokenizer", "pass tokenizer=, or end on eos_token_id")
+    special = set(tokenizer.all_special_tokens)
+    ids = tokenizer.convert_tokens_to_ids([string for string in strings if string in special])
+    return tuple(string for string in strings if string not in special), frozenset(ids)
+
+
 def _earliest_stop(text: str, stop: Sequence[str]) -> int | None:
     return min((at for string in stop if (at := text.find(string)) >= 0), default=None)
 

@@ -50,12 +50,24 @@ def facts_of(config: Any, name: str = "") -> Facts:
     for key in entry:
         if key not in known:
             raise UserError(f"config.json: unknown key layerskip.{key}", nearest(key, known))
-    facts = Facts(**{**entry, "exits": tuple(entry.get("exits") or ())})
     layers = config.get_text_config().num_hidden_layers
-    for exit_layer in (*facts.exits, *([facts.exit_layer] if facts.exit_layer is not None else [])):
-        if not isinstance(exit_layer, int) or not 1 <= exit_layer <= layers:
-            raise UserError(f"config.json: layerskip names exit {exit_layer}, the model has {layers} layers")
-    return facts
+    exits, default, drafts = entry.get("exits") or [], entry.get("exit_layer"), entry.get("draft_length")
+    for exit_layer in [
+        *(exits if isinstance(exits, list) else [exits]),
+        *([] if default is None else [default]),
+    ]:
+        if type(exit_layer) is not int or not 1 <= exit_layer < layers:
+            raise UserError(
+                f"config.json: layerskip names exit {exit_layer!r}, the model has {layers} layers",
+                f"exits are whole numbers from 1 to {layers - 1}; exits is a list of them",
+            )
+    if drafts is not None and (type(drafts) is not int or drafts < 0):
+        raise UserError(
+            f"config.json: layerskip.draft_length is {drafts!r}", "it is a whole number, 0 or more"
+        )
+    if not isinstance(entry.get("draft_vocab", ""), (str, type(None))):
+        raise UserError(f"config.json: layerskip.draft_vocab is {entry['draft_vocab']!r}", "it names a file")
+    return Facts(**{**entry, "exits": tuple(exits if isinstance(exits, list) else [exits])})
 
 
 def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:

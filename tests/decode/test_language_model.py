@@ -1,0 +1,72 @@
+"""The Python face refuses what a newcomer would try, and says what to do instead."""
+
+import pytest
+
+import layerskip
+import tiny
+from layerskip.decode.language_model import LanguageModel
+from layerskip.errors import UserError
+from layerskip.model.huggingface import HuggingFaceStack
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model = tiny.random_model("llama", vocab_size=260)
+    return LanguageModel(HuggingFaceStack(model), tiny.tokenizer(), hf=model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exit_layer": "six"}, "exit_layer is 'six'"),
+        ({"draft_length": 2.5}, "draft_length is 2.5"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"draft_vocab": True}, "draft_vocab is True"),
+        ({"stop": None}, "stop is None"),
+        ({"max_tokens": 4}, "unknown option 'max_tokens'"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_a_user_error(lm, options, message):
+    with pytest.raises(UserError, match=message):
+        lm.generate("hello", **options)
+
+
+def test_a_model_and_a_name_are_told_apart(lm):
+    with pytest.raises(UserError, match="expected a Hugging Face model"):
+        layerskip.generate("smollm2-135m", "hello")
+    with pytest.raises(UserError, match="load takes a name"):
+        layerskip.load(lm.hf)
+    with pytest.raises(UserError, match="cannot read a prompt of type int"):
+        lm.generate(123)
+
+
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(tmp_path):
+    """transformers makes up an empty tokenizer there, and every text encodes to nothing."""
+    tiny.random_model("qwen2").save_pretrained(tmp_path)
+    lm = layerskip.load(tmp_path, device="cpu")
+    assert lm.tokenizer is None
+    assert len(lm.generate([3, 4], max_new_tokens=2).tokens) == 2
+    with pytest.raises(UserError, match="no tokenizer"):
+        lm.generate("hello", max_new_tokens=2)
+
+
+def test_a_stop_that_names_a_special_token_ends_by_its_id(lm):
+    plain = lm.generate([5, 6], max_new_tokens=40, eos_token_id=[]).tokens
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(plain[3])]})
+    stop = tokenizer.convert_ids_to_tokens(plain[3])
+    special = LanguageModel(lm.stack, tokenizer, hf=lm.hf)
+    wanted = plain[: plain.index(plain[3]) + 1]
+    assert special.generate([5, 6], max_new_tokens=40, eos_token_id=[], stop=stop).tokens == wanted
+
+
+def test_no_prompts_give_no_results_and_a_context_must_be_positive(lm):
+    assert list(lm.each([])) == []
+    with pytest.raises(UserError, match="context is -5"):
+        lm.chat(context=-5)
+
+
+def test_a_negative_token_is_named(lm):
+    with pytest.raises(UserError, match="token -1"):
+        lm.generate([3, -1], max_new_tokens=2)
