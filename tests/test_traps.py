@@ -92,7 +92,7 @@ def test_trap_4_a_ragged_batch_near_capacity_does_not_write_into_its_neighbours(
 
 
 def test_trap_4_acceptance_of_nothing_is_undefined_not_a_crash(stack):
-    from layerskip.decode.language_model import statistics
+    from layerskip.decode.generation import statistics
     from layerskip.decode.options import Plan
 
     record = decode(stack, [PROMPT], 1)

@@ -327,7 +327,7 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | No
 
 
 def _stream(lm: LanguageModel, prompt: str, options: dict[str, Any]) -> None:
-    from layerskip.decode.language_model import finished
+    from layerskip.decode.generation import finished
     from layerskip.decode.options import Options
 
     rounds = print_rounds(lm, lm.stream(prompt, **options), options["stop"])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerskip.decode.language_model import Generation, LanguageModel
+    from layerskip.decode.generation import Generation
+    from layerskip.decode.language_model import LanguageModel
 
 PROMPTS = {
     "code": "Write a Python function `median(numbers)` that returns the median of a list of numbers.",

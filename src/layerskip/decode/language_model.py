@@ -17,6 +17,7 @@ import torch
 
 from layerskip.decode import text as texts
 from layerskip.decode.engine import Engine
+from layerskip.decode.generation import Generation, finished
 from layerskip.decode.options import Options, Plan
 from layerskip.decode.round import Request, Round
 from layerskip.errors import UserError, nearest
@@ -37,17 +38,6 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-
-
-@dataclass
-class Generation:
-    """A finished continuation. `tokens` are the new ones only; `rounds` is how they came about."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str | None
-    rounds: list[Round]
-    stats: dict[str, Any]
 
 
 @dataclass
@@ -194,40 +184,6 @@ class LanguageModel:
         return finished(
             self.tokenizer, item.rounds, self.plan(options), len(item.request.prompt), options.stops
         )
-
-
-def finished(
-    tokenizer: Any, rounds: list[Round], plan: Plan, prompt_tokens: int, stops: Sequence[str] = ()
-) -> Generation:
-    """Sum up the rounds of one sequence."""
-    tokens = [token for round in rounds for token in round.tokens]
-    text = "" if tokenizer is None else texts.final_text(tokenizer, tokens, stops)
-    reason = rounds[-1].finish_reason if rounds else None
-    return Generation(text, tokens, reason, rounds, statistics(rounds, plan, prompt_tokens))
-
-
-def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[str, Any]:
-    """Count and time a sequence. Rates are None where nothing was measured; prefill and decode stay apart."""
-    decode = [round for round in rounds if round.source != "prefill"]
-    decode_s = sum(round.step_s for round in decode)
-    decoded = sum(len(round.tokens) for round in decode)
-    drafted, accepted = sum(r.drafted for r in decode), sum(r.accepted for r in decode)
-    return {
-        "mode": plan.mode,
-        "exit_layer": plan.exit_layer,
-        "draft_length": plan.draft_length,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": sum(len(round.tokens) for round in rounds),
-        "prefill_s": sum(round.step_s for round in rounds if round.source == "prefill"),
-        "decode_s": decode_s,
-        "decode_tokens_per_s": decoded / decode_s if decode_s else None,
-        "rounds": len(decode),
-        "drafted": drafted,
-        "accepted": accepted,
-        "acceptance": accepted / drafted if drafted else None,
-        "tokens_per_round": decoded / len(decode) if decode else None,
-        "layer_passes": sum(round.layer_passes for round in decode),
-    }
 
 
 def _drive(engine: Engine, items: Sequence[_Item]) -> Iterator[tuple[_Item, Round]]:
