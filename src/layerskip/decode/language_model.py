@@ -21,7 +21,8 @@ from layerskip.decode.generation import Generation, finished
 from layerskip.decode.options import Options, Plan
 from layerskip.decode.round import Request, Round
 from layerskip.errors import UserError, nearest
-from layerskip.model import checkpoint, hub, stack
+from layerskip.model import checkpoint, hub
+from layerskip.model import stack as stacks
 from layerskip.model.head import Head, draft_ids
 from layerskip.model.huggingface import HuggingFaceStack
 
@@ -55,7 +56,9 @@ class LanguageModel:
         self.stack = stack
         self.tokenizer = tokenizer
         self.path = path
-        self.hf = hf
+        self.hf = None if stack.name == "native" else hf  # the native stack has emptied it
+        self.config = getattr(hf, "config", None)
+        self.generation_config = getattr(hf, "generation_config", None)
         self.facts: Facts = (
             checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
         )
@@ -122,11 +125,7 @@ class LanguageModel:
     def eos_ids(self, options: Options) -> frozenset[int]:
         """All end-of-sequence ids: of the options, else the generation config, else config and tokenizer."""
         sources = [options.eos_token_id]
-        for owner in (
-            getattr(self.hf, "generation_config", None),
-            getattr(self.hf, "config", None),
-            self.tokenizer,
-        ):
+        for owner in (self.generation_config, self.config, self.tokenizer):
             sources.append(getattr(owner, "eos_token_id", None))
         ids = next((source for source in sources if source is not None), ())
         return frozenset([ids] if isinstance(ids, int) else ids)
@@ -319,9 +318,14 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     device_map: Any = None,
+    stack: str = "auto",
+    quantize: str | None = None,
     progress: bool = True,
 ) -> LanguageModel:
     """Load a built-in model, a Hugging Face folder, or a hub id.
+
+    `stack` is native (fast, Llama-shaped families), hf (the model's own modules) or auto; `quantize` int8 rounds
+    the weights of a native stack on the CPU.
 
     Raises: UserError when it cannot be found or loaded, or fails the parity check.
     """
@@ -333,9 +337,11 @@ def load(
             "for a model in memory: layerskip.generate(hf_model, ...)",
         )
     chosen = resolve_device(device)
-    kind = resolve_dtype(dtype, chosen)
+    kind = torch.bfloat16 if quantize and dtype == "auto" else resolve_dtype(dtype, chosen)
     path = hub.resolve(str(name), progress=progress)
-    model, hf = stack.load(path, dtype=kind, device=chosen, device_map=device_map)
+    model, hf = stacks.load(
+        path, dtype=kind, device=chosen, device_map=device_map, kind=stack, quantize=quantize
+    )
     tokenizer = None  # token ids still work; text then says what is missing
     if any(
         (path / file).exists() for file in TOKENIZER_FILES

@@ -7,6 +7,7 @@ into the same cache at different layers, so exit layer and draft length may chan
 
 from __future__ import annotations
 
+import functools
 import heapq
 import os
 from dataclasses import dataclass
@@ -40,13 +41,13 @@ class KVShape:
 
 
 class Cache:
-    """Keys and values of every layer, `[rows, H, capacity + 1, d]` each.
+    """Keys and values of every layer, `[rows, H, slots, d]` each, slots = capacity + 1 rounded up to `multiple`.
 
-    The extra slot takes the writes of padding (see `Step`) and is never read. Memory is zeroed at the start
-    and when a row is freed: masked slots get probability 0, but 0 times a stale NaN would still be NaN.
+    The slot behind the capacity takes the writes of padding (see `Step`); no query ever sees it. Memory is zeroed
+    at the start and when a row is freed: masked slots get probability 0, but 0 times a stale NaN would still be NaN.
     """
 
-    def __init__(self, shapes: Sequence[KVShape], rows: int, capacity: int) -> None:
+    def __init__(self, shapes: Sequence[KVShape], rows: int, capacity: int, multiple: int = 1) -> None:
         self.capacity = capacity
         self.lengths = [0] * rows
         self.depths = [len(shapes)] * rows  # layers valid up to the row's length
@@ -54,11 +55,13 @@ class Cache:
         self._touched = [0] * rows  # slots written since the row was last zeroed
         self._step: Step | None = None
         require_memory(shapes, rows, capacity)
+        slots = -(-(capacity + 1) // multiple) * multiple
         try:
-            self.keys = [_zeros(s, rows, capacity, s.key_size) for s in shapes]
-            self.values = [_zeros(s, rows, capacity, s.value_size) for s in shapes]
+            stores = [_store(shape, rows, slots) for shape in shapes]
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU
             raise _no_memory(shapes, rows, capacity) from error
+        self.both = [both for both, _, _ in stores]  # keys above values, where they are of one size
+        self.keys, self.values = [key for _, key, _ in stores], [value for _, _, value in stores]
 
     @property
     def num_bytes(self) -> int:
@@ -115,23 +118,47 @@ class Cache:
     def write(self, layer: int, key: Tensor, value: Tensor, step: Step) -> None:
         """Put key, value [B, H, T, d] at the step's slots."""
         for store, new in ((self.keys[layer], key), (self.values[layer], value)):
-            if step.row_slice is not None and step.uniform:
-                store[step.row_slice, :, step.starts[0] : step.starts[0] + step.width] = new
-            else:
-                index = torch.tensor(step.rows, device=store.device)[:, None]  # [B, 1]
-                store[index, :, step.slots.to(store.device)] = new.transpose(1, 2)  # [B, T, H, d]
+            _put(store, new, step)
 
-    def read(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
-        """Get keys and values [B, H, kv_len, d] of the step's rows; adjacent rows are views, others copies."""
-        key, value = self.keys[layer][:, :, : step.kv_len], self.values[layer][:, :, : step.kv_len]
+    def write_both(self, layer: int, both: Tensor, step: Step) -> None:
+        """Put keys above values [B, 2 H, T, d] at the step's slots, in one copy."""
+        store = self.both[layer]
+        assert store is not None, "keys and values of one size"
+        _put(store, both, step)
+
+    def read(self, layer: int, step: Step, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Get keys and values [B, H, n, d] of the step's rows; adjacent rows are views, others copies.
+
+        n is `length` (a stack may read more than it needs and mask the rest), by default the step's `kv_len`.
+        """
+        length = step.kv_len if length is None else length
+        key, value = self.keys[layer].narrow(2, 0, length), self.values[layer].narrow(2, 0, length)
+        if len(step.rows) == len(self.lengths) and step.row_slice is not None:
+            return key, value
         if step.row_slice is not None:
             return key[step.row_slice], value[step.row_slice]
         index = torch.tensor(step.rows, device=key.device)
         return key.index_select(0, index), value.index_select(0, index)
 
 
-def _zeros(shape: KVShape, rows: int, capacity: int, size: int) -> Tensor:
-    return torch.zeros(rows, shape.heads, capacity + 1, size, dtype=shape.dtype, device=shape.device)
+def _put(store: Tensor, new: Tensor, step: Step) -> None:
+    if step.row_slice is not None and step.uniform:
+        start = step.starts[0]
+        store[step.row_slice, :, start : start + step.width] = new
+    else:
+        index = torch.tensor(step.rows, device=store.device)[:, None]  # [B, 1]
+        store[index, :, step.slots.to(store.device)] = new.transpose(1, 2)  # [B, T, H, d]
+
+
+def _store(shape: KVShape, rows: int, slots: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Allocate one layer: keys and values as views of one tensor where they can be."""
+    make = functools.partial(torch.zeros, dtype=shape.dtype, device=shape.device)
+    if shape.key_size == shape.value_size:
+        both = make(rows, 2 * shape.heads, slots, shape.key_size)
+        return both, both[:, : shape.heads], both[:, shape.heads :]
+    sizes = shape.key_size, shape.value_size
+    key, value = (make(rows, shape.heads, slots, size) for size in sizes)
+    return None, key, value
 
 
 def require_memory(shapes: Sequence[KVShape], rows: int, capacity: int) -> None:

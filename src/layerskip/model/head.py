@@ -14,7 +14,7 @@ import torch
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -24,8 +24,7 @@ class Head:
     """Rows of the output projection with the token ids they stand for."""
 
     ids: Tensor  # int64 [size], ascending
-    weight: Tensor  # [size, D]
-    bias: Tensor | None = None  # [size]
+    project: Callable[[Tensor], Tensor]  # [..., D] -> [..., size]
 
     @property
     def size(self) -> int:

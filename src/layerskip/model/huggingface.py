@@ -91,13 +91,15 @@ class HuggingFaceStack(Stack):
     The model object itself is not kept, so that a stack never keeps a model alive that its owner dropped.
     """
 
+    name = "hf"
+
     def __init__(self, hf: Any) -> None:
         config = hf.config.get_text_config()
         refuse_unsupported(hf)
         self.model_type = config.model_type
         self.family = FAMILIES.get(config.model_type, Family())
         try:
-            self.decoder, self.layers, self.rotary, self.finish = _parts(hf, self.family)
+            self.decoder, self.layers, self.rotary, self.finish = parts_of(hf, self.family)
         except AttributeError as error:
             raise UserError(
                 f"model type {config.model_type!r} is not supported: {error}", ADDING_A_MODEL
@@ -107,25 +109,26 @@ class HuggingFaceStack(Stack):
         self.num_layers = len(self.layers)
         self.width = config.hidden_size
         self.vocab_size = self.head.weight.shape[0]
-        self.context = _context(config)
+        self.context = context_of(config)
         self.dtype = hf.dtype
-        self.device = _device(hf)
+        self.device = device_of(hf)
         self.eager = (
             hf.config._attn_implementation == "eager"
         )  # wants an additive mask, never the causal flag
-        self.windows = _windows(config, self.family, self.num_layers)
+        self.windows = windows_of(config, self.family, self.num_layers)
         self.kinds = _kinds(config, self.family, self.num_layers)
         self.counters = Counters()
-        self.kv_shapes = check_parity(self, hf)
+        self.kv_shapes: list[KVShape] = []
+        check_parity(self, hf)
         self.counters.reset()
 
     def fits(self, hf: Any) -> bool:
         """Whether this is still the stack of `hf`: nothing moved, cast, replaced or reconfigured since."""
-        _, layers, rotary, finish = _parts(hf, self.family)
+        _, layers, rotary, finish = parts_of(hf, self.family)
         ours = [self.table, self.head, self.rotary, *self.finish, *self.layers]
         theirs = [hf.get_input_embeddings(), hf.get_output_embeddings(), rotary, *finish, *layers]
         same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
-        state = (hf.dtype, _device(hf), hf.config._attn_implementation == "eager")
+        state = (hf.dtype, device_of(hf), hf.config._attn_implementation == "eager")
         return (
             same
             and not any(m.training for m in hf.modules())
@@ -180,7 +183,7 @@ class HuggingFaceStack(Stack):
         self.counters.head_rows[size] += h[..., 0].numel()
         for module in self.finish:
             h = module(h)
-        out = self.head(h) if head is None else F.linear(h.to(head.weight.device), head.weight, head.bias)
+        out = self.head(h) if head is None else head.project(h)
         if self.softcap is not None:
             out = torch.tanh(out / self.softcap) * self.softcap
         return out.to(self.device, torch.float32)  # [..., size]
@@ -192,15 +195,14 @@ class HuggingFaceStack(Stack):
                 "the head is offloaded, a draft vocabulary needs it in memory", "use --draft-vocab off"
             )
         index = torch.tensor(list(ids), device=weight.device)
-        return Head(
-            index.to(self.device), weight.detach()[index], None if bias is None else bias.detach()[index]
-        )
+        rows, offsets = weight.detach()[index], None if bias is None else bias.detach()[index]
+        return Head(index.to(self.device), lambda h: F.linear(h.to(rows.device), rows, offsets))
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         return Cache(self.kv_shapes, rows, capacity)
 
 
-def _parts(hf: Any, family: Family) -> tuple[Any, list[Any], Any, list[Any]]:
+def parts_of(hf: Any, family: Family) -> tuple[Any, list[Any], Any, list[Any]]:
     """Find decoder, layers, rotary module and finishing modules by the family's paths."""
     decoder = hf.get_submodule(family.decoder)
     rotary = getattr(decoder, family.rotary) if family.rotary else None
@@ -208,7 +210,7 @@ def _parts(hf: Any, family: Family) -> tuple[Any, list[Any], Any, list[Any]]:
     return decoder, list(getattr(decoder, family.layers)), rotary, finish
 
 
-def _device(hf: Any) -> torch.device:
+def device_of(hf: Any) -> torch.device:
     """Where tokens go in; a table offloaded by accelerate takes them from the CPU through its hooks."""
     device: torch.device = hf.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
@@ -251,7 +253,7 @@ def refuse_unsupported(hf: Any) -> None:
         )
 
 
-def _context(config: Any) -> int | None:
+def context_of(config: Any) -> int | None:
     """Find how long a sequence may get.
 
     Rotary tables that are recomputed beyond the original length (dynamic, longrope) would give draft and
@@ -265,7 +267,7 @@ def _context(config: Any) -> int | None:
     return context
 
 
-def _windows(config: Any, family: Family, num_layers: int) -> list[int | None]:
+def windows_of(config: Any, family: Family, num_layers: int) -> list[int | None]:
     window: int | None = getattr(config, "sliding_window", None)
     if family.window == "all":
         return [window] * num_layers
@@ -296,37 +298,63 @@ class _Probe:
 
 
 @torch.inference_mode()
-def check_parity(stack: HuggingFaceStack, hf: Any) -> list[KVShape]:
-    """Compare eight tokens with the model's own forward: whole, then chunked, sliced and cached.
+def check_parity(stack: HuggingFaceStack, hf: Any) -> None:
+    """Compare eight tokens with the model's own forward; note on the way what each layer stores per token.
 
-    Returns what each layer stores per token. Raises: UserError when the logits differ.
+    Raises: UserError when the logits differ.
     """
-    middle = max(1, stack.num_layers // 2)
-    tokens = ((torch.arange(8, device=stack.device) * 7919 + 11) % stack.vocab_size)[None]  # [1, 8]
-    reference = hf(input_ids=tokens, use_cache=False).logits.to(stack.device, torch.float32)
+    tokens = probe_tokens(hf)
+    reference = hf(input_ids=tokens, use_cache=False).logits
     probe: Any = _Probe()
     step = Step.span([0], [0], [8], stack.device, spill=8)
-    h, _ = stack.run(stack.embed(tokens, step), 0, stack.num_layers, step, probe)
-    _compare(stack, stack.logits(h), reference, "its layers one by one")
-    shapes = [probe.shapes[index] for index in range(stack.num_layers)]
-    cache = Cache(shapes, rows=1, capacity=8)
-    for start, count in ((0, 5), (5, 1), (6, 2)):  # a prefill, a plain step, a verification
-        step = Step.span([0], [start], [count], stack.device, spill=8)
-        h, _ = stack.run(stack.embed(tokens[:, start : start + count], step), 0, middle, step, cache)
-        h, _ = stack.run(h, middle, stack.num_layers, step, cache)
-        _compare(stack, stack.logits(h), reference[:, start : start + count], "its layers sliced and cached")
-    return shapes
+    stack.run(stack.embed(tokens, step), 0, stack.num_layers, step, probe)
+    stack.kv_shapes = [probe.shapes[index] for index in range(stack.num_layers)]
+    check_slices(stack, tokens, reference)
 
 
-def _compare(stack: HuggingFaceStack, ours: Tensor, reference: Tensor, what: str) -> None:
+def probe_tokens(hf: Any, length: int = 8) -> Tensor:
+    """Make a prompt that hits no special pattern: [1, length]."""
+    ids = torch.arange(length, device=device_of(hf)) * 7919 + 11
+    prompt: Tensor = (ids % hf.get_output_embeddings().weight.shape[0])[None]
+    return prompt
+
+
+def check_slices(stack: Stack, tokens: Tensor, reference: Tensor, other_kernels: bool = False) -> None:
+    """Compare a stack's logits for tokens [1, n] with a reference [1, n, V]: whole, then sliced and cached.
+
+    `other_kernels` in 16 bit: rounding then differs at every step, and a prompt of random tokens amplifies it at
+    some positions, so it is the middle one of the positions that has to agree, and less closely.
+
+    Raises: UserError when they differ beyond rounding.
+    """
+    middle, length = max(1, stack.num_layers // 2), tokens.shape[1]
+    reference = reference.to(stack.device, torch.float32)
+    prefill, plain, verification = (0, length - 3), (length - 3, 1), (length - 2, 2)
+    for what, chunks in (
+        ("its layers one by one", [(0, length)]),
+        ("its layers sliced and cached", [prefill, plain, verification]),
+    ):
+        cache, logits = stack.new_cache(1, length), []
+        for start, count in chunks:
+            step = Step.span([0], [start], [count], stack.device, spill=length)
+            h, _ = stack.run(stack.embed(tokens[:, start : start + count], step), 0, middle, step, cache)
+            h, _ = stack.run(h, middle, stack.num_layers, step, cache)
+            logits.append(stack.logits(h))
+        _compare(stack, torch.cat(logits, 1), reference, what, other_kernels and stack.dtype.itemsize == 2)
+
+
+def _compare(stack: Stack, ours: Tensor, reference: Tensor, what: str, loosely: bool) -> None:
     scale = reference.abs().max().item()
-    difference = (ours - reference).abs().max().item()
+    differences = (ours - reference).abs().amax(-1).flatten()  # [n]
+    difference = (differences.median() if loosely else differences.max()).item()
+    difference = difference if ours.isfinite().all() else math.nan
+    allowed = PARITY.get(stack.dtype, 1e-4) * (5 if loosely else 1)
     if not math.isfinite(scale):
         raise UserError(
             "the model gives NaN or infinite logits: its weights are damaged, or overflow in this dtype",
             "download it again, or try --dtype float32",
         )
-    if not difference <= PARITY.get(stack.dtype, 1e-4) * max(scale, 1e-6):  # also catches our own NaN
+    if not difference <= allowed * max(scale, 1e-6):  # also catches our own NaN
         raise UserError(
             f"model type {stack.model_type!r} fails the parity check: {what} give logits that differ "
             f"from the model's own by {difference:.3g} (their largest is {scale:.3g})",
@@ -334,10 +362,8 @@ def _compare(stack: HuggingFaceStack, ours: Tensor, reference: Tensor, what: str
         )
 
 
-def load(
-    path: Path, *, dtype: torch.dtype, device: str | torch.device, device_map: Any = None
-) -> tuple[Stack, Any]:
-    """Load a checked folder with `AutoModelForCausalLM` (safetensors only, no remote code) as a stack."""
+def load_model(path: Path, *, dtype: torch.dtype, device: str | torch.device, device_map: Any = None) -> Any:
+    """Load a checked folder with `AutoModelForCausalLM` (safetensors only, no remote code)."""
     from transformers import AutoModelForCausalLM
 
     placement = {"device_map": device_map} if device_map is not None else {}
@@ -363,4 +389,4 @@ def load(
             f"{path} lacks {len(missing)} weights of {type(hf).__name__}, the first is {missing[0]}",
             "is the download complete, and config.json that of these weights?",
         )
-    return HuggingFaceStack(hf), hf
+    return hf

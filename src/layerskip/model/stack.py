@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerskip.errors import UserError, nearest
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
     from layerskip.model.cache import Cache
     from layerskip.model.head import Head
+
+
+KINDS = ("auto", "native", "hf")
 
 
 @dataclass
@@ -145,6 +150,8 @@ class Stack(ABC):
     `run(0, L)`; loading checks both and refuses a model that fails.
     """
 
+    name: str  # which stack this is: native or hf
+    model_type: str
     num_layers: int
     width: int
     vocab_size: int
@@ -152,6 +159,7 @@ class Stack(ABC):
     dtype: torch.dtype
     device: torch.device  # where tokens go in and logits come out
     counters: Counters
+    row_exact: bool = False  # 16 bit only: a token's bits do not depend on how many a call brings
 
     @abstractmethod
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
@@ -186,12 +194,33 @@ class Stack(ABC):
 
 
 def load(
-    path: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", device_map: Any = None
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    device_map: Any = None,
+    kind: str = "auto",
+    quantize: str | None = None,
 ) -> tuple[Stack, Any]:
-    """Load a plain Hugging Face folder; return its stack and the Hugging Face model behind it.
+    """Load a plain Hugging Face folder; return its stack and the Hugging Face model it came from.
+
+    `kind` auto takes the native stack where the family has one, native insists on it, hf refuses it. The native
+    stack takes the model's weights with it: what is returned then is a shell with its configuration.
 
     Raises: UserError for a model that does not load, or whose slices do not reproduce it.
     """
-    from layerskip.model import huggingface
+    from layerskip.model import huggingface, native
+    from layerskip.model.linear import require_quantizable
 
-    return huggingface.load(path, dtype=dtype, device=device, device_map=device_map)
+    if kind not in KINDS:
+        raise UserError(f"unknown stack {kind!r}", nearest(kind, KINDS))
+    require_quantizable(quantize, dtype, torch.device(device))
+    hf = huggingface.load_model(path, dtype=dtype, device=device, device_map=device_map)
+    huggingface.refuse_unsupported(hf)
+    reason = "it was refused" if kind == "hf" else native.native_reason(hf, placed=device_map is not None)
+    if reason is None:
+        return native.native_stack(hf, quantize=quantize), hf
+    if kind == "native" or quantize is not None:
+        wanted = "the native stack" if quantize is None else f"{quantize}, which needs the native stack,"
+        raise UserError(f"{wanted} cannot be had: {reason}", "leave out --quantize and --stack native")
+    return huggingface.HuggingFaceStack(hf), hf

@@ -1,0 +1,192 @@
+"""Matrix products of the native decoder: weights laid out once for the device, a residual added in the same call.
+
+    linear = packed(weight, bias, quantize=None)
+    y = linear(x)               # [B, T, in] -> [B, T, out]
+    h = linear.added_to(h, x)   # h + linear(x)
+
+oneDNN's and int8 products can give every row the same bits whatever rows stand beside it, so that verifying
+several tokens at once equals decoding them one by one, in 16 bit too. `row_exact` tries it on this machine before
+anyone relies on it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+QUANTIZATIONS = ("int8",)
+SINGLE_ROW = 4  # how often a packed product is given a single row
+ROWS_HINT = 16  # oneDNN lays weights out for about this many rows: as fast at one, much faster at nine
+PROBED_ROWS = (2, 3, 5, 9, 16, 33, 64)
+
+
+class Linear(ABC):
+    """A matrix product with an optional bias; `num_bytes` is what one call reads of its weights."""
+
+    num_bytes: int
+    in_features: int
+    out_features: int
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shapes: [..., in] -> [..., out]."""
+
+    @abstractmethod
+    def added_to(self, h: Tensor, x: Tensor) -> Tensor:
+        """Return h + self(x). Shapes: h [..., out], x [..., in] -> [..., out]."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Linear:
+        """Keep some of the outputs, in the order of `ids`: a reduced head."""
+
+
+class Plain(Linear):
+    """torch's own product, on any device and in any dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = _bytes(weight, bias)
+        self._transposed = weight.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def added_to(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return h + F.linear(x, self.weight, self.bias)
+        flat = torch.addmm(h.flatten(0, -2), x.flatten(0, -2), self._transposed)  # [N, out]
+        return flat.view(h.shape)
+
+    def rows(self, ids: Tensor) -> Plain:
+        return Plain(self.weight[ids], None if self.bias is None else self.bias[ids])
+
+
+class Packed(Linear):
+    """oneDNN's product with weights reordered once, what Inductor's freezing does (the same private operators).
+
+    Four rows are faster than one (a sixth, on Zen 4), and a single row of a long inner dimension is summed in
+    another order than several: callers repeat a single row `SINGLE_ROW` times.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = _bytes(weight, bias)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = _product(x, self.weight, self.bias, "none", [], "")
+        return y
+
+    def added_to(self, h: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = _product_added(x, h, self.weight, self.bias, "add")
+        return y
+
+    def rows(self, ids: Tensor) -> Packed:
+        return Packed(self.weight.to_dense()[ids], None if self.bias is None else self.bias[ids])
+
+
+_product = torch.ops.mkldnn._linear_pointwise.default
+_product_added = torch.ops.mkldnn._linear_pointwise.binary
+
+
+class Int8(Linear):
+    """Weight-only int8 with one scale per output, on torch's own CPU kernel; activations stay bfloat16.
+
+    Every row is summed the same way whatever rows stand beside it. The kernel is made for few rows: nine cost
+    2.6 times as much as one, so short drafts suit it.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.scales, self.bias = weight, scales, bias
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = _bytes(weight, bias) + _bytes(scales, None)
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> Int8:
+        """Round each output's weights to int8 symmetrically: the largest becomes 127."""
+        scales = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # [out]
+        rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
+        return cls(rounded, scales.to(weight.dtype), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales)  # [N, out]
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def added_to(self, h: Tensor, x: Tensor) -> Tensor:
+        return h + self(x)
+
+    def rows(self, ids: Tensor) -> Int8:
+        return Int8(self.weight[ids], self.scales[ids], None if self.bias is None else self.bias[ids])
+
+
+def packed(weight: Tensor, bias: Tensor | None = None, quantize: str | None = None) -> Linear:
+    """Lay a weight [out, in] out for its device: int8, oneDNN on the CPU where it can, else torch's own."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if quantize == "int8":
+        return Int8.quantized(weight, bias)
+    return Packed(weight, bias) if packs(weight.dtype, weight.device) else Plain(weight.contiguous(), bias)
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies this dtype natively here; emulated 16 bit is slower than torch's own."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    native = {
+        torch.float32: True,
+        torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    }
+    return native.get(dtype, False)
+
+
+def require_quantizable(quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UserError for a quantisation that has no kernel here."""
+    if quantize is None:
+        return
+    if quantize not in QUANTIZATIONS:
+        raise UserError(f"unknown quantisation {quantize!r}", "known: " + ", ".join(QUANTIZATIONS))
+    if device.type != "cpu":
+        raise UserError(f"int8 weights have no kernel on {device.type} here", "leave out --quantize")
+    if dtype != torch.bfloat16:
+        raise UserError(
+            f"int8 weights are multiplied with bfloat16 activations, not {str(dtype).removeprefix('torch.')}",
+            "use --dtype bfloat16 (or auto)",
+        )
+
+
+def row_exact(linears: Sequence[Linear], dtype: torch.dtype, single_row: int) -> bool:
+    """Try one product of each shape: has a row the same bits alone as beside up to 63 others?
+
+    Alone means repeated `single_row` times, as the stack does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for linear in {(x.in_features, x.out_features): x for x in linears}.values():
+        x = torch.randn(PROBED_ROWS[-1], linear.in_features, generator=generator).to(dtype)  # [N, in]
+        h = torch.randn(PROBED_ROWS[-1], linear.out_features, generator=generator).to(dtype)
+        for count in PROBED_ROWS:
+            together, added = linear(x[:count]), linear.added_to(h[:count], x[:count])
+            for i in {0, count // 2, count - 1}:
+                alone, residual = x[i].repeat(single_row, 1), h[i].repeat(single_row, 1)
+                if not torch.equal(together[i], linear(alone)[0]):
+                    return False
+                if not torch.equal(added[i], linear.added_to(residual, alone)[0]):
+                    return False
+    return True
+
+
+def _bytes(weight: Tensor, bias: Tensor | None) -> int:
+    own = weight.numel() * weight.element_size()
+    return own + (0 if bias is None else bias.numel() * bias.element_size())
