@@ -165,7 +165,7 @@ class LanguageModel:
         return checkpoint.ranked_vocabulary(self.path, self.facts)
 
     def draft_head(self, options: Options) -> Head | None:
-        """Build the reduced draft head the options ask for, once per size; auto is the checkpoint's list, or none."""
+        """Build the reduced draft head the options ask for, once per size; auto is the checkpoint's list if any."""
         size = options.draft_vocab
         if size == "auto":
             drafting = self.plan(options).draft_length > 0

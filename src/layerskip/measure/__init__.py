@@ -1,0 +1,1 @@
+"""What it is worth: fair timing, the cost model's prediction, draft vocabularies."""
