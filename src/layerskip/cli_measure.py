@@ -207,8 +207,9 @@ def _check_counts(**given: int | None) -> None:
 
 def _prompt_lines(path: Path | None, limit: int | None) -> list[Any]:
     from layerskip.config import read_prompts
+    from layerskip.measure import prompt_file
 
-    return read_prompts(path or Path(__file__).parent / "measure" / "prompts.jsonl")[:limit]
+    return read_prompts(path or prompt_file())[:limit]
 
 
 def _encoded(lm: LanguageModel, content: Any) -> list[int]:

@@ -19,7 +19,7 @@ from layerskip.errors import UserError
 COVERAGE_SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 HELD_OUT = 10  # every tenth document
 BATCH = 256  # documents per call of the tokenizer
-PIECE = 4000  # characters; plain files are cut into documents of about this size, at line ends
+PIECE = 2000  # characters; plain files are cut into documents of about this size, at line ends
 ANSWERS = ("response", "completion", "answer", "output")  # beside a prompt
 KINDS = (".jsonl", ".txt", ".py", ".md")
 
