@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,18 +29,19 @@ def interval(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     A group holds the values of one prompt over the trials. Trials of a prompt resemble each other, so prompts
     are drawn with replacement first and trials within each drawn prompt after: an interval from few prompts
     stays wide however many trials there are.
+
+    Shapes: [P, T], P prompts and T trials, none of them 0.
     """
-    assert groups
-    assert all(groups)
+    values = np.asarray(groups, dtype=float)  # [P, T]
+    assert values.ndim == 2
+    assert values.size
+    prompts, trials = values.shape
     rng = np.random.default_rng(seed)
-    values = [np.asarray(group, dtype=float) for group in groups]
-    medians = []
-    for _ in range(RESAMPLES):
-        drawn = [values[i] for i in rng.integers(len(values), size=len(values))]
-        pooled = np.concatenate([group[rng.integers(len(group), size=len(group))] for group in drawn])
-        medians.append(np.median(pooled))
+    prompt = rng.integers(prompts, size=(RESAMPLES, prompts, 1))
+    trial = rng.integers(trials, size=(RESAMPLES, prompts, trials))
+    medians = np.median(values[prompt, trial].reshape(RESAMPLES, -1), axis=1)  # [RESAMPLES]
     low, high = np.percentile(medians, [2.5, 97.5])
-    return Interval(statistics.median(np.concatenate(values).tolist()), float(low), float(high))
+    return Interval(float(np.median(values)), float(low), float(high))
 
 
 def ratios(
