@@ -59,41 +59,44 @@ def demo() -> str:
 
 
 def bench() -> str:
-    """One line per method and result file: the newest of each model, dtype, quantisation and device."""
+    """Equality, then a line per method and result file: the newest of each model, dtype, weights and device."""
     newest_of: dict[str, Path] = {}
     for path in sorted((HERE / "results").glob("bench_*.json"), key=lambda path: path.name[-15:]):
         newest_of[path.name[:-15]] = path
     if not newest_of:
         return "(no result file yet)"
+    equality, notes = [], []
     lines = [
-        "| setting | method | equal to plain | speed over plain | 95% interval | acceptance | tokens per round |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| setting | method | speed over plain | 95% interval | acceptance | tokens per round |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    notes = []
     for _, path in sorted(newest_of.items()):
         report = json.loads(path.read_text())
         told, simulated = report["configuration"], report.get("simulated")
         setting = ", ".join(filter(None, (told["model"], told["dtype"], told["quantize"], told["device"])))
+        counts = [_equality(name, m) for name, m in report["methods"].items() if name != "ar"]
+        equality.append(f"{setting}: {', '.join(counts)}")
         for name, figures in report["methods"].items():
             lines.append(_bench_line(setting, name, figures, report["speedup"].get(f"{name}/ar")))
         notes.append(_bench_note(path, report, simulated))
-    return "\n".join([*lines, "", *notes])
+    first = "Outputs equal to those of plain decoding: " + "; ".join(equality) + "."
+    return "\n".join([first, "", *lines, "", *notes]).rstrip()
+
+
+def _equality(name: str, figures: dict) -> str:
+    if figures["equal_to_ar"] is None:
+        return f"{name} not asked, acceptance simulated at {figures['simulated']}"
+    by_design = " (other output by design)" if name == "early-exit" else ""
+    return f"{name} {figures['equal_outputs']} of {figures['of']}{by_design}"
 
 
 def _bench_line(setting: str, name: str, figures: dict, ratio: dict | None) -> str:
-    if figures["equal_to_ar"] is None:
-        equality = f"simulated at {figures['simulated']}"
-    elif name == "ar":
-        equality = "is plain"
-    else:
-        equality = f"{figures['equal_outputs']} of {figures['of']}"
-        equality += " (by design)" if name == "early-exit" else ""
     speed = (
         ("1", "") if ratio is None else (f"{ratio['median']:.2f} x", "{:.2f} - {:.2f}".format(*ratio["ci95"]))
     )
     accepted = "" if figures["acceptance"] is None else f"{100 * figures['acceptance']:.0f}%"
     label = f"{name} (simulated)" if "simulated" in figures else name
-    cells = (setting, label, equality, *speed, accepted, f"{figures['tokens_per_round']:.2f}")
+    cells = (setting, label, *speed, accepted, f"{figures['tokens_per_round']:.2f}")
     return "| " + " | ".join(cells) + " |"
 
 

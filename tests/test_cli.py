@@ -392,7 +392,7 @@ def test_what_the_parser_refuses_is_exit_code_2_too(run, folder, arguments):
 def test_every_verb_explains_itself(run):
     code, printed, _ = run("--help")
     assert code == 0
-    for verb in ("generate", "chat", "models", "env", "demo"):
+    for verb in ("generate", "chat", "models", "env", "demo", "bench", "draft-vocab"):
         assert verb in printed
         code, page, _ = run(verb, "--help")
         assert code == 0

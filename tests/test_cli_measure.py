@@ -1,7 +1,9 @@
 """The verbs that measure, in process on a tiny checkpoint: what they print, write, refuse."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +105,29 @@ def test_a_result_file_goes_where_results_are_kept_and_its_place_is_told(
     assert code == 0
     assert f"written: benchmarks/results/{file.name}" in message
     assert "simulated" not in json.loads(file.read_text())
+
+
+def test_the_readme_table_gives_equality_first_and_labels_what_is_simulated(
+    run, folder, prompts, tmp_path, monkeypatch
+):
+    script = Path(__file__).parent.parent / "benchmarks" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", script)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    monkeypatch.setattr(tables, "HERE", tmp_path / "benchmarks")
+    assert tables.bench() == "(no result file yet)"
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for more in ((), ("--simulate-acceptance", 0.5)):
+        assert run("bench", folder, *prompts, *QUICK, *more, "--save")[0] == 0
+    first, _, *lines = tables.bench().splitlines()
+    assert first.startswith(
+        "Outputs equal to those of plain decoding: tiny, float32, cpu: self-speculative 2 of 2"
+    )
+    assert "self-speculative not asked, acceptance simulated at 0.5" in first
+    assert sum("self-speculative (simulated) |" in line for line in lines) == 1
+    assert sum("self-speculative |" in line for line in lines) == 1
+    assert sum("no output is real" in line for line in lines) == 1
 
 
 def test_a_loss_in_float32_ends_the_bench_without_a_speed(run, folder, prompts, monkeypatch):

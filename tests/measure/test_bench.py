@@ -9,7 +9,8 @@ import torch
 
 import tiny
 from layerskip.decode.language_model import LanguageModel
-from layerskip.decode.round import Round
+from layerskip.decode.round import Request, Round
+from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
 from layerskip.measure import bench as benches
 from layerskip.measure import card as cards
@@ -113,6 +114,11 @@ def test_plain_decoding_alone_has_no_prediction(lm):
     assert (result["speedup"], result["predicted_speedup"]) == ({}, None)
 
 
+def test_a_request_that_samples_has_no_simulated_acceptance():
+    with pytest.raises(UserError, match="plain greedy drafts only"):
+        Request([5], 4, 2, 3, processing=Processing(Sampling(temperature=1.0)), simulated=0.5)
+
+
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_a_simulated_acceptance_is_met_and_all_work_is_real(lm, share):
     """Four binomial standard deviations, as if a round's drafts were one: they stop together."""
@@ -211,6 +217,8 @@ def test_the_automatic_draft_vocabulary_is_a_candidate_or_the_whole_head(lm, mon
         ({"simulate_acceptance": 0.5, "methods": ("ar",)}, "self-speculation only"),
         ({"simulate_acceptance": 0.5, "draft_length": 0}, "nothing is drafted"),
         ({"policy": "dynamic"}, "unknown policy"),
+        ({"draft_vocab": 0}, "the model has 64"),
+        ({"draft_length": 0, "methods": ("ar", "hf-early-exit")}, "at least one token"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_any_work(lm, changes, message):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from layerskip.decode.sampling import Processing
+from layerskip.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Request:
     logprobs: bool = False
     simulated: float | None = None  # keep each greedy draft with this probability, whatever the target says
     keep: bool = False  # leave the row's cache in place when it finishes, for a next turn
+
+    def __post_init__(self) -> None:
+        if self.simulated is not None and not self.processing.plain_greedy:
+            raise UserError(
+                "an acceptance can be simulated for plain greedy drafts only", "no sampling, no processors"
+            )
 
 
 @dataclass(frozen=True)

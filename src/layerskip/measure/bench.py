@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from layerskip.decode.round import Round
 
 DRAFT_VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)  # candidates; the whole head is one more
+WARM_UP = 32  # new tokens of the calls before: room for full-length drafts
 ASSUMED_AGREEMENT = 0.8  # of an exit with the whole head, per token: what decent training reaches
 PAIRS = (  # compared besides every method over ar
     (SELF_SPECULATIVE, HF),
@@ -141,6 +142,12 @@ def check(lm: LanguageModel, prompts: Sequence[Prompt], settings: Settings) -> N
         raise UserError(f"trials is {settings.trials}", "one trial is the least")
     if settings.simulate_acceptance is not None and SELF_SPECULATIVE not in settings.methods:
         raise UserError("an acceptance can be simulated for self-speculation only", "add it to --methods")
+    if HF_EARLY_EXIT in settings.methods and lm.plan(settings.options()).draft_length == 0:
+        raise UserError(
+            "Hugging Face drafts at least one token", f"give a draft length, or drop {HF_EARLY_EXIT}"
+        )
+    if isinstance(settings.draft_vocab, int):
+        lm.draft_head(settings.options(draft_vocab=settings.draft_vocab))  # refuses a size out of range
     if not prompts:
         raise UserError("there are no prompts to measure with", "give --limit 1 or more")
     context = lm.stack.context
@@ -200,7 +207,7 @@ class _Pass:
         seconds = []
         for _ in range(2):
             began = time.perf_counter()
-            method.decode(0, prompts[0].tokens, min(budget, 8))
+            method.decode(0, prompts[0].tokens, min(budget, WARM_UP))
             seconds.append(time.perf_counter() - began)
         self.setup_s = max(0.0, seconds[0] - seconds[1])
         self.runs: list[Run] = []
