@@ -87,10 +87,11 @@ def bench(
     from layerskip.decode.language_model import resolve_device, resolve_dtype
     from layerskip.measure import bench as benches
     from layerskip.measure.methods import parsed
+    from layerskip.measure.settings import Prompt, Settings
 
     chosen = parsed(methods)
     _check_counts(limit=limit, trials=trials, threads=threads)
-    settings = benches.Settings(
+    settings = Settings(
         methods=chosen,
         exit_layer=exit_layer,
         draft_length=draft_length,
@@ -109,7 +110,7 @@ def bench(
 
         torch.set_num_threads(threads)
     lm, load_s = _loaded(model, dtype, device, stack, quantize)
-    items = [benches.Prompt(line.task, _encoded(lm, line.content)) for line in lines]
+    items = [Prompt(line.task, _encoded(lm, line.content)) for line in lines]
     try:
         with _progress() as watch:
             result = benches.bench(
@@ -248,19 +249,19 @@ def _suggestion(
 ) -> dict[str, Any]:
     """Price each size with the cost model at an assumed agreement; nothing where there is no coverage."""
     from layerskip.decode.options import Options
-    from layerskip.measure import bench as benches
+    from layerskip.measure import draft_sizes
     from layerskip.model.cost import best_draft_vocabulary
 
     plan = lm.plan(Options(mode="self-speculative", exit_layer=exit_layer, draft_length=draft_length))
     if None in covered.values() or plan.draft_length == 0:
         return {}
     shares = {size: share for size, share in covered.items() if share is not None}
-    speedups = benches.predicted_sizes(lm, plan, shares)
+    speedups = draft_sizes.predicted_sizes(lm, plan, shares)
     return {
         "assumed": {
             "exit_layer": plan.exit_layer,
             "draft_length": plan.draft_length,
-            "agreement": benches.ASSUMED_AGREEMENT,
+            "agreement": draft_sizes.ASSUMED_AGREEMENT,
         },
         "predicted_speedup": {str(n): value for n, value in speedups.items()},
         "suggested_size": best_draft_vocabulary(speedups),

@@ -12,12 +12,10 @@ from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.round import Request, Round
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
-from layerskip.measure import bench as benches
 from layerskip.measure import card as cards
+from layerskip.measure import draft_sizes
 from layerskip.measure.bench import (
     NotLossless,
-    Prompt,
-    Settings,
     bench,
     by_position,
     divergences,
@@ -25,6 +23,7 @@ from layerskip.measure.bench import (
     schedule,
 )
 from layerskip.measure.methods import Run
+from layerskip.measure.settings import Prompt, Settings
 from layerskip.model.huggingface import HuggingFaceStack
 
 L = tiny.NUM_LAYERS
@@ -194,11 +193,11 @@ def test_acceptance_by_position_counts_only_what_was_judged_there():
 
 
 def test_the_automatic_draft_vocabulary_is_a_candidate_or_the_whole_head(lm, monkeypatch):
-    monkeypatch.setattr(benches, "DRAFT_VOCABULARIES", (4, 16, 1024))
+    monkeypatch.setattr(draft_sizes, "DRAFT_VOCABULARIES", (4, 16, 1024))
     tried = Counter()
-    original = benches.head_times
+    original = draft_sizes.head_times
     monkeypatch.setattr(
-        benches, "head_times", lambda table, heads: tried.update(heads) or original(table, heads)
+        draft_sizes, "head_times", lambda table, heads: tried.update(heads) or original(table, heads)
     )
     result = bench(lm, PROMPTS, dataclasses.replace(SETTINGS, draft_vocab="auto", trials=1))
     assert set(tried) == {4, 16, tiny.VOCAB}

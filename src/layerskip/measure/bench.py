@@ -12,30 +12,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.decode.options import Options, Plan
 from layerskip.errors import UserError
 from layerskip.measure import methods as ways
 from layerskip.measure.card import Card, card
+from layerskip.measure.draft_sizes import chosen_vocabulary
 from layerskip.measure.intervals import interval, ratios
 from layerskip.measure.memory import growth
 from layerskip.measure.methods import AR, EARLY_EXIT, HF, HF_EARLY_EXIT, SELF_SPECULATIVE, Method, Run
-from layerskip.measure.steps import Workbench, head_times, step_cost
-from layerskip.model import cost as costs
-from layerskip.model.head import draft_ids
+from layerskip.measure.steps import Workbench, step_cost
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.decode.options import Plan
     from layerskip.decode.round import Round
+    from layerskip.measure.settings import Prompt, Settings
 
-DRAFT_VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)  # candidates; the whole head is one more
 WARM_UP = 32  # new tokens of the calls before: room for full-length drafts
-ASSUMED_AGREEMENT = 0.8  # of an exit with the whole head, per token: what decent training reaches
 PAIRS = (  # compared besides every method over ar
     (SELF_SPECULATIVE, HF),
     (SELF_SPECULATIVE, HF_EARLY_EXIT),
@@ -46,45 +43,6 @@ Watch = Callable[[str, int, int], None]  # what is going on, done, of
 
 class NotLossless(Exception):  # noqa: N818 - it names what was found
     """Self-speculation gave other tokens than plain decoding where it must not: no speed is worth printing."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt in tokens."""
-
-    task: str | None
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compare, and how often."""
-
-    methods: Sequence[str] = (AR, SELF_SPECULATIVE, EARLY_EXIT)
-    exit_layer: int | None = None  # None: the checkpoint's, else a quarter of the layers
-    draft_length: int | None = None
-    draft_vocab: int | str | None = None  # auto: by the cost model; None: as `generate` does by default
-    max_new_tokens: int = 64
-    trials: int = 3
-    simulate_acceptance: float | None = None
-    hf_dtype: torch.dtype | None = None  # None: ours
-    quantisation: str | None = None
-    policy: str = "fixed"
-
-    def options(self, **more: Any) -> Options:
-        """The options of our self-speculative runs. Raises: UserError."""
-        return Options.parse(
-            {
-                "mode": SELF_SPECULATIVE,
-                "exit_layer": self.exit_layer,
-                "draft_length": self.draft_length,
-                "simulate_acceptance": self.simulate_acceptance,
-                "max_new_tokens": self.max_new_tokens,
-                "policy": self.policy,
-                "eos_token_id": [],
-                **more,
-            }
-        )
 
 
 def bench(
@@ -118,6 +76,8 @@ def bench(
     timed = _trials([one.method for one in passes], prompts, settings, watch)
     result = summed(passes, timed, prompts, settings, plan)
     own = result["methods"].get(SELF_SPECULATIVE)
+    for name in {HF, HF_EARLY_EXIT} & set(result["methods"]):
+        result["methods"][name]["dtype"] = _name(settings.hf_dtype or lm.stack.dtype)
     result = {"card": facts.as_record(), **result}
     result["methods"][AR]["roofline_share"] = (
         result["methods"][AR]["decode_tokens_per_s"] / facts.roofline_tokens_per_s
@@ -197,6 +157,10 @@ def _contestants(
     return [made[name] for name in settings.methods if name != AR]
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class _Pass:
     """One method over all prompts, untimed: outputs, memory, and what a first call costs more than a second."""
 
@@ -234,7 +198,7 @@ def require_equality(dtype: torch.dtype, passes: Sequence[_Pass]) -> None:
         if other.method.name == SELF_SPECULATIVE and (found := divergences(plain.runs, other.runs)):
             first = found[0]
             raise NotLossless(
-                f"{len(found)} of {len(plain.runs)} self-speculative outputs differ from plain ones in {dtype}; "
+                f"{len(found)} of {len(plain.runs)} self-speculative outputs differ in {_name(dtype)}; "
                 f"prompt {first['prompt'] + 1} first at token {first['position']}"
             )
 
@@ -342,70 +306,3 @@ def by_position(rounds: Sequence[Round], draft_length: int) -> list[float | None
         judged = sum(round.drafted > place for round in rounds)
         shares.append(sum(round.accepted > place for round in rounds) / judged if judged else None)
     return shares
-
-
-def chosen_vocabulary(
-    lm: LanguageModel,
-    prompts: Sequence[Prompt],
-    settings: Settings,
-    plan: Plan,
-    table: Workbench,
-    targets: Sequence[Sequence[int]],
-) -> int | str:
-    """Resolve the draft vocabulary; auto measures the heads and asks the cost model.
-
-    `targets` are plain decoding's own tokens on these prompts: the share of them inside a subset is its coverage.
-    The agreement per token comes from a run with the whole head, or from the acceptance that is simulated.
-    """
-    if settings.draft_vocab != "auto":
-        return "auto" if settings.draft_vocab is None else settings.draft_vocab
-    if SELF_SPECULATIVE not in settings.methods or plan.draft_length == 0:
-        return "off"
-    acceptance = settings.simulate_acceptance
-    if acceptance is None:
-        trial = ways.ours(
-            lm,
-            SELF_SPECULATIVE,
-            0,
-            exit_layer=plan.exit_layer,
-            draft_length=plan.draft_length,
-            draft_vocab="off",
-        )
-        rounds = [
-            round
-            for index, prompt in enumerate(prompts[:3])
-            for round in trial.decode(index, prompt.tokens, settings.max_new_tokens).rounds
-        ]
-        acceptance = sum(r.accepted for r in rounds) / max(1, sum(r.drafted for r in rounds))
-    full = lm.stack.vocab_size
-    sizes = [size for size in DRAFT_VOCABULARIES if size < full]
-    tokens = [token for target in targets for token in target]
-    coverage = {}
-    for size in sizes:
-        subset = set(draft_ids(size, full, lm.ranked_vocabulary, ()))
-        coverage[size] = sum(token in subset for token in tokens) / len(tokens)
-    per_token = costs.per_token_from(acceptance, plan.draft_length)
-    size = costs.best_draft_vocabulary(_predicted(lm, table, plan, coverage, per_token))
-    return "off" if size == full else size
-
-
-def predicted_sizes(lm: LanguageModel, plan: Plan, coverage: Mapping[int, float]) -> dict[int, float]:
-    """Predict the speed-up of draft vocabularies of known coverage, for a model not run yet.
-
-    The whole head is one of them. The agreement per token is assumed; step times are measured.
-    """
-    table = Workbench(lm.stack, [0] * 32, plan.draft_length)
-    return _predicted(lm, table, plan, coverage, ASSUMED_AGREEMENT)
-
-
-def _predicted(
-    lm: LanguageModel, table: Workbench, plan: Plan, coverage: Mapping[int, float], per_token: float
-) -> dict[int, float]:
-    full = lm.stack.vocab_size
-    heads = {
-        size: lm.stack.reduced_head(draft_ids(size, full, lm.ranked_vocabulary, ())) for size in coverage
-    }
-    seconds = head_times(table, {**heads, full: None})
-    cost = step_cost(table, plan.exit_layer, None)
-    shares = {**coverage, full: 1.0}
-    return costs.draft_vocabulary_speedups(cost, plan.draft_length, per_token, seconds, shares)
