@@ -58,13 +58,75 @@ def demo() -> str:
     return f"```\n$ make demo\n{path.read_text().rstrip()}\n```" if path.exists() else "(no transcript yet)"
 
 
-BLOCKS = {"table: overhead": overhead, "transcript: demo": demo}
+def bench() -> str:
+    """Equality, then a line per method and result file: the newest of each model, dtype, weights and device."""
+    newest_of: dict[str, Path] = {}
+    for path in sorted((HERE / "results").glob("bench_*.json"), key=lambda path: path.name[-15:]):
+        newest_of[path.name[:-15]] = path
+    if not newest_of:
+        return "(no result file yet)"
+    equality, notes = [], []
+    lines = [
+        "| setting | method | speed over plain | 95% interval | acceptance | tokens per round |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for _, path in sorted(newest_of.items()):
+        report = json.loads(path.read_text())
+        told, simulated = report["configuration"], report.get("simulated")
+        setting = ", ".join(filter(None, (told["model"], told["dtype"], told["quantize"], told["device"])))
+        counts = [_equality(name, m) for name, m in report["methods"].items() if name != "ar"]
+        equality.append(f"{setting}: {', '.join(counts)}")
+        for name, figures in report["methods"].items():
+            lines.append(_bench_line(setting, name, figures, report["speedup"].get(f"{name}/ar")))
+        notes.append(_bench_note(path, report, simulated))
+    first = "Outputs equal to those of plain decoding: " + "; ".join(equality) + "."
+    return "\n".join([first, "", *lines, "", *notes]).rstrip()
+
+
+def _equality(name: str, figures: dict) -> str:
+    if figures["equal_to_ar"] is None:
+        return f"{name} not asked, acceptance simulated at {figures['simulated']}"
+    by_design = " (other output by design)" if name == "early-exit" else ""
+    return f"{name} {figures['equal_outputs']} of {figures['of']}{by_design}"
+
+
+def _bench_line(setting: str, name: str, figures: dict, ratio: dict | None) -> str:
+    speed = (
+        ("1", "") if ratio is None else (f"{ratio['median']:.2f} x", "{:.2f} - {:.2f}".format(*ratio["ci95"]))
+    )
+    accepted = "" if figures["acceptance"] is None else f"{100 * figures['acceptance']:.0f}%"
+    label = f"{name} (simulated)" if "simulated" in figures else name
+    cells = (setting, label, *speed, accepted, f"{figures['tokens_per_round']:.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _bench_note(path: Path, report: dict, simulated: float | None) -> str:
+    told, own = report["configuration"], report["methods"].get("self-speculative")
+    how = ""
+    if own is not None:
+        how = (
+            f"E = {own['exit_layer']}, K = {own['draft_length']}, draft vocabulary {own['draft_vocab']}, the cost "
+            f"model predicts {report['predicted_speedup']:.2f} x; "
+        )
+    made_up = "" if simulated is None else "acceptance is simulated, no output is real; "
+    threads = f", {report['card']['threads']} threads" if told["device"] == "cpu" else ""
+    return (
+        f"{how}{made_up}plain decoding reaches {100 * report['methods']['ar']['roofline_share']:.0f}% of the "
+        f"roofline; {told['device_name']}{threads}, {told['num_prompts']} prompts, {told['max_new_tokens']} new "
+        f"tokens, {told['trials']} trials ([{path.name}](benchmarks/results/{path.name})).\n"
+    )
+
+
+BLOCKS = {"table: overhead": overhead, "transcript: demo": demo, "table: bench": bench}
+OPTIONAL = {"table: bench"}  # while there is no result file
 
 
 def filled(text: str) -> str:
     """The README with every marked block made anew."""
     for marker, make in BLOCKS.items():
         pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- end -->)", re.S)
+        if marker in OPTIONAL and not pattern.search(text) and not newest("bench_*.json"):
+            continue
         assert pattern.search(text), marker
         made = make()
         text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)

@@ -1,6 +1,8 @@
 """Shared by all tests: one thread each (two processes run side by side), the sizes of the matrix, tolerances."""
 
+import io
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,3 +41,58 @@ def llama():
 
     model = tiny.calibrated("llama")
     return model, HuggingFaceStack(model)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A checkpoint with a tokenizer and a chat template, whose second exit agrees about half of the time."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tokenizer = tiny.tokenizer()
+    model = tiny.random_model("llama", vocab_size=len(tokenizer))
+    gains, _ = tiny.residual_gains(model)
+    with torch.no_grad():
+        for gain in gains:
+            gain.mul_(0.1)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; returns exit code, stdout and stderr. `stdin` is a pipe, or None when closed."""
+
+    from layerskip import cli
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["layerskip", *map(str, arguments)])
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        pipe = None if data is None else io.TextIOWrapper(io.BytesIO(data), "utf-8")
+        monkeypatch.setattr(sys, "stdin", pipe)
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """Call the command line with a mistake: two lines on stderr, exit code 2, nothing on stdout."""
+
+    def call(*arguments, stdin=""):
+        code, printed, message = run(*arguments, stdin=stdin)
+        assert code == 2, message
+        assert printed == ""
+        assert "Traceback" not in message
+        first, *hint = message.rstrip("\n").split("\n")
+        assert first.startswith("error: ")
+        assert len(hint) <= 1
+        return message
+
+    return call

@@ -1,6 +1,5 @@
 """The command line, in process, on a tiny checkpoint folder: what it prints, where, and how it fails."""
 
-import io
 import json
 import os
 import shutil
@@ -12,63 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from layerskip import cli
 from layerskip.display import KEPT, out, show, statistics_line
 from layerskip.model import cache
 
 L = tiny.NUM_LAYERS
 SPECULATIVE = ("--exit-layer", "2", "--draft-length", "3")
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A checkpoint with a tokenizer and a chat template, whose second exit agrees about half of the time."""
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tokenizer = tiny.tokenizer()
-    model = tiny.random_model("llama", vocab_size=len(tokenizer))
-    gains, _ = tiny.residual_gains(model)
-    with torch.no_grad():
-        for gain in gains:
-            gain.mul_(0.1)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line; returns exit code, stdout and stderr. `stdin` is a pipe, or None when closed."""
-
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["layerskip", *map(str, arguments)])
-        data = stdin.encode() if isinstance(stdin, str) else stdin
-        pipe = None if data is None else io.TextIOWrapper(io.BytesIO(data), "utf-8")
-        monkeypatch.setattr(sys, "stdin", pipe)
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def fails(run):
-    """Call the command line with a mistake: two lines on stderr, exit code 2, nothing on stdout."""
-
-    def call(*arguments, stdin=""):
-        code, printed, message = run(*arguments, stdin=stdin)
-        assert code == 2, message
-        assert printed == ""
-        assert "Traceback" not in message
-        first, *hint = message.rstrip("\n").split("\n")
-        assert first.startswith("error: ")
-        assert len(hint) <= 1
-        return message
-
-    return call
 
 
 @pytest.fixture
@@ -312,7 +259,7 @@ def test_the_demo_gives_equality_before_speed(run, folder):
         (("--dtype", "floaty32"), "did you mean 'float32'"),
         (("--device", "cuda:17"), "try --device cpu"),
         (("--device", "toaster"), "try --device cpu"),
-        (("--draft-vocab", "most"), "--draft-vocab is a number of tokens, or off"),
+        (("--draft-vocab", "most"), "--draft-vocab is a number of tokens, auto or off"),
         (("--draft-vocab", 0), "--draft-vocab a number from 1 to 259"),
         (("--draft-vocab", 260), "--draft-vocab a number from 1 to 259"),
         (("--policy", "dynamic"), "known: fixed"),
@@ -445,7 +392,7 @@ def test_what_the_parser_refuses_is_exit_code_2_too(run, folder, arguments):
 def test_every_verb_explains_itself(run):
     code, printed, _ = run("--help")
     assert code == 0
-    for verb in ("generate", "chat", "models", "env", "demo"):
+    for verb in ("generate", "chat", "models", "env", "demo", "bench", "draft-vocab"):
         assert verb in printed
         code, page, _ = run(verb, "--help")
         assert code == 0

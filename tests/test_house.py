@@ -21,6 +21,8 @@ FLOORS = {
     "demo": 3,
     "display": 3,
     "cli": 4,
+    "cli_app": 4,
+    "cli_measure": 4,
 }
 
 

@@ -11,44 +11,34 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from layerskip import cli_measure
+from layerskip.cli_app import (
+    AsJson,
+    Device,
+    DraftLength,
+    DraftVocab,
+    Dtype,
+    ExitLayer,
+    MaxNew,
+    MinP,
+    Mode,
+    Model,
+    Penalty,
+    Policy,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    app,
+    load,
+    vocabulary_size,
+)
 from layerskip.display import err, out, print_contests, print_rounds, show, statistics_line
 from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Make a language model draft for itself: exact self-speculative decoding with early exits.",
-)
-Model = Annotated[
-    str, typer.Argument(help="Built-in name, Hugging Face folder, or hub id.", show_default=False)
-]
-Mode = Annotated[
-    str | None, typer.Option(help="ar, early-exit or self-speculative.", show_default="by checkpoint")
-]
-ExitLayer = Annotated[int | None, typer.Option(help="E, layers that draft.", show_default="by checkpoint")]
-DraftLength = Annotated[
-    int | None, typer.Option(help="K, tokens drafted per round.", show_default="by checkpoint")
-]
-MaxNew = Annotated[int, typer.Option(help="Budget of new tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option(help="Keep the smallest set with this probability; 1 is off.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most probable; 0 is off.")]
-Penalty = Annotated[float, typer.Option(help="Divide logits of tokens already present; 1 is off.")]
-Seed = Annotated[int, typer.Option(help="Sampling is repeatable per seed.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="Stop before this text; may be repeated.", show_default=False)
-]
-DraftVocab = Annotated[str, typer.Option(help="Tokens the draft head knows: a number, or off.")]
-Policy = Annotated[str, typer.Option(help="Who chooses E and K each round: fixed.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
 
 
 def main() -> None:
@@ -83,7 +73,7 @@ def generate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Wrap the prompt as a message.", show_default="if it can"),
     ] = None,
-    draft_vocab: DraftVocab = "off",
+    draft_vocab: DraftVocab = "auto",
     policy: Policy = "fixed",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -113,7 +103,7 @@ def generate(
         policy=policy,
         batch_size=batch_size,
     )
-    lm = _load(model, dtype, device)
+    lm = load(model, dtype, device)
     options["chat"] = lm.has_template if chat is None else chat
     if batch_file is None and not as_json:
         _stream(lm, prompts[0], options)
@@ -142,7 +132,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Stop = None,
-    draft_vocab: DraftVocab = "off",
+    draft_vocab: DraftVocab = "auto",
     policy: Policy = "fixed",
     context: Annotated[int | None, typer.Option(help="Tokens to keep; the model's own by default.")] = None,
     dtype: Dtype = "auto",
@@ -167,7 +157,7 @@ def chat(
         draft_vocab=draft_vocab,
         policy=policy,
     )
-    lm = _load(model, dtype, device)
+    lm = load(model, dtype, device)
     if not lm.has_template:
         lacks = "tokenizer" if lm.tokenizer is None else "chat template"
         raise UserError(
@@ -252,7 +242,7 @@ def demo(
     """
     from layerskip.demo import as_record, contests
 
-    lm = _load(model, dtype, device)
+    lm = load(model, dtype, device)
     results = []
     for contest in contests(lm, exit_layer, draft_length, max_new_tokens):
         results.append(contest)
@@ -269,26 +259,11 @@ def demo(
 # -- shared by the verbs -------------------------------------------------------------------------------------
 
 
-def _load(model: str, dtype: str, device: str) -> LanguageModel:
-    with err.status(f"Loading {model} …"):
-        from transformers.utils import logging
-
-        from layerskip.decode import language_model
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()  # what matters of its warnings, we raise
-    return language_model.load(model, dtype=dtype, device=device)
-
-
 def _options(**given: Any) -> dict[str, Any]:
     """Check options before a model is loaded, so that a slip costs no time."""
     from layerskip.decode.options import Options
 
-    vocab = given["draft_vocab"]
-    if vocab != "off":
-        if not vocab.isdecimal():
-            raise UserError(f"draft vocabulary {vocab!r}", "--draft-vocab is a number of tokens, or off")
-        given["draft_vocab"] = int(vocab)
+    given["draft_vocab"] = vocabulary_size(given["draft_vocab"])
     options = Options.parse(given)
     _ = options.processing
     return given
@@ -369,3 +344,6 @@ def _chat_command(conversation: Any, command: str) -> None:
         err.print(Text(line, style="dim"))
     else:
         err.print(Text(f"unknown command {command}: {nearest(command, ['/exit', '/reset', '/stats'])}"))
+
+
+cli_measure.register(app)

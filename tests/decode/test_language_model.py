@@ -24,6 +24,11 @@ def lm():
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"draft_vocab": True}, "draft_vocab is True"),
         ({"stop": None}, "stop is None"),
+        ({"simulate_acceptance": "most"}, "simulate_acceptance is 'most'"),
+        ({"simulate_acceptance": 1.1}, "from 0 to 1"),
+        ({"simulate_acceptance": 0.5}, "greedy self-speculation only"),
+        ({"simulate_acceptance": 0.5, "exit_layer": 2, "temperature": 1.0}, "greedy self-speculation only"),
+        ({"simulate_acceptance": 0.5, "exit_layer": 2, "draft_length": 0}, "nothing is drafted"),
         ({"max_tokens": 4}, "unknown option 'max_tokens'"),
     ],
 )

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from layerskip.model.cost import (
     Cost,
     acceptance_from,
+    best_draft_vocabulary,
     break_even,
+    draft_vocabulary_speedups,
     expected_tokens,
     per_token_from,
     tokens_per_round,
@@ -56,3 +58,20 @@ def test_the_two_acceptances_convert_into_each_other(per_token, draft_length):
 
 def test_drafting_nothing_yields_one_token_and_no_acceptance():
     assert (expected_tokens(0, 0.5), acceptance_from(0.5, 0)) == (1.0, 0.0)
+
+
+def test_the_head_over_several_rows_may_cost_more_than_over_one():
+    narrow, wide = Cost(30, 6, 8, 1.3), Cost(30, 6, 8, 1.3, verify=24, verify_head=10)
+    assert wide.round(4) == narrow.round(4) + 2
+
+
+def test_a_draft_vocabulary_is_worth_its_coverage_against_its_head():
+    heads = {1000: 0.2, 8000: 1.3, 49152: 8.0}
+    cost = Cost(layers=30, early=6, head=8.0, draft_head=8.0)
+    covered = {1000: 0.6, 8000: 0.97, 49152: 1.0}
+    speedups = draft_vocabulary_speedups(cost, 4, 0.8, heads, covered)
+    assert best_draft_vocabulary(speedups) == 8000
+    assert speedups[49152] == pytest.approx(cost.speedup(4, expected_tokens(4, 0.8)))
+    everything = draft_vocabulary_speedups(cost, 4, 0.8, heads, dict.fromkeys(heads, 1.0))
+    assert best_draft_vocabulary(everything) == 1000, "at equal coverage the cheapest head wins"
+    assert best_draft_vocabulary({8: 1.0, 4: 1.0}) == 4

@@ -175,3 +175,13 @@ def test_layers_on_several_devices_work_through_the_stack(tmp_path):
     prompts = [[5, 6, 7], [8]]
     plain = decode(HuggingFaceStack(model), prompts, 12).tokens
     assert decode(HuggingFaceStack(split), prompts, 12, 2, 3).tokens == plain
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_stack_tells_the_bytes_of_its_layers_head_and_table(family):
+    model = tiny.random_model(family)
+    stack = HuggingFaceStack(model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    told = stack.num_layers * stack.layer_bytes + stack.head_bytes + stack.table_bytes
+    assert stack.name == "hf"
+    assert 0.8 * weights < told <= weights, "the rest are norms and learned positions"

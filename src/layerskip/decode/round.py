@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from layerskip.decode.sampling import Processing
+from layerskip.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,14 @@ class Request:
     index: int = 0  # place in the caller's order: keys the row's random numbers
     stop: Callable[[int], bool] | None = None  # asked after every committed token, in order
     logprobs: bool = False
+    simulated: float | None = None  # keep each greedy draft with this probability, whatever the target says
     keep: bool = False  # leave the row's cache in place when it finishes, for a next turn
+
+    def __post_init__(self) -> None:
+        if self.simulated is not None and not self.processing.plain_greedy:
+            raise UserError(
+                "an acceptance can be simulated for plain greedy drafts only", "no sampling, no processors"
+            )
 
 
 @dataclass(frozen=True)

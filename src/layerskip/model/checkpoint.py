@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -82,3 +85,40 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
     if not isinstance(ranked, list) or not all(isinstance(token, int) for token in ranked):
         raise UserError(f"{file} is not a JSON list of token ids")
     return ranked
+
+
+def write_draft_vocabulary(folder: Path, ids: Sequence[int], facts: Facts) -> Path:
+    """Put `draft_vocab.json` into a checkpoint and name it in `config.json`; every other key stays as it is.
+
+    `facts` are those the checkpoint is known by: a published one gets an entry only now, which must not hide
+    its default exit. Both files are replaced whole, the list before the configuration that names it.
+    Raises: UserError when the folder cannot be written.
+    """
+    file = folder / "draft_vocab.json"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = {
+            "exits": list(facts.exits),
+            "exit_layer": facts.exit_layer,
+            "draft_length": facts.draft_length,
+        }
+        entry = config.get("layerskip") or {key: value for key, value in known.items() if value}
+        config["layerskip"] = {**entry, "draft_vocab": file.name}
+        write_json(file, list(ids))
+        write_json(folder / "config.json", config, indent=2)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error}", "--output writes elsewhere") from error
+    return file
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Replace a file as a whole: readers see the old or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as part:
+            part.write(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's files are private
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

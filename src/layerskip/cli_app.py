@@ -1,0 +1,71 @@
+"""The command line's common part: the Typer app, the options several verbs share, loading a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerskip.display import err
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a language model draft for itself: exact self-speculative decoding with early exits.",
+)
+Model = Annotated[
+    str, typer.Argument(help="Built-in name, Hugging Face folder, or hub id.", show_default=False)
+]
+Mode = Annotated[
+    str | None, typer.Option(help="ar, early-exit or self-speculative.", show_default="by checkpoint")
+]
+ExitLayer = Annotated[int | None, typer.Option(help="E, layers that draft.", show_default="by checkpoint")]
+DraftLength = Annotated[
+    int | None, typer.Option(help="K, tokens drafted per round.", show_default="by checkpoint")
+]
+MaxNew = Annotated[int, typer.Option(help="Budget of new tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Keep the smallest set with this probability; 1 is off.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most probable; 0 is off.")]
+Penalty = Annotated[float, typer.Option(help="Divide logits of tokens already present; 1 is off.")]
+Seed = Annotated[int, typer.Option(help="Sampling is repeatable per seed.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Stop before this text; may be repeated.", show_default=False)
+]
+DraftVocab = Annotated[str, typer.Option(help="Tokens the draft head knows: a number, auto or off.")]
+Policy = Annotated[str, typer.Option(help="Who chooses E and K each round: fixed.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
+StackName = Annotated[str, typer.Option("--stack", help="native, hf or auto.")]
+Quantize = Annotated[str | None, typer.Option(help="int8 weights.", show_default="off")]
+
+
+def vocabulary_size(given: str) -> int | str:
+    """Read --draft-vocab: a number of tokens, auto or off. Raises: UserError."""
+    if given in ("auto", "off"):
+        return given
+    if not given.isdecimal():
+        raise UserError(f"draft vocabulary {given!r}", "--draft-vocab is a number of tokens, auto or off")
+    return int(given)
+
+
+def load(
+    model: str, dtype: str, device: str, stack: str = "auto", quantize: str | None = None
+) -> LanguageModel:
+    """Load a model, saying so on stderr while it takes time."""
+    with err.status(f"Loading {model} …"):
+        from transformers.utils import logging
+
+        from layerskip.decode import language_model
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # what matters of its warnings, we raise
+    return language_model.load(model, dtype=dtype, device=device, stack=stack, quantize=quantize)

@@ -1,0 +1,315 @@
+"""The verbs that measure: bench, draft-vocab. `register` adds them to the app; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from layerskip.cli_app import (
+    AsJson,
+    Device,
+    DraftLength,
+    Dtype,
+    ExitLayer,
+    Model,
+    Policy,
+    Quantize,
+    StackName,
+    load,
+    vocabulary_size,
+)
+from layerskip.display import err, out, print_bench, print_card, print_coverage
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
+
+METHODS = "ar,self-speculative,early-exit"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file to the command line."""
+    app.command()(bench)
+    app.command(name="draft-vocab")(draft_vocab)
+
+
+def bench(
+    model: Model,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with prompt or messages.", show_default="ten built in")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Every method makes exactly this many.")] = 64,
+    exit_layer: ExitLayer = None,
+    draft_length: DraftLength = None,
+    draft_vocab: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens the draft head knows: a number, auto (by the cost model) or off.",
+            show_default="by checkpoint",
+        ),
+    ] = None,
+    policy: Policy = "fixed",
+    dtype: Dtype = "auto",
+    hf_dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the hf methods.", show_default="same as --dtype")
+    ] = None,
+    device: Device = "auto",
+    stack: StackName = "auto",
+    quantize: Quantize = None,
+    methods: Annotated[
+        str, typer.Option(help="Any of ar, self-speculative, early-exit, hf, hf-early-exit; ar always is.")
+    ] = METHODS,
+    trials: Annotated[int, typer.Option(help="Timed turns of every method on every prompt.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's")] = None,
+    simulate_acceptance: Annotated[
+        float | None,
+        typer.Option(
+            help="Pretend this accepted/drafted: all work is real, the output is not.", show_default="off"
+        ),
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Write a result file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare ways of decoding: equality first, methods interleaved, medians with intervals.
+
+    layerskip bench smollm2-135m --exit-layer 6 --draft-length 4 --limit 4 --max-new-tokens 32
+    """
+    given = {name: value for name, value in locals().items() if name not in ("as_json", "save")}
+    from layerskip.decode.language_model import resolve_device, resolve_dtype
+    from layerskip.measure import bench as benches
+    from layerskip.measure.methods import parsed
+    from layerskip.measure.settings import Prompt, Settings
+
+    chosen = parsed(methods)
+    _check_counts(limit=limit, trials=trials, threads=threads)
+    settings = Settings(
+        methods=chosen,
+        exit_layer=exit_layer,
+        draft_length=draft_length,
+        draft_vocab=None if draft_vocab is None else vocabulary_size(draft_vocab),
+        max_new_tokens=max_new_tokens,
+        trials=trials,
+        simulate_acceptance=simulate_acceptance,
+        hf_dtype=None if hf_dtype is None else resolve_dtype(hf_dtype, resolve_device(device)),
+        quantisation=quantize,
+        policy=policy,
+    )
+    settings.options(draft_vocab=settings.draft_vocab or "auto")
+    lines = _prompt_lines(prompts, limit)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    lm, load_s = _loaded(model, dtype, device, stack, quantize)
+    items = [Prompt(line.task, _encoded(lm, line.content)) for line in lines]
+    try:
+        with _progress() as watch:
+            result = benches.bench(
+                lm,
+                items,
+                settings,
+                announce=lambda card: print_card(err if as_json else out, card),
+                watch=watch,
+            )
+    except benches.NotLossless as error:
+        err.print(Text(f"not lossless: {error}", style="bold red"))
+        sys.exit(1)
+    result["configuration"] = _configuration(given, lm, len(items), load_s)
+    if simulate_acceptance is not None:
+        result["simulated"] = simulate_acceptance
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_bench(result)
+    if save:
+        err.print(Text(f"written: {_save(result)}", style="dim"))
+
+
+def draft_vocab(
+    model: Model,
+    data: Annotated[list[Path], typer.Option(help="Text the model should write; may be repeated.")],
+    size: Annotated[int, typer.Option(help="Tokens to keep.")] = 8192,
+    column: Annotated[
+        str | None, typer.Option(help="Column of JSON lines.", show_default="text, response, messages")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write the list here and leave the checkpoint alone.", show_default=False),
+    ] = None,
+    exit_layer: ExitLayer = None,
+    draft_length: DraftLength = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Rank a model's tokens by frequency, so that drafting reads a small part of the head.
+
+    layerskip draft-vocab smollm2-135m --data notes.jsonl --data code.py --size 8192
+    """
+    from layerskip.decode.options import Options
+    from layerskip.measure import vocabulary
+    from layerskip.model import checkpoint
+
+    for path in data:
+        if not path.is_file():
+            raise UserError(
+                f"no data file {path}", "--data names a .jsonl, .txt, .md or .py file, or its .gz"
+            )
+    lm = load(model, dtype, device)
+    if lm.tokenizer is None:
+        raise UserError(f"{model} has no tokenizer, so text cannot be counted", "add its tokenizer.json")
+    full = lm.stack.vocab_size
+    with _progress() as watch:
+        texts = _watched((text for path in data for text in vocabulary.documents(path, column)), watch)
+        found = vocabulary.frequencies(lm.tokenizer, texts, full)
+    ranking = vocabulary.ranked(found.counted)
+    ids = vocabulary.first_ids(ranking, size, sorted(lm.eos_ids(Options())))
+    sizes = [n for n in vocabulary.COVERAGE_SIZES if n < full]
+    covered = vocabulary.coverage(found.held_out, ranking, sorted({*sizes, size}))
+    record: dict[str, Any] = {
+        "size": size,
+        "tokens_counted": int(found.counted.sum()),
+        "tokens_held_out": int(found.held_out.sum()),
+        "coverage": [{"size": n, "coverage": share} for n, share in covered.items()],
+        **_suggestion(lm, covered, exit_layer, draft_length),
+    }
+    if output is not None:
+        try:
+            checkpoint.write_json(output, ids)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error}") from error
+        record["file"] = str(output)
+    else:
+        assert lm.path is not None
+        record["file"] = str(checkpoint.write_draft_vocabulary(lm.path, ids, lm.facts))
+    if as_json:
+        print(json.dumps(record))
+    else:
+        print_coverage(record)
+
+
+# -- shared by the verbs -------------------------------------------------------------------------------------
+
+
+def _check_counts(**given: int | None) -> None:
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}", f"--{name} is at least 1")
+
+
+def _prompt_lines(path: Path | None, limit: int | None) -> list[Any]:
+    from layerskip.config import read_prompts
+    from layerskip.measure import prompt_file
+
+    return read_prompts(path or prompt_file())[:limit]
+
+
+def _encoded(lm: LanguageModel, content: Any) -> list[int]:
+    return lm.encode(content, chat=lm.has_template)
+
+
+def _loaded(*arguments: Any) -> tuple[LanguageModel, float]:
+    import time
+
+    began = time.perf_counter()
+    return load(*arguments), time.perf_counter() - began
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show on stderr what is going on; a line per kind of work, drawn only while a terminal looks on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        task = bars.add_task("", total=None)
+
+        def watch(what: str, done: int, of: int) -> None:
+            bars.update(task, description=what, completed=done, total=of or None)
+
+        yield watch
+
+
+def _watched(texts: Iterator[str], watch: Callable[[str, int, int], None]) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        if number % 100 == 0:
+            watch("counting documents", number, 0)
+        yield text
+
+
+def _suggestion(
+    lm: LanguageModel, covered: dict[int, float | None], exit_layer: int | None, draft_length: int | None
+) -> dict[str, Any]:
+    """Price each size with the cost model at an assumed agreement; nothing where there is no coverage."""
+    from layerskip.decode.options import Options
+    from layerskip.measure import draft_sizes
+    from layerskip.model.cost import best_draft_vocabulary
+
+    plan = lm.plan(Options(mode="self-speculative", exit_layer=exit_layer, draft_length=draft_length))
+    if None in covered.values() or plan.draft_length == 0:
+        return {}
+    shares = {size: share for size, share in covered.items() if share is not None}
+    speedups = draft_sizes.predicted_sizes(lm, plan, shares)
+    return {
+        "assumed": {
+            "exit_layer": plan.exit_layer,
+            "draft_length": plan.draft_length,
+            "agreement": draft_sizes.ASSUMED_AGREEMENT,
+        },
+        "predicted_speedup": {str(n): value for n, value in speedups.items()},
+        "suggested_size": best_draft_vocabulary(speedups),
+    }
+
+
+def _configuration(
+    given: dict[str, Any], lm: LanguageModel, num_prompts: int, load_s: float
+) -> dict[str, Any]:
+    """Say what was measured, with what, where and when; folders appear by their last name only."""
+    import subprocess
+    import time
+
+    from layerskip.environment import environment
+    from layerskip.measure.card import device_name
+
+    facts = environment()
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a checkout
+    model = given["model"]
+    return {
+        **{name: value for name, value in given.items() if name not in ("model", "prompts")},
+        "model": Path(model).name if Path(model).exists() else model,
+        "prompts": "built in" if given["prompts"] is None else given["prompts"].name,
+        "num_prompts": num_prompts,
+        "dtype": str(lm.stack.dtype).removeprefix("torch."),
+        "device": lm.stack.device.type,
+        "device_name": device_name(lm.stack.device),
+        "load_s": load_s,
+        "commit": commit,
+        "versions": {name: facts[name] for name in ("layerskip", "python", "torch", "transformers")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _save(result: dict[str, Any]) -> Path:
+    """Write a result file under benchmarks/results where the current folder has one, else into it."""
+    told = result["configuration"]
+    parts = ["bench", told["model"].replace("/", "-"), told["dtype"]]
+    parts += [told["quantize"]] if told["quantize"] else []
+    parts += ["sim"] if told["simulate_acceptance"] is not None else []
+    name = "_".join([*parts, told["device"], told["date"]]) + ".json"
+    folder = Path("benchmarks/results") if Path("benchmarks/results").is_dir() else Path()
+    try:
+        (folder / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / name}: {error}") from error
+    return folder / name

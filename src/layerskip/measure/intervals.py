@@ -1,0 +1,54 @@
+"""Medians of paired ratios with a bootstrap interval. Pure: the seed is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and the ends of its 95% interval."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def ci95(self) -> list[float]:
+        return [self.low, self.high]
+
+
+def interval(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
+    """Take the median of all values and bootstrap it, percentile method, in two stages.
+
+    A group holds the values of one prompt over the trials. Trials of a prompt resemble each other, so prompts
+    are drawn with replacement first and trials within each drawn prompt after: an interval from few prompts
+    stays wide however many trials there are.
+
+    Shapes: [P, T], P prompts and T trials, none of them 0.
+    """
+    values = np.asarray(groups, dtype=float)  # [P, T]
+    assert values.ndim == 2
+    assert values.size
+    prompts, trials = values.shape
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(prompts, size=(RESAMPLES, prompts, 1))
+    trial = rng.integers(trials, size=(RESAMPLES, prompts, trials))
+    medians = np.median(values[prompt, trial].reshape(RESAMPLES, -1), axis=1)  # [RESAMPLES]
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Interval(float(np.median(values)), float(low), float(high))
+
+
+def ratios(
+    numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """Divide value by value: same prompt, same trial."""
+    return [
+        [a / b for a, b in zip(above, below, strict=True)]
+        for above, below in zip(numerators, denominators, strict=True)
+    ]

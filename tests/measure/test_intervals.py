@@ -1,0 +1,49 @@
+"""Medians and their bootstrap intervals."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip.measure.intervals import interval, ratios
+
+GROUPS = st.integers(1, 4).flatmap(
+    lambda trials: st.lists(
+        st.lists(st.floats(0.1, 10), min_size=trials, max_size=trials), min_size=1, max_size=5
+    )
+)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(GROUPS)
+def test_the_interval_holds_the_median_and_repeats_with_the_seed(groups):
+    found = interval(groups, seed=3)
+    assert found.median == np.median([x for group in groups for x in group])
+    assert found.low <= found.high
+    assert min(map(min, groups)) <= found.low
+    assert found.high <= max(map(max, groups))
+    assert interval(groups, seed=3) == found
+
+
+def test_equal_values_have_an_interval_of_no_width():
+    found = interval([[2.0, 2.0], [2.0, 2.0]])
+    assert (found.median, found.ci95) == (2.0, [2.0, 2.0])
+
+
+def test_more_trials_of_the_same_prompts_do_not_narrow_what_prompts_disagree_about():
+    """Resampling all ratios as if they were independent would."""
+    prompts = [1.0, 1.2, 1.4, 1.6, 1.8]
+    few, many = (interval([[p] * trials for p in prompts]) for trials in (1, 50))
+    assert many.high - many.low >= 0.9 * (few.high - few.low)
+
+
+def test_the_interval_covers_the_true_median_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(60):
+        found = interval([[x] for x in rng.lognormal(0.0, 0.3, size=15)], seed)
+        hits += found.low <= 1.0 <= found.high
+    assert hits >= 50  # 57 expected; 50 is four standard deviations below
+
+
+def test_ratios_pair_the_same_prompt_and_trial():
+    assert ratios([[4.0, 9.0], [8.0]], [[2.0, 3.0], [2.0]]) == [[2.0, 3.0], [4.0]]
