@@ -26,6 +26,7 @@ class Request:
     index: int = 0  # place in the caller's order: keys the row's random numbers
     stop: Callable[[int], bool] | None = None  # asked after every committed token, in order
     logprobs: bool = False
+    simulated: float | None = None  # keep each greedy draft with this probability, whatever the target says
     keep: bool = False  # leave the row's cache in place when it finishes, for a next turn
 
 

@@ -249,7 +249,11 @@ def check_finite(largest: Tensor) -> None:
     Shapes: [...]; `max` returns NaN when any of its inputs is.
     """
     if not largest.isfinite().all():
-        raise UserError(
-            "the model gave NaN or infinite logits",
-            "its weights are damaged or overflow in this dtype: try --dtype float32 (or bfloat16 for float16)",
-        )
+        raise not_finite()
+
+
+def not_finite() -> UserError:
+    return UserError(
+        "the model gave NaN or infinite logits",
+        "its weights are damaged or overflow in this dtype: try --dtype float32 (or bfloat16 for float16)",
+    )

@@ -64,6 +64,10 @@ class Cache:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
+    @property
+    def devices(self) -> set[torch.device]:
+        return {tensor.device for tensor in self.keys}
+
     # -- rows ------------------------------------------------------------------------------------------------
 
     def allocate(self) -> int | None:
@@ -100,8 +104,13 @@ class Cache:
     def bind(self, step: Step) -> None:
         """Set where the coming `update` calls write and what they read."""
         self._step = step
-        for row, start in zip(step.rows, step.starts, strict=True):
-            self._touched[row] = max(self._touched[row], min(start + step.width, self.capacity))
+        if step.index is None:
+            for row, start in zip(step.rows, step.starts, strict=True):
+                self.touch(row, start + step.width)
+
+    def touch(self, row: int, stop: int) -> None:
+        """Note that slots up to `stop` are written; whoever makes a step with `on_device` says so beforehand."""
+        self._touched[row] = max(self._touched[row], min(stop, self.capacity))
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write and read for the bound step: the one method Hugging Face attentions call.
@@ -118,7 +127,7 @@ class Cache:
             if step.row_slice is not None and step.uniform:
                 store[step.row_slice, :, step.starts[0] : step.starts[0] + step.width] = new
             else:
-                index = torch.tensor(step.rows, device=store.device)[:, None]  # [B, 1]
+                index = _rows(step, store.device)[:, None]  # [B, 1]
                 store[index, :, step.slots.to(store.device)] = new.transpose(1, 2)  # [B, T, H, d]
 
     def read(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
@@ -126,8 +135,12 @@ class Cache:
         key, value = self.keys[layer][:, :, : step.kv_len], self.values[layer][:, :, : step.kv_len]
         if step.row_slice is not None:
             return key[step.row_slice], value[step.row_slice]
-        index = torch.tensor(step.rows, device=key.device)
+        index = _rows(step, key.device)
         return key.index_select(0, index), value.index_select(0, index)
+
+
+def _rows(step: Step, device: torch.device) -> Tensor:
+    return torch.tensor(step.rows, device=device) if step.index is None else step.index
 
 
 def _zeros(shape: KVShape, rows: int, capacity: int, size: int) -> Tensor:
