@@ -312,7 +312,7 @@ def test_the_demo_gives_equality_before_speed(run, folder):
         (("--dtype", "floaty32"), "did you mean 'float32'"),
         (("--device", "cuda:17"), "try --device cpu"),
         (("--device", "toaster"), "try --device cpu"),
-        (("--draft-vocab", "most"), "--draft-vocab is a number of tokens, or off"),
+        (("--draft-vocab", "most"), "--draft-vocab is a number of tokens, auto or off"),
         (("--draft-vocab", 0), "--draft-vocab a number from 1 to 259"),
         (("--draft-vocab", 260), "--draft-vocab a number from 1 to 259"),
         (("--policy", "dynamic"), "known: fixed"),

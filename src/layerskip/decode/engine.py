@@ -315,6 +315,8 @@ class Engine:
             if row.request.processing.plain_greedy:
                 own = targets[first : first + count]
                 kept = next((i for i, x in enumerate(row.proposal) if x != own[i]), count - 1)
+                if (chance := row.request.simulated) is not None:
+                    kept = row.uniforms.streak(row.request.index, len(row.tokens), count - 1, chance)
                 verdicts.append((kept, own[kept]))
             else:
                 verdicts.append(self._judge_law(row, row_logits))

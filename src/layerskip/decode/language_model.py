@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,8 @@ from layerskip.decode.generation import Generation, finished
 from layerskip.decode.options import Options, Plan
 from layerskip.decode.round import Request, Round
 from layerskip.errors import UserError, nearest
-from layerskip.model import checkpoint, hub, stack
+from layerskip.model import checkpoint, cost, hub
+from layerskip.model import stack as stacks
 from layerskip.model.head import Head, draft_ids
 from layerskip.model.huggingface import HuggingFaceStack
 
@@ -59,7 +61,7 @@ class LanguageModel:
         self.facts: Facts = (
             checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
         )
-        self._heads: dict[int, Head] = {}
+        self._heads: dict[tuple[int, tuple[int, ...]], Head] = {}
 
     @property
     def has_template(self) -> bool:
@@ -136,6 +138,7 @@ class LanguageModel:
         plan = self.plan(options)
         assert options.seed is not None, "the seed is drawn once per call"
         strings, ends = texts.split_stops(self.tokenizer, options.stops)
+        simulated = options.simulate_acceptance
         return Request(
             prompt=self.encode(prompt, options.chat),
             max_new_tokens=options.max_new_tokens,
@@ -148,6 +151,7 @@ class LanguageModel:
             index=index,
             stop=texts.StopStrings(self.tokenizer, strings).push if strings else None,
             logprobs=options.logprobs,
+            simulated=None if simulated is None else cost.per_token_from(simulated, plan.draft_length),
             keep=keep,
         )
 
@@ -155,16 +159,25 @@ class LanguageModel:
         options = seeded(options)
         return [_Item(self.request(prompt, options, index)) for index, prompt in enumerate(prompts)]
 
+    @cached_property
+    def ranked_vocabulary(self) -> list[int] | None:
+        """The checkpoint's token ids by falling frequency; None when it has no draft vocabulary."""
+        return checkpoint.ranked_vocabulary(self.path, self.facts)
+
     def draft_head(self, options: Options) -> Head | None:
-        """Build the reduced draft head the options ask for, once per size."""
-        if options.draft_vocab == "off":
+        """Build the reduced draft head the options ask for, once per size; auto is the checkpoint's list, or none."""
+        size = options.draft_vocab
+        if size == "auto":
+            drafting = self.plan(options).draft_length > 0
+            size = len(set((drafting and self.ranked_vocabulary) or ())) or "off"
+        if size == "off":
             return None
-        size = int(options.draft_vocab)
-        if size not in self._heads:
-            ranked = checkpoint.ranked_vocabulary(self.path, self.facts)
-            ids = draft_ids(size, self.stack.vocab_size, ranked, sorted(self.eos_ids(options)))
-            self._heads[size] = self.stack.reduced_head(ids)
-        return self._heads[size]
+        always = tuple(sorted(self.eos_ids(options)))
+        key = (int(size), always)
+        if key not in self._heads:
+            ids = draft_ids(int(size), self.stack.vocab_size, self.ranked_vocabulary, always)
+            self._heads[key] = self.stack.reduced_head(ids)
+        return self._heads[key]
 
     def _engine(self, items: Sequence[_Item], options: Options, rows: int) -> Engine:
         wanted = max(len(item.request.prompt) + item.request.max_new_tokens - 1 for item in items)
@@ -320,6 +333,8 @@ def load(
     device: str | torch.device = "auto",
     device_map: Any = None,
     progress: bool = True,
+    stack: str = "auto",
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load a built-in model, a Hugging Face folder, or a hub id.
 
@@ -332,10 +347,14 @@ def load(
             f"load takes a name or folder, got {type(name).__name__}",
             "for a model in memory: layerskip.generate(hf_model, ...)",
         )
+    if stack not in ("auto", "hf"):
+        raise UserError(f"no stack {stack!r} yet", "known: auto, hf")
+    if quantize is not None:
+        raise UserError(f"no quantisation {quantize!r} yet", "leave --quantize out")
     chosen = resolve_device(device)
     kind = resolve_dtype(dtype, chosen)
     path = hub.resolve(str(name), progress=progress)
-    model, hf = stack.load(path, dtype=kind, device=chosen, device_map=device_map)
+    model, hf = stacks.load(path, dtype=kind, device=chosen, device_map=device_map)
     tokenizer = None  # token ids still work; text then says what is missing
     if any(
         (path / file).exists() for file in TOKENIZER_FILES

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from layerskip.model.checkpoint import Facts
 
 MODES = ("ar", "early-exit", "self-speculative")
+_UNSET = ("exit_layer", "draft_length", "seed", "simulate_acceptance")  # may be None
 DEFAULT_DRAFT_LENGTH = 4  # short drafts lose little on untrained exits and fit most trained ones
 
 
@@ -34,10 +35,11 @@ class Options:
     seed: int | None = None  # None: drawn from torch's global generator
     stop: str | Sequence[str] = ()
     chat: bool | None = None  # wrap a text prompt as a user message; None: only lists of messages
-    draft_vocab: int | str = "off"  # size of the reduced draft head
+    draft_vocab: int | str = "auto"  # size of the reduced draft head; auto: the checkpoint's list, else off
     policy: str = "fixed"
     eos_token_id: int | Sequence[int] | None = None  # None: all ids of the generation config
     logprobs: bool = False
+    simulate_acceptance: float | None = None  # accepted/drafted to pretend: for timing only, not the output
     batch_size: int = 8  # rows decoded together when several prompts are given
 
     @classmethod
@@ -57,17 +59,21 @@ class Options:
             raise UserError(f"max_new_tokens is {options.max_new_tokens}", "ask for at least one new token")
         if options.batch_size < 1:
             raise UserError(f"batch_size is {options.batch_size}", "it must be at least 1")
-        if not (options.draft_vocab == "off" or type(options.draft_vocab) is int):
-            raise UserError(f"draft_vocab is {options.draft_vocab!r}", "give a number of tokens, or off")
+        if not (options.draft_vocab in ("auto", "off") or type(options.draft_vocab) is int):
+            raise UserError(f"draft_vocab is {options.draft_vocab!r}", "give a number of tokens, auto or off")
+        if options.simulate_acceptance is not None and not 0 <= options.simulate_acceptance <= 1:
+            raise UserError(
+                f"simulate_acceptance is {options.simulate_acceptance}", "accepted/drafted is from 0 to 1"
+            )
         return options
 
     def _check_types(self) -> None:
         whole = ("exit_layer", "draft_length", "max_new_tokens", "top_k", "seed", "batch_size")
-        real = ("temperature", "top_p", "min_p", "repetition_penalty")
+        real = ("temperature", "top_p", "min_p", "repetition_penalty", "simulate_acceptance")
         for names, kinds, wanted in ((whole, (int,), "a whole number"), (real, (int, float), "a number")):
             for name in names:
                 value = getattr(self, name)
-                unset = value is None and name in ("exit_layer", "draft_length", "seed")
+                unset = value is None and name in _UNSET
                 if not unset and (isinstance(value, bool) or not isinstance(value, kinds)):
                     raise UserError(f"{name} is {value!r}", f"give {wanted}")
         for name in ("stop", "logits_processor"):
@@ -87,6 +93,13 @@ class Options:
         """Choose mode, E and K. Raises: UserError for an exit layer or draft length out of range."""
         chosen = self.exit_layer is not None or self.draft_length is not None
         mode = self.mode or ("self-speculative" if facts.trained or chosen else "ar")
+        if self.simulate_acceptance is not None and not (
+            mode == "self-speculative" and self.processing.plain_greedy
+        ):
+            raise UserError(
+                "an acceptance can be simulated for greedy self-speculation only",
+                "use --mode self-speculative, no temperature, penalty or processors",
+            )
         if mode == "ar":
             return Plan(mode, num_layers, 0)
         exit_layer = self.exit_layer if self.exit_layer is not None else facts.exit_layer
@@ -101,6 +114,8 @@ class Options:
         draft_length = DEFAULT_DRAFT_LENGTH if draft_length is None else draft_length
         if draft_length < 0:
             raise UserError(f"draft length {draft_length} is negative", "it must be 0 or more")
+        if self.simulate_acceptance is not None and draft_length == 0:
+            raise UserError("nothing is drafted, so no acceptance can be simulated", "give a draft length")
         return Plan(mode, exit_layer, draft_length if mode == "self-speculative" else 0)
 
 

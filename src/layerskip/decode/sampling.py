@@ -164,6 +164,14 @@ class Uniforms:
         raw = np.random.Philox(counter=[position, purpose, 0, 0], key=key).random_raw()
         return float(int(raw) >> 11) * 2.0**-53
 
+    def streak(self, row: int, position: int, drafts: int, chance: float) -> int:
+        """Count the first drafts whose keep number, from `position` on, is below `chance`.
+
+        For benchmarks that simulate an acceptance: the verdict is made up, all other work is real.
+        """
+        at = range(drafts)
+        return next((i for i in at if not self.at(row, position + i, KEEP) < chance), drafts)
+
 
 # Processors of transformers that carry state from call to call or hold a second model.
 _STATEFUL = {"SynthIDTextWatermarkLogitsProcessor"}

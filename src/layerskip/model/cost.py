@@ -6,7 +6,8 @@ Leviathan et al. (arXiv 2211.17192). On a device, put measured step times in pla
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Cost:
     """Costs in any one unit: layers (`head` = V*D / parameters of a layer) or seconds.
 
     `layers` is one full pass without the head, `early` the slice [0, E), `head` the full head,
-    `draft_head` the head used for drafting, `verify` the slice [E, L) over K+1 positions (None: as one row).
+    `draft_head` the head used for drafting, `verify` the slice [E, L) over K+1 positions (None: as one row),
+    `verify_head` the full head over K+1 positions (None: as one row; both are bound by reading their weights).
     """
 
     layers: float
@@ -22,14 +24,13 @@ class Cost:
     head: float
     draft_head: float
     verify: float | None = None
+    verify_head: float | None = None
 
     def round(self, draft_length: int) -> float:
-        """Price K drafts and their verification: (K+1) early passes, K draft heads, one late pass, the head.
-
-        The head over K+1 positions is priced once: it is bound by reading its weights.
-        """
+        """Price K drafts and their verification: (K+1) early passes, K draft heads, one late pass, the head."""
         late = self.layers - self.early if self.verify is None else self.verify
-        return (draft_length + 1) * self.early + draft_length * self.draft_head + late + self.head
+        head = self.head if self.verify_head is None else self.verify_head
+        return (draft_length + 1) * self.early + draft_length * self.draft_head + late + head
 
     def speedup(self, draft_length: int, tokens_per_round: float) -> float:
         """Compare with plain decoding: seconds per token of the one over the other."""
@@ -68,3 +69,29 @@ def per_token_from(acceptance: float, draft_length: int) -> float:
 def break_even(cost: Cost) -> float:
     """Acceptance (accepted/drafted) at which speculation stops losing: (E + h_d) / (L + h)."""
     return (cost.early + cost.draft_head) / (cost.layers + cost.head)
+
+
+def draft_vocabulary_speedups(
+    cost: Cost,
+    draft_length: int,
+    per_token: float,
+    heads: Mapping[int, float],
+    coverage: Mapping[int, float],
+) -> dict[int, float]:
+    """Predict the speed-up of each candidate draft vocabulary.
+
+    `heads` prices the draft head of each size, `coverage` is the expected share of target tokens inside the
+    subset, `per_token` the agreement of the exit with the full head. A target token outside the subset is never
+    drafted, so a draft is kept with probability coverage x per_token at most; that bound is what is used.
+    """
+    return {
+        size: replace(cost, draft_head=head).speedup(
+            draft_length, expected_tokens(draft_length, per_token * coverage[size])
+        )
+        for size, head in heads.items()
+    }
+
+
+def best_draft_vocabulary(speedups: Mapping[int, float]) -> int:
+    """Choose the size with the largest predicted speed-up; the smaller one of equals."""
+    return max(sorted(speedups), key=lambda size: speedups[size])

@@ -41,17 +41,23 @@ class Head:
 def draft_ids(size: int, vocab_size: int, ranked: Sequence[int] | None, always: Sequence[int]) -> list[int]:
     """Choose the token ids of a draft vocabulary of `size`, in ascending order.
 
-    `ranked` lists ids by falling frequency (a checkpoint's draft vocabulary file). Without it the lowest ids
-    are taken: byte-pair vocabularies number their merges in the order they were learned, most frequent first.
-    `always` (the end-of-sequence ids) is included whatever its rank.
+    `ranked` lists ids by falling frequency (a checkpoint's draft vocabulary file). Without it, and behind its
+    end, the lowest ids are taken: byte-pair vocabularies number their merges in the order they were learned,
+    most frequent first. `always` (the end-of-sequence ids) is included whatever its rank.
 
-    Raises: UserError for a size outside 1..vocab_size.
+    Raises: UserError for a size outside 1..vocab_size, or a ranked id the model does not have.
     """
     if not 1 <= size <= vocab_size:
         raise UserError(
             f"draft vocabulary of {size} tokens: the model has {vocab_size}",
             f"give --draft-vocab a number from 1 to {vocab_size}, or off",
         )
+    strange = next((token for token in ranked or () if not 0 <= token < vocab_size), None)
+    if strange is not None:
+        raise UserError(
+            f"the draft vocabulary names token {strange}, the model's end at {vocab_size - 1}",
+            "layerskip draft-vocab writes a new one, or use --draft-vocab off",
+        )
     first = [token for token in dict.fromkeys(always) if 0 <= token < vocab_size][:size]
-    order = [*first, *(range(vocab_size) if ranked is None else ranked)]
+    order = [*first, *(ranked or ()), *range(vocab_size)]
     return sorted(list(dict.fromkeys(order))[:size])

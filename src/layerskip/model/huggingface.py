@@ -91,6 +91,8 @@ class HuggingFaceStack(Stack):
     The model object itself is not kept, so that a stack never keeps a model alive that its owner dropped.
     """
 
+    name = "hf"
+
     def __init__(self, hf: Any) -> None:
         config = hf.config.get_text_config()
         refuse_unsupported(hf)
@@ -107,6 +109,9 @@ class HuggingFaceStack(Stack):
         self.num_layers = len(self.layers)
         self.width = config.hidden_size
         self.vocab_size = self.head.weight.shape[0]
+        self.layer_bytes = _num_bytes(*self.layers) // self.num_layers
+        self.head_bytes = _num_bytes(self.head)
+        self.table_bytes = 0 if _tied(self.table.weight, self.head.weight) else _num_bytes(self.table)
         self.context = _context(config)
         self.dtype = hf.dtype
         self.device = _device(hf)
@@ -206,6 +211,14 @@ def _parts(hf: Any, family: Family) -> tuple[Any, list[Any], Any, list[Any]]:
     rotary = getattr(decoder, family.rotary) if family.rotary else None
     finish = [module for name in family.finish if (module := getattr(decoder, name)) is not None]
     return decoder, list(getattr(decoder, family.layers)), rotary, finish
+
+
+def _num_bytes(*modules: Any) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def _tied(table: Tensor, head: Tensor) -> bool:
+    return table is head or (table.device.type != "meta" and table.data_ptr() == head.data_ptr())
 
 
 def _device(hf: Any) -> torch.device:

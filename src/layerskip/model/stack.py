@@ -182,9 +182,13 @@ class Stack(ABC):
     `run(0, L)`; loading checks both and refuses a model that fails.
     """
 
+    name: str  # hf, native: what `--stack` calls it
     num_layers: int
     width: int
     vocab_size: int
+    layer_bytes: int  # weights of one layer as stored (the mean, where layers differ)
+    head_bytes: int
+    table_bytes: int  # embedding table; 0 where it is the head's very storage
     context: int | None  # longest sequence the positions are defined for; None: unbounded
     dtype: torch.dtype
     device: torch.device  # where tokens go in and logits come out
