@@ -92,7 +92,7 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
     largest, targets = logits.max(-1)  # [B, K + 1]
     sound = largest.isfinite().long().cumprod(-1).sum(-1)  # [B]
     if shape.simulated is not None:
-        pretended = torch.where(uniforms[:, length:-1] < shape.simulated, targets[:, :-1], -1)
+        pretended = targets[:, :-1].masked_fill(uniforms[:, length:-1] >= shape.simulated, -1)
         kept, following = sampling.accept_greedy(pretended, targets, judged)
     elif law.greedy:
         kept, following = sampling.accept_greedy(draft, targets, judged)

@@ -148,7 +148,7 @@ def _places(starts: Tensor, counts: Tensor, offsets: Tensor, spill: int) -> tupl
     """Positions and slots [B, T] of the tokens at `offsets` [T] behind starts [B]; see `Step` for padding."""
     first, live = starts[:, None], counts[:, None]  # [B, 1]
     positions = first + torch.minimum(offsets, (live - 1).clamp(min=0))  # [B, T]
-    return positions, torch.where(offsets < live, first + offsets, spill)
+    return positions, (first + offsets).masked_fill(offsets >= live, spill)
 
 
 @dataclass
