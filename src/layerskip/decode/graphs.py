@@ -43,18 +43,23 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         with torch.cuda.device(self.device):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            usual = torch.cuda.current_stream()
+            self.stream.wait_stream(usual)
+            with torch.cuda.stream(self.stream):
                 function()  # libraries load kernels and take workspaces at their first call, outside of graphs
-            torch.cuda.current_stream().wait_stream(aside)
+            usual.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do with the device meanwhile is no error of this capture
-            with torch.cuda.graph(graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"):
-                outputs = function()
+            try:  # thread_local: what other threads do with the device meanwhile is no error of this capture
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    outputs = function()
+            finally:
+                torch.cuda.set_stream(usual)  # torch's own exit does not get there when a capture fails
 
         def replay() -> Tensor:
             graph.replay()
