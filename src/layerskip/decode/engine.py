@@ -166,8 +166,8 @@ class Engine:
         if self._prefilled_last:
             group = prompts[:1]
         else:
-            oldest = min(rounds, key=lambda row: row.waited)
-            group = [row for row in rounds if self._kind(row) == self._kind(oldest)]
+            oldest = self._kind(min(rounds, key=lambda row: row.waited))
+            group = [row for row in rounds if self._kind(row) == oldest]
         try:
             return self._prefill(group[0]) if self._prefilled_last else self._round(group)
         except UserError:
