@@ -16,14 +16,14 @@ Invariant, per row, between steps: the cache holds all tokens but the last, whic
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerskip.decode import sampling, steps
+from layerskip.decode.device_rounds import DeviceRounds, device_law
 from layerskip.decode.round import Request, Round
+from layerskip.decode.row import Outcome, Row
 from layerskip.decode.sampling import DRAFT, KEEP, NEXT, Uniforms
 from layerskip.errors import UserError
 from layerskip.model.stack import Stack, Step
@@ -36,29 +36,11 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512  # positions of a prompt per work item
 
 
-@dataclass
-class _Row:
-    """One sequence in the engine. `tokens` are prompt and output, all committed."""
-
-    slot: int
-    request: Request
-    depth: int
-    exit_layer: int
-    tokens: list[int]
-    uniforms: Uniforms
-    state: tuple[Any, ...]  # of the processors, at the next position
-    waited: int = 0  # step id of the last service
-    finished: bool = False
-    proposal: list[int] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)  # q of every draft, when sampling
-
-    @property
-    def budget(self) -> int:
-        return len(self.request.prompt) + self.request.max_new_tokens - len(self.tokens)
-
-
 class Engine:
-    """Own one cache and serve its rows, one work item (a prefill chunk or a round) per `step`."""
+    """Own one cache and serve its rows, one work item (a prefill chunk or a round) per `step`.
+
+    `device_rounds` keeps rounds on the device as far as requests allow; None: where the whole model is on CUDA.
+    """
 
     def __init__(
         self,
@@ -68,13 +50,17 @@ class Engine:
         capacity: int,
         draft_head: Head | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        device_rounds: bool | None = None,
     ) -> None:
         self.stack = stack
         self.draft_head = draft_head
         self.prefill_chunk = prefill_chunk
         with torch.inference_mode():
             self.cache = stack.new_cache(rows, capacity)
-        self._rows: dict[int, _Row] = {}
+        if device_rounds is None:
+            device_rounds = stack.device.type == "cuda" and self.cache.devices == {stack.device}
+        self.device_rounds = DeviceRounds(stack, self.cache, draft_head) if device_rounds else None
+        self._rows: dict[int, Row] = {}
         self._step_id = 0
         self._prefilled_last = False
 
@@ -104,8 +90,7 @@ class Engine:
             if not before.finished:
                 raise UserError(f"row {row} is still generating", "cancel it first, or wait for its end")
             if self.cache.depths[row] == depth:
-                cached = before.tokens[: self.cache.lengths[row]]
-                reused = min(_common_prefix(cached, request.prompt), len(request.prompt) - 1)
+                reused = before.reusable(request.prompt, self.cache.lengths[row])
         else:
             row = self.cache.allocate()
             if row is None:
@@ -114,7 +99,7 @@ class Engine:
                 )
         self.cache.set_length(row, reused, depth)
         processing = request.processing
-        self._rows[row] = _Row(
+        self._rows[row] = Row(
             row,
             request,
             depth,
@@ -181,8 +166,8 @@ class Engine:
         if self._prefilled_last:
             group = prompts[:1]
         else:
-            oldest = min(rounds, key=lambda row: row.waited)
-            group = [r for r in rounds if (r.exit_layer, r.depth) == (oldest.exit_layer, oldest.depth)]
+            oldest = self._kind(min(rounds, key=lambda row: row.waited))
+            group = [row for row in rounds if self._kind(row) == oldest]
         try:
             return self._prefill(group[0]) if self._prefilled_last else self._round(group)
         except UserError:
@@ -190,14 +175,18 @@ class Engine:
                 self.cancel(row.slot)
             raise
 
-    def _prefilling(self, row: _Row) -> bool:
+    def _kind(self, row: Row) -> tuple[Any, ...]:
+        """What rows must have in common to be served by one step."""
+        return row.exit_layer, row.depth, device_law(row.request) if self.device_rounds else None
+
+    def _prefilling(self, row: Row) -> bool:
         return self.cache.lengths[row.slot] < len(row.request.prompt)
 
-    def _span(self, rows: list[_Row], starts: list[int], counts: list[int]) -> Step:
+    def _span(self, rows: list[Row], starts: list[int], counts: list[int]) -> Step:
         slots = [row.slot for row in rows]
         return Step.span(slots, starts, counts, self.stack.device, spill=self.cache.capacity)
 
-    def _prefill(self, row: _Row) -> list[Round]:
+    def _prefill(self, row: Row) -> list[Round]:
         began = time.perf_counter()
         start = self.cache.lengths[row.slot]
         chunk = row.tokens[start : start + self.prefill_chunk]
@@ -215,29 +204,38 @@ class Engine:
         committed = self._commit(row, [], kept, following)
         return [self._report(row, committed, logits, seconds, [], 0, row.depth * len(chunk), len(chunk))]
 
-    def _round(self, rows: list[_Row]) -> list[Round]:
+    def _round(self, rows: list[Row]) -> list[Round]:
         """Draft, verify, accept, commit: one round of every row in the group (they share E and depth)."""
         began = time.perf_counter()
-        exit_layer, depth = rows[0].exit_layer, rows[0].depth
+        if self.device_rounds and device_law(rows[0].request) is not None:
+            outcomes = self.device_rounds.round(rows)
+        else:
+            outcomes = self._round_on_host(rows)
+        seconds = time.perf_counter() - began
+        rounds = []
+        for row, (draft, kept, following, num_computed, logits) in zip(rows, outcomes, strict=True):
+            committed = self._commit(row, draft, kept, following)
+            self.cache.set_length(row.slot, len(row.tokens) - 1, row.depth)
+            passes = num_computed * row.depth
+            rounds.append(self._report(row, committed, logits, seconds, draft, kept, passes))
+        return rounds
+
+    def _round_on_host(self, rows: list[Row]) -> list[Outcome]:
+        """Draft and judge token by token, doing no work for drafts that an end of sequence or a budget cuts off."""
         positions = [len(row.tokens) - 1 for row in rows]  # of the last committed token
+        exit_layer, depth = rows[0].exit_layer, rows[0].depth
         hidden = self._draft(rows, positions, exit_layer)  # [B, T, D]
         counts = [len(row.proposal) + 1 for row in rows]
-        h = steps.verify(
-            self.stack, self.cache, hidden, self._span(rows, positions, counts), exit_layer, depth
-        )
+        span = self._span(rows, positions, counts)
+        h = steps.verify(self.stack, self.cache, hidden, span, exit_layer, depth)
         live = [h[b, :count] for b, count in enumerate(counts)]
         logits = self.stack.logits(torch.cat(live) if len(live) > 1 else live[0])  # [N, V]
         verdicts = self._judge(rows, logits)
-        seconds = time.perf_counter() - began
-        rounds = []
-        for row, count, own, verdict in zip(rows, counts, torch.split(logits, counts), verdicts, strict=True):
-            draft = row.proposal
-            committed = self._commit(row, draft, *verdict)
-            self.cache.set_length(row.slot, len(row.tokens) - 1, depth)
-            rounds.append(self._report(row, committed, own, seconds, draft, verdict[0], count * depth))
-        return rounds
+        own = torch.split(logits, counts)
+        details = zip(rows, verdicts, counts, own, strict=True)
+        return [Outcome(row.proposal, *verdict, count, part) for row, verdict, count, part in details]
 
-    def _draft(self, rows: list[_Row], positions: list[int], exit_layer: int) -> Tensor:
+    def _draft(self, rows: list[Row], positions: list[int], exit_layer: int) -> Tensor:
         """Draft every row's proposal; return the exit states of all its positions, [B, max K' + 1, D].
 
         Pass i runs the last committed token (i = 0) or draft i-1. A row leaves after the pass of its last
@@ -247,8 +245,7 @@ class Engine:
         for row, position in zip(rows, positions, strict=True):
             assert self.cache.lengths[row.slot] == position, "all tokens but the last are cached"
             row.proposal, row.laws = [], []
-            room = self.cache.capacity - (position + 1)
-            limits.append(max(0, min(row.request.draft_length, row.budget - 1, room)))
+            limits.append(row.drafts_allowed(self.cache.capacity))
         hidden: Tensor | None = None
         states = [row.state for row in rows]
         inputs = [row.tokens[-1] for row in rows]
@@ -280,7 +277,7 @@ class Engine:
                 return hidden[:, :index]
 
     def _propose(
-        self, rows: list[_Row], drawing: list[int], states: list[tuple[Any, ...]], logits: Tensor
+        self, rows: list[Row], drawing: list[int], states: list[tuple[Any, ...]], logits: Tensor
     ) -> dict[int, int]:
         """Draw one draft for each row in `drawing`; `states` of the processors move on.
 
@@ -307,7 +304,7 @@ class Engine:
             proposed[b] = int(sampling.draw(q, self._uniforms(row, [(len(prefix), DRAFT)])[0]))
         return proposed
 
-    def _judge(self, rows: list[_Row], logits: Tensor) -> list[tuple[int, int]]:
+    def _judge(self, rows: list[Row], logits: Tensor) -> list[tuple[int, int]]:
         """Accept each row's proposal against the target's logits [N, V], N = sum of drafts + 1."""
         best = logits.max(-1)
         sampling.check_finite(best.values)
@@ -326,7 +323,7 @@ class Engine:
             first += count
         return verdicts
 
-    def _judge_law(self, row: _Row, logits: Tensor) -> tuple[int, int]:
+    def _judge_law(self, row: Row, logits: Tensor) -> tuple[int, int]:
         """Accept draft by draft, building each target law only once its prefix is certain.
 
         A law behind a rejected draft or an end of sequence is never asked for: processors may rightly have
@@ -347,12 +344,12 @@ class Engine:
                 return i + 1, token  # the row ends with this draft; what follows is not committed
         raise AssertionError("the last turn has returned")
 
-    def _uniforms(self, row: _Row, addresses: list[tuple[int, int]]) -> Tensor:
+    def _uniforms(self, row: Row, addresses: list[tuple[int, int]]) -> Tensor:
         """Look up the row's numbers at (position, purpose) addresses, float64."""
         numbers = [row.uniforms.at(row.request.index, *address) for address in addresses]
         return torch.tensor(numbers, dtype=torch.float64, device=self.stack.device)
 
-    def _commit(self, row: _Row, draft: list[int], kept: int, following: int) -> tuple[list[int], str | None]:
+    def _commit(self, row: Row, draft: list[int], kept: int, following: int) -> tuple[list[int], str | None]:
         """Append what was accepted, cut at the first end of sequence, stop or budget; return it and the reason."""
         committed: list[int] = []
         reason = None
@@ -371,9 +368,9 @@ class Engine:
 
     def _report(
         self,
-        row: _Row,
+        row: Row,
         committed: tuple[list[int], str | None],
-        logits: Tensor,
+        logits: Tensor | None,
         step_s: float,
         draft: list[int],
         kept: int,
@@ -404,12 +401,9 @@ class Engine:
         )
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _logprobs(logits: Tensor, tokens: list[int]) -> list[float]:
+def _logprobs(logits: Tensor | None, tokens: list[int]) -> list[float]:
     """Log-probabilities of committed tokens under the model itself, before any processing: [N, V] -> N'."""
+    assert logits is not None, "rows that ask for log-probabilities are served by the host"
     index = torch.tensor(tokens, device=logits.device)[:, None]
     picked = logits[: len(tokens)].log_softmax(-1).gather(-1, index)[:, 0]
     return [float(x) for x in picked]

@@ -74,7 +74,7 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ascending, order = logits.sort(dim=-1)
         tail = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        tail[..., -1] = False  # the most probable token always stays
+        tail[..., -1].fill_(False)  # the most probable token always stays
         logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
     probabilities = logits.softmax(-1)
     if sampling.min_p > 0:
@@ -257,7 +257,11 @@ def check_finite(largest: Tensor) -> None:
     Shapes: [...]; `max` returns NaN when any of its inputs is.
     """
     if not largest.isfinite().all():
-        raise UserError(
-            "the model gave NaN or infinite logits",
-            "its weights are damaged or overflow in this dtype: try --dtype float32 (or bfloat16 for float16)",
-        )
+        raise not_finite()
+
+
+def not_finite() -> UserError:
+    return UserError(
+        "the model gave NaN or infinite logits",
+        "its weights are damaged or overflow in this dtype: try --dtype float32 (or bfloat16 for float16)",
+    )

@@ -44,7 +44,7 @@ class Cache:
     """Keys and values of every layer, `[rows, H, slots, d]` each, slots = capacity + 1 rounded up to `multiple`.
 
     The slot behind the capacity takes the writes of padding (see `Step`); no query ever sees it. Memory is zeroed
-    at the start and when a row is freed: masked slots get probability 0, but 0 times a stale NaN would still be NaN.
+    at the start and when a row is freed: masked slots get probability 0, but 0 times a stale NaN would be NaN.
     """
 
     def __init__(self, shapes: Sequence[KVShape], rows: int, capacity: int, multiple: int = 1) -> None:
@@ -66,6 +66,10 @@ class Cache:
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {tensor.device for tensor in self.keys}
 
     # -- rows ------------------------------------------------------------------------------------------------
 
@@ -103,8 +107,13 @@ class Cache:
     def bind(self, step: Step) -> None:
         """Set where the coming `update` calls write and what they read."""
         self._step = step
-        for row, start in zip(step.rows, step.starts, strict=True):
-            self._touched[row] = max(self._touched[row], min(start + step.width, self.capacity))
+        if step.index is None:
+            for row, start in zip(step.rows, step.starts, strict=True):
+                self.touch(row, start + step.width)
+
+    def touch(self, row: int, stop: int) -> None:
+        """Note that slots up to `stop` are written; whoever makes a step with `on_device` says so beforehand."""
+        self._touched[row] = max(self._touched[row], min(stop, self.capacity))
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write and read for the bound step: the one method Hugging Face attentions call.
@@ -137,7 +146,7 @@ class Cache:
             return key, value
         if step.row_slice is not None:
             return key[step.row_slice], value[step.row_slice]
-        index = torch.tensor(step.rows, device=key.device)
+        index = _rows(step, key.device)
         return key.index_select(0, index), value.index_select(0, index)
 
 
@@ -146,7 +155,7 @@ def _put(store: Tensor, new: Tensor, step: Step) -> None:
         start = step.starts[0]
         store[step.row_slice, :, start : start + step.width] = new
     else:
-        index = torch.tensor(step.rows, device=store.device)[:, None]  # [B, 1]
+        index = _rows(step, store.device)[:, None]  # [B, 1]
         store[index, :, step.slots.to(store.device)] = new.transpose(1, 2)  # [B, T, H, d]
 
 
@@ -159,6 +168,10 @@ def _store(shape: KVShape, rows: int, slots: int) -> tuple[Tensor | None, Tensor
     sizes = shape.key_size, shape.value_size
     key, value = (make(rows, shape.heads, slots, size) for size in sizes)
     return None, key, value
+
+
+def _rows(step: Step, device: torch.device) -> Tensor:
+    return torch.tensor(step.rows, device=device) if step.index is None else step.index
 
 
 def require_memory(shapes: Sequence[KVShape], rows: int, capacity: int) -> None:

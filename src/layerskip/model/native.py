@@ -197,7 +197,7 @@ class NativeStack(Stack):
         qkv = layer.qkv(layer.before_attention(h))  # [B, T, (heads + 2 H) d]
         qkv = qkv[:, : step.width].view(-1, step.width, heads + 2 * kv_heads, self.head_size)
         if layer.q_norm is not None and layer.k_norm is not None:
-            query, key, value = torch.split(qkv, (heads, kv_heads, kv_heads), 2)
+            query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], 2)
             qkv = torch.cat((layer.q_norm(query), layer.k_norm(key), value), 2)
         if layer.rotary:
             cos, signed_sin = rotary  # ones and zeros for the values, so that one product turns all heads

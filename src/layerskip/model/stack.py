@@ -44,6 +44,9 @@ class Step:
     columns are padding: they repeat the last live position and write to the spill slot, which nobody reads.
     A row with count 0 is dead (it only fills a static shape). Positions feed the rotary tables, slots say
     where keys and values go; they differ only for trees, whose builder supplies its own `visible`.
+
+    A step made by `on_device` knows starts and counts as tensors only, so one captured graph serves all of them;
+    its tuples of starts and counts are empty, and so is `rows` unless row b of the call is row b of the cache.
     """
 
     rows: tuple[int, ...]  # cache rows
@@ -53,6 +56,7 @@ class Step:
     slots: Tensor  # [B, T]
     kv_len: int  # slots [0, kv_len) are read
     visible: Tensor | None = None  # bool [B, T, kv_len], for trees; None means causal
+    index: Tensor | None = None  # int64 [B], the cache rows of a step made by `on_device`
     shared: dict[Any, Any] = field(default_factory=dict)  # what stacks compute once per step (rotary, masks)
 
     @classmethod
@@ -70,12 +74,30 @@ class Step:
         if len(set(zip(starts, counts, strict=True))) == 1:  # same place in every row: one range serves all
             positions = slots = (offsets + starts[0]).expand(len(rows), width)  # [B, T]
         else:
-            first = torch.tensor(starts, device=device)[:, None]  # [B, 1]
-            live = torch.tensor(counts, device=device)[:, None]
-            positions = first + torch.minimum(offsets, (live - 1).clamp(min=0))  # [B, T]
-            slots = torch.where(offsets < live, first + offsets, spill)  # [B, T]
+            first, live = torch.tensor(starts, device=device), torch.tensor(counts, device=device)  # [B]
+            positions, slots = _places(first, live, offsets, spill)
         kv_len = max(start + count for start, count in zip(starts, counts, strict=True))
         return cls(tuple(rows), tuple(starts), tuple(counts), positions, slots, kv_len)
+
+    @classmethod
+    def on_device(
+        cls,
+        index: Tensor,
+        starts: Tensor,
+        counts: Tensor,
+        offsets: Tensor,
+        kv_len: int,
+        spill: int,
+        in_place: bool,
+    ) -> Step:
+        """Lay out the tokens at `offsets` behind each start, in tensor arithmetic only (no host knows where).
+
+        Shapes: index, starts, counts int64 [B], offsets int64 [T]. `kv_len` must cover every live slot; `in_place`
+        promises that index is 0 .. B-1, so that the cache is read as views.
+        """
+        positions, slots = _places(starts, counts, offsets, spill)
+        rows = tuple(range(len(index))) if in_place else ()
+        return cls(rows, (), (), positions, slots, kv_len, index=index)
 
     @property
     def width(self) -> int:
@@ -83,12 +105,14 @@ class Step:
 
     @property
     def num_live(self) -> int:
-        """Count live tokens: the unit of `Counters`."""
-        return sum(self.counts)
+        """Count live tokens, the unit of `Counters`; on the device all columns are computed and count."""
+        return sum(self.counts) if self.index is None else self.positions.numel()
 
     @cached_property
     def row_slice(self) -> slice | None:
         """The cache rows as a slice when they are adjacent: reads are then views."""
+        if not self.rows:
+            return None
         first = self.rows[0]
         adjacent = self.rows == tuple(range(first, first + len(self.rows)))
         return slice(first, first + len(self.rows)) if adjacent else None
@@ -125,6 +149,13 @@ class Step:
         return mask
 
 
+def _places(starts: Tensor, counts: Tensor, offsets: Tensor, spill: int) -> tuple[Tensor, Tensor]:
+    """Positions and slots [B, T] of the tokens at `offsets` [T] behind starts [B]; see `Step` for padding."""
+    first, live = starts[:, None], counts[:, None]  # [B, 1]
+    positions = first + torch.minimum(offsets, (live - 1).clamp(min=0))  # [B, T]
+    return positions, (first + offsets).masked_fill(offsets >= live, spill)
+
+
 @dataclass
 class Counters:
     """Count the work a stack has done; tests state the exact work of a round with it."""
@@ -136,6 +167,12 @@ class Counters:
     def count_run(self, start: int, stop: int, step: Step) -> None:
         self.runs[start, stop, step.width] += 1
         self.layer_tokens += (stop - start) * step.num_live
+
+    def add(self, work: Counters) -> None:
+        """Count work once more: a replayed graph runs no Python that could count."""
+        self.runs.update(work.runs)
+        self.head_rows.update(work.head_rows)
+        self.layer_tokens += work.layer_tokens
 
     def reset(self) -> None:
         self.runs.clear()
