@@ -249,7 +249,7 @@ def load(
 
     Raises: UserError for a model that does not load, or whose slices do not reproduce it.
     """
-    from layerskip.model import huggingface, native
+    from layerskip.model import huggingface, native_load
     from layerskip.model.linear import require_quantizable
 
     if kind not in KINDS:
@@ -257,9 +257,11 @@ def load(
     require_quantizable(quantize, dtype, torch.device(device))
     hf = huggingface.load_model(path, dtype=dtype, device=device, device_map=device_map)
     huggingface.refuse_unsupported(hf)
-    reason = "it was refused" if kind == "hf" else native.native_reason(hf, placed=device_map is not None)
+    reason = (
+        "it was refused" if kind == "hf" else native_load.native_reason(hf, placed=device_map is not None)
+    )
     if reason is None:
-        return native.native_stack(hf, quantize=quantize), hf
+        return native_load.native_stack(hf, quantize=quantize), hf
     if kind == "native" or quantize is not None:
         wanted = "the native stack" if quantize is None else f"{quantize}, which needs the native stack,"
         raise UserError(f"{wanted} cannot be had: {reason}", "leave out --quantize and --stack native")
