@@ -12,8 +12,6 @@ import pytest
 import torch
 import transformers
 
-from layerskip.model.huggingface import HuggingFaceStack
-
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -34,13 +32,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="LAYERSKIP_FULL=1 runs the whole matrix"))
 
 
-@pytest.fixture(scope="session")
-def llama():
-    """A calibrated tiny model and its stack."""
+@pytest.fixture(scope="session", params=["llama", "llama+native"])
+def llama(request):
+    """A calibrated tiny model and its stack, of either kind."""
     import tiny
 
-    model = tiny.calibrated("llama")
-    return model, HuggingFaceStack(model)
+    return tiny.calibrated("llama"), tiny.stack(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import torch
 
 import tiny
 from conftest import FULL
-from layerskip.model.huggingface import HuggingFaceStack
 from rounds import decode
 
 NEW = 48
@@ -33,7 +32,7 @@ def cells(dtype):
 @functools.cache
 def reference(family, dtype, eos=None):
     """What Hugging Face `generate` says, prompt by prompt."""
-    model, outputs = tiny.calibrated(family, dtype), []
+    model, outputs = tiny.calibrated(family.partition("+")[0], dtype), []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         out = model.generate(
@@ -45,11 +44,11 @@ def reference(family, dtype, eos=None):
 
 @functools.cache
 def stack_of(family, dtype):
-    return HuggingFaceStack(tiny.calibrated(family, dtype))
+    return tiny.stack(family, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.STACKS)
 def test_greedy_self_speculation_equals_plain_decoding_equals_hugging_face(family, dtype):
     stack, expected = stack_of(family, dtype), reference(family, dtype)
     assert decode(stack, PROMPTS, NEW).tokens == expected, "plain decoding"
@@ -64,7 +63,7 @@ def test_greedy_self_speculation_equals_plain_decoding_equals_hugging_face(famil
     assert 0.3 < sum(shares) / len(shares) < 0.8, "the models are calibrated so that drafts are kept and lost"
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.STACKS)
 def test_an_end_of_sequence_at_any_draft_offset_ends_the_output_there(family):
     dtype = torch.float32
     stack, expected = stack_of(family, dtype), reference(family, dtype)
@@ -122,14 +121,14 @@ def test_all_end_of_sequence_ids_count_and_the_earliest_wins():
         assert record.tokens[0] == wanted
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "llama+native", "llama+torch", "gemma2", "opt"])
 def test_chunked_prefill_changes_nothing(family):
     stack, expected = stack_of(family, torch.float32), reference(family, torch.float32)
     for chunk in (1, 3, 4):
         assert decode(stack, PROMPTS, NEW, 2, 3, prefill_chunk=chunk).tokens == expected
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.STACKS)
 def test_a_row_gives_the_same_tokens_in_any_company(family):
     """Rows join and leave: six prompts through two rows, against each alone."""
     stack = stack_of(family, torch.float32)

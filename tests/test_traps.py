@@ -43,8 +43,8 @@ def test_trap_2_the_last_draft_passes_the_early_layers_and_slots_stay_aligned(st
 
 def test_trap_2_a_sliding_window_still_sees_what_a_rollback_needs():
     """Windows of 6 with drafts of 8: an evicting cache would have lost the slots a rejection goes back to."""
-    for family in ("mistral", "gemma3_text"):
-        stack = HuggingFaceStack(tiny.calibrated(family))
+    for family in ("mistral", "mistral+native", "mistral+torch", "gemma3_text"):
+        stack = tiny.stack(family)
         plain = decode(stack, [PROMPT], 48).tokens
         assert decode(stack, [PROMPT], 48, 1, 8).tokens == plain
 
@@ -231,10 +231,10 @@ def test_trap_10_the_configuration_is_never_touched(llama):
     assert len(model.model.layers) == L
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.STACKS)
 def test_trap_12_an_exit_state_continues_to_the_full_model_wherever_it_is_cut(family):
     """The kept exit state stands for the early layers' work only if both sides run the very same layers."""
-    stack = HuggingFaceStack(tiny.calibrated(family))
+    stack = tiny.stack(family)
     tokens = torch.arange(2, 14)[None]
     step = Step.span([0], [0], [12], stack.device, spill=12)
     with torch.inference_mode():

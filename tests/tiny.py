@@ -9,7 +9,9 @@ import functools
 import torch
 import transformers as hf
 
+from layerskip.model import native_load
 from layerskip.model.huggingface import HuggingFaceStack
+from layerskip.model.native import NativeStack
 from layerskip.model.stack import Step
 
 NUM_LAYERS, VOCAB, CONTEXT = 5, 64, 256
@@ -49,6 +51,18 @@ FAMILIES = {
     "opt": (hf.OPTConfig, {"ffn_dim": 64, "word_embed_proj_dim": 24, "dropout": 0.0}),
     "gpt_neox": (hf.GPTNeoXConfig, {"rotary_pct": 0.5}),
 }
+
+
+# Every family behind the Hugging Face stack; "+native" is the native stack, "+torch" the same without its kernels.
+NATIVE = [f"{family}{kind}" for family in native_load.FAMILIES for kind in ("+native", "+torch")]
+STACKS = [*FAMILIES, *NATIVE]
+
+
+def stack(name: str, dtype=torch.float32, model=None):
+    """A stack over `model`, by default the calibrated one of the name's family."""
+    family, _, kind = name.partition("+")
+    model = calibrated(family, dtype) if model is None else model
+    return NativeStack(model, compiled=kind == "native") if kind else HuggingFaceStack(model)
 
 
 def config_of(family: str, **changes):

@@ -15,20 +15,25 @@ from layerskip.decode.engine import Engine
 from layerskip.decode.round import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
-from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.stack import Step
 from rounds import Replayed, decode
 
 L = tiny.NUM_LAYERS
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
-MIXED = ["llama", "gemma2", "qwen2", "gpt2"]  # grouped heads, soft-caps, windows, learned positions
-FAMILIES = list(tiny.FAMILIES) if FULL else MIXED
+MIXED = [
+    "llama",
+    "llama+torch",
+    "gemma2",
+    "qwen2",
+    "gpt2",
+]  # grouped heads, soft-caps, windows, learned positions
+FAMILIES = [*tiny.FAMILIES, *tiny.NATIVE] if FULL else MIXED
 WARM = Processing(Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01))
 
 
 @pytest.fixture(scope="module")
 def stacks():
-    return {family: HuggingFaceStack(tiny.calibrated(family)) for family in FAMILIES}
+    return {family: tiny.stack(family) for family in FAMILIES}
 
 
 def told(record):
@@ -223,7 +228,9 @@ def test_the_cache_after_every_round_equals_a_fresh_prefill_of_the_kept_tokens(s
             checked += 1
     assert checked > 10
     for tensor in (*engine.cache.keys, *engine.cache.values):
-        assert not tensor[:, :, :-1].any(), "freed rows are clean, and dead ones wrote to spill slots only"
+        assert not tensor[:, :, : engine.cache.capacity].any(), (
+            "freed rows are clean, and dead ones wrote to spill slots only"
+        )
 
 
 def test_nan_logits_are_the_same_error_and_the_other_rows_go_on(stacks):
@@ -299,10 +306,12 @@ def test_the_guard_against_synchronisation_can_fail():
                 act()
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*tiny.FAMILIES, *(name for name in tiny.NATIVE if name.endswith("+torch"))]
+)
 def test_a_round_never_looks_at_a_number_and_brings_none_along(family):
     """Nothing inside waits, so all of it can be captured, for every family's own modules."""
-    stack = HuggingFaceStack(tiny.calibrated(family))
+    stack = tiny.stack(family)
     head = stack.reduced_head(range(20))
     with torch.inference_mode():
         cache = stack.new_cache(4, 32)

@@ -9,7 +9,6 @@ from layerskip.decode.engine import Engine
 from layerskip.decode.round import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
-from layerskip.model.huggingface import HuggingFaceStack
 from rounds import decode
 
 L = tiny.NUM_LAYERS
@@ -87,10 +86,10 @@ def test_a_batched_round_counts_the_tokens_of_each_row_and_no_padding(stack):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.STACKS)
 def test_the_cache_after_every_round_equals_a_fresh_prefill_of_the_kept_tokens(family, dtype):
     """In every layer, for every row: the invariant of the method, checked against recomputation."""
-    stack = HuggingFaceStack(tiny.calibrated(family, dtype))
+    stack = tiny.stack(family, dtype)
     sampling = Processing(Sampling(temperature=0.8))
     requests = [
         Request(PROMPT, 12, 2, 3),

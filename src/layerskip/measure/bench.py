@@ -137,7 +137,7 @@ def _contestants(
     """Build the methods besides plain decoding."""
     made: dict[str, Method] = {}
     head = lm.draft_head(settings.options(draft_vocab=vocab))
-    extra = 0 if head is None else head.weight.numel() * head.weight.element_size()
+    extra = 0 if head is None else head.num_bytes
     if SELF_SPECULATIVE in settings.methods:
         made[SELF_SPECULATIVE] = ways.ours(
             lm,

@@ -181,4 +181,4 @@ def hugging_face_model(lm: LanguageModel, dtype: torch.dtype) -> Any:
         raise UserError("no folder to load the Hugging Face model from", "leave out the hf methods")
     from layerskip.model import huggingface
 
-    return huggingface.load(lm.path, dtype=dtype, device=lm.stack.device)[1]
+    return huggingface.load_model(lm.path, dtype=dtype, device=lm.stack.device)

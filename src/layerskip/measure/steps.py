@@ -48,7 +48,8 @@ class Workbench:
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
-        return self.cache.num_bytes // (self.cache.capacity + 1)
+        slots = self.cache.keys[0].shape[2]
+        return self.cache.num_bytes // slots
 
     def _step(self, start: int, count: int) -> Step:
         return Step.span([0], [start], [count], self.stack.device, spill=self.cache.capacity)

@@ -82,7 +82,7 @@ class Layer:
 
     @classmethod
     def of(cls, module: Any, window: int | None, kv_heads: int, quantize: str | None) -> Layer:
-        """Fuse and pack a Hugging Face layer's weights (copies, unless torch's own product takes them as they are)."""
+        """Fuse and pack a Hugging Face layer's weights: copies, so that the layer can be emptied."""
         attention, mlp = module.self_attn, module.mlp
 
         def fused(owner: Any, whole: str, *parts: str) -> Linear:

@@ -25,6 +25,7 @@ class Head:
 
     ids: Tensor  # int64 [size], ascending
     project: Callable[[Tensor], Tensor]  # [..., D] -> [..., size]
+    num_bytes: int = 0  # of its own copy of the rows
 
     @property
     def size(self) -> int:

@@ -199,7 +199,8 @@ class HuggingFaceStack(Stack):
             )
         index = torch.tensor(list(ids), device=weight.device)
         rows, offsets = weight.detach()[index], None if bias is None else bias.detach()[index]
-        return Head(index.to(self.device), lambda h: F.linear(h.to(rows.device), rows, offsets))
+        num_bytes = rows.numel() * rows.element_size()
+        return Head(index.to(self.device), lambda h: F.linear(h.to(rows.device), rows, offsets), num_bytes)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         return Cache(self.kv_shapes, rows, capacity)

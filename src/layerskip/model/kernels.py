@@ -110,7 +110,7 @@ class Kernels:
             qkv.stride(0), qkv.stride(1), store.stride(0), store.stride(1), window or 0, scale,
         )  # fmt: skip
         if "kernels" not in step.shared:
-            index = torch.tensor(step.rows) if step.index is None else step.index
+            index = torch.tensor(step.rows) if step.index is None else step.index.contiguous()
             step.shared["kernels"] = (index, step.positions.contiguous(), step.slots.contiguous())
         index, positions, slots = step.shared["kernels"]
         out = qkv.new_empty((rows, width, heads * size))
@@ -132,8 +132,8 @@ def kernels() -> Kernels | None:
     from layerskip.model.hub import cache_folder
 
     began = time.perf_counter()
-    path = cache_folder() / "kernels" / f"{_fingerprint(compiler)}.so"
     try:
+        path = cache_folder() / "kernels" / f"{_fingerprint(compiler)}.so"
         ready = path.exists()
         if not ready:
             _compile(compiler, path)
@@ -158,11 +158,10 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _fingerprint(compiler: str) -> str:
     """Name a build by all it depends on: source, flags, compiler, processor (the folder may be shared)."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=20, check=False).stdout
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=20, check=True).stdout
     processor = platform.processor().encode() + platform.machine().encode()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += "".join(sorted({x for x in lines if x.startswith(("flags", "model name"))})).encode()
-    return hashlib.sha256(
-        b"\0".join([SOURCE.read_bytes(), str(FLAGS).encode(), version, processor])
-    ).hexdigest()[:16]
+    everything = [SOURCE.read_bytes(), str(FLAGS).encode(), version, processor]
+    return hashlib.sha256(b"\0".join(everything)).hexdigest()[:16]

@@ -50,7 +50,8 @@ class NativeStack(Stack):
         self.counters = Counters()
         table, head = hf.get_input_embeddings(), hf.get_output_embeddings()
         self.table: Tensor = table.weight.detach()
-        self.embed_scale: float | None = getattr(table, "scalar_embed_scale", None)
+        scale = getattr(table, "scalar_embed_scale", None)  # rounded to the dtype, as Hugging Face does
+        self.embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
         self.vocab_size = head.weight.shape[0]
         self.tied = head.weight.data_ptr() == self.table.data_ptr()
         attention, kv_heads = modules[0].self_attn, config.num_key_value_heads
@@ -86,7 +87,7 @@ class NativeStack(Stack):
 
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
         h = F.embedding(tokens, self.table)
-        return h if self.embed_scale is None else h * torch.tensor(self.embed_scale, dtype=h.dtype).item()
+        return h if self.embed_scale is None else h * self.embed_scale
 
     def run(
         self, h: Tensor, start: int, stop: int, step: Step, cache: Cache, taps: Sequence[int] = ()
@@ -141,9 +142,9 @@ class NativeStack(Stack):
 
     def reduced_head(self, ids: Sequence[int]) -> Head:
         index = torch.tensor(list(ids), device=self.device)
-        if self.tied and self.quantize is None:
-            return Head(index, packed(self.table[index]))
-        return Head(index, self.head.rows(index))
+        tied = self.tied and self.quantize is None
+        rows = packed(self.table[index]) if tied else self.head.rows(index)
+        return Head(index, rows, rows.num_bytes)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         return Cache(self.kv_shapes, rows, capacity, SLOTS if self.row_exact else 1)

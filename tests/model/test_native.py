@@ -1,0 +1,227 @@
+"""The native stack: what it takes, what it refuses, what it frees; its compiled regions against torch's."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+import tiny
+from conftest import CLOSE
+from layerskip.errors import UserError
+from layerskip.model import kernels as compiled
+from layerskip.model import linear, native_load, stack
+from layerskip.model.attention import Attention
+from layerskip.model.native import NativeStack
+from layerskip.model.stack import Step
+
+needs_compiler = pytest.mark.skipif(compiled.kernels() is None, reason="no C++ compiler")
+
+
+def saved(tmp_path, family="llama", **changes):
+    tiny.random_model(family, **changes).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", native_load.FAMILIES)
+def test_every_native_family_passes_the_comparison_with_hugging_face(family):
+    assert native_load.native_reason(tiny.random_model(family)) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5,
+                   "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gemma", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["+native", "+torch"])
+def test_flags_of_a_family_change_nothing_about_the_logits(family, changes, kind):
+    model = tiny.random_model(family, **changes)
+    for parameter in model.parameters():  # biases and gains of zero or one would hide a mistake
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    assert native_load.native_reason(model) is None
+    ours = tiny.stack(family + kind, model=model)
+    tokens = torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        wanted, cache, got = model(tokens).logits, ours.new_cache(1, 20), []
+        for start, count in ((0, 12), (12, 1), (13, 5), (18, 2)):
+            step = Step.span([0], [start], [count], ours.device, spill=20)
+            h, _ = ours.run(
+                ours.embed(tokens[:, start : start + count], step), 0, tiny.NUM_LAYERS, step, cache
+            )
+            got.append(ours.logits(h))
+    torch.testing.assert_close(torch.cat(got, 1), wanted, rtol=0, atol=CLOSE[torch.float32])
+
+
+def test_what_is_not_llama_shaped_gets_the_hugging_face_stack_and_says_why_when_native_is_asked_for(tmp_path):
+    folder = saved(tmp_path, "gpt2")
+    assert stack.load(folder, dtype=torch.float32)[0].name == "hf"
+    with pytest.raises(UserError, match="'gpt2' is not among llama"):
+        stack.load(folder, dtype=torch.float32, kind="native")
+    with pytest.raises(UserError, match="int8, which needs the native stack"):
+        stack.load(folder, dtype=torch.bfloat16, quantize="int8")
+    with pytest.raises(UserError, match="unknown stack 'naitve'"):
+        stack.load(folder, dtype=torch.float32, kind="naitve")
+
+
+def test_a_checkpoint_of_the_family_runs_natively_unless_refused_and_frees_the_model_it_came_from(tmp_path):
+    folder = saved(tmp_path)
+    ours, shell = stack.load(folder, dtype=torch.float32)
+    assert ours.name == "native"
+    kept = sum(p.numel() for p in shell.model.layers.parameters())
+    assert kept == 0, "weights are held once"
+    assert stack.load(folder, dtype=torch.float32, kind="hf")[0].name == "hf"
+
+
+def test_a_native_stack_that_would_compute_something_else_is_not_trusted(tmp_path, monkeypatch):
+    """The comparison on a tiny model stands between a changed release of transformers and wrong text."""
+    model = tiny.random_model("qwen3")
+    monkeypatch.setattr(native_load, "_verdicts", {})
+    monkeypatch.setattr(Attention, "_turned", lambda self, qkv, cos, sin: qkv)
+    monkeypatch.setattr("layerskip.model.native.kernels", lambda: None)
+    assert "tiny model of its kind" in native_load.native_reason(model)
+    with pytest.raises(UserError, match="parity check"):
+        native_load.native_stack(model)
+
+
+def test_a_kind_of_configuration_is_compared_once_per_process(monkeypatch):
+    seen = []
+    monkeypatch.setattr(native_load, "_verdicts", {})
+    monkeypatch.setattr(native_load, "_compare_tiny", lambda config, kind: seen.append(kind))
+    for _ in range(3):
+        native_load.native_reason(tiny.random_model("llama"))
+    native_load.native_reason(tiny.random_model("llama", attention_bias=True))
+    assert len(seen) == 2
+
+
+def test_an_unknown_activation_or_another_attention_is_left_to_hugging_face():
+    assert "relu" in native_load.native_reason(tiny.random_model("llama", hidden_act="relu"))
+    model = tiny.random_model("llama")
+    model.set_attn_implementation("eager")
+    assert "attention" in native_load.native_reason(model)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_regions_give_what_torch_gives(dtype):
+    found, close = compiled.kernels(), 1e-5 if dtype == torch.float32 else 2e-2
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 200, generator=generator).to(dtype)
+    gain = torch.randn(200, generator=generator).to(dtype)
+    wanted = torch.nn.functional.rms_norm(x.double(), (200,), gain.double(), 1e-5)
+    torch.testing.assert_close(found.norm(x, gain, 1e-5).double(), wanted, rtol=close, atol=close)
+    gate, up = (x * 9).double().chunk(2, -1)
+    wanted = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(found.swiglu(x * 9).double(), wanted, rtol=close, atol=close)
+
+
+@needs_compiler
+def test_compiled_regions_let_nan_and_infinity_through():
+    found = compiled.kernels()
+    for bad in (torch.nan, torch.inf):
+        x = torch.ones(2, 64)
+        x[0, 3] = bad
+        assert not found.norm(x, torch.ones(64), 1e-5)[0].isfinite().all()
+        assert not found.swiglu(x)[0].isfinite().all()
+        assert found.norm(x.bfloat16(), torch.ones(64).bfloat16(), 1e-5)[1].isfinite().all()
+
+
+def test_without_a_compiler_decoding_works_and_is_only_slower(monkeypatch):
+    from rounds import decode
+
+    monkeypatch.setattr("layerskip.model.native.kernels", lambda: None)
+    bare = NativeStack(tiny.calibrated("llama"))
+    assert bare.kernels is None
+    assert decode(bare, [[5, 6, 7]], 24, 2, 3).tokens == decode(tiny.stack("llama"), [[5, 6, 7]], 24).tokens
+
+
+def test_a_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    for setting in ({"CXX": "false"}, {"CXX": str(tmp_path / "nowhere")}, {"LAYERSKIP_KERNELS": "off"}):
+        for name, value in setting.items():
+            monkeypatch.setenv(name, value)
+        compiled.kernels.cache_clear()
+        assert compiled.kernels() is None
+    compiled.kernels.cache_clear()
+
+
+def test_int8_is_bfloat16_on_the_cpu_and_anything_else_says_so(tmp_path):
+    folder = saved(tmp_path)
+    with pytest.raises(UserError, match="bfloat16 activations, not float32"):
+        stack.load(folder, dtype=torch.float32, quantize="int8")
+    with pytest.raises(UserError, match="unknown quantisation 'int3'"):
+        stack.load(folder, dtype=torch.bfloat16, quantize="int3")
+    with pytest.raises(UserError, match="no kernel on meta"):
+        linear.require_quantizable("int8", torch.bfloat16, torch.device("meta"))
+
+
+def test_int8_weights_are_rounded_to_half_a_step_of_their_row():
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    small = linear.Int8.quantized(weight.bfloat16(), None)
+    back = small.weight.float() * small.scales.float()[:, None]
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((back - weight).abs() <= 0.5 * step + 0.01 * weight.abs() + 1e-6).all()
+    assert small.num_bytes == 40 * 64 + 40 * 2, "a byte a weight, one scale an output"
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reduced_head_gives_the_same_numbers_for_its_tokens(quantize, tied):
+    model = tiny.random_model("llama", tie_word_embeddings=tied).to(torch.bfloat16)
+    ours, ids = NativeStack(model, quantize=quantize), [3, 9, 40, 63]
+    head, h = ours.reduced_head(ids), torch.randn(5, ours.width).bfloat16()
+    with torch.inference_mode():
+        full, reduced = ours.logits(h), ours.logits(h, head)
+    torch.testing.assert_close(reduced, full[:, ids], rtol=0, atol=0.05)
+
+
+def test_a_native_stack_tells_the_bytes_it_holds():
+    for quantize, per_weight in ((None, 2), ("int8", 1)):
+        model = tiny.random_model("llama", dtype=torch.bfloat16)
+        layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+        ours = NativeStack(copy.deepcopy(model), quantize=quantize)
+        told = tiny.NUM_LAYERS * ours.layer_bytes
+        scales = 2 * tiny.NUM_LAYERS * sum(x.out_features for x in ours.layers[0].linears)
+        assert told == layers * per_weight + (scales if quantize else 0)
+        assert ours.table_bytes == tiny.VOCAB * ours.width * 2
+
+
+def test_a_language_model_on_the_native_stack_keeps_its_ends_and_facts(tmp_path, monkeypatch):
+    import layerskip
+    from layerskip.decode.options import Options
+
+    folder = saved(tmp_path)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [3, 4]}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layerskip": {"exits": [2], "exit_layer": 2}}))
+    lm = layerskip.load(folder, dtype="float32")
+    assert lm.stack.name == "native"
+    assert lm.facts.trained
+    assert lm.eos_ids(Options()) == {3, 4}
+
+
+def test_a_moved_capacity_rebuilds_the_rotary_tables():
+    model = tiny.random_model("llama")
+    ours, tokens = NativeStack(model), torch.arange(2, 62).repeat(3)[None]
+    for length in (10, 180):
+        cache = ours.new_cache(1, length)
+        step = Step.span([0], [0], [length], ours.device, spill=length)
+        with torch.inference_mode():
+            h, _ = ours.run(ours.embed(tokens[:, :length], step), 0, tiny.NUM_LAYERS, step, cache)
+            wanted = model(tokens[:, :length]).logits
+        torch.testing.assert_close(ours.logits(h), wanted, rtol=0, atol=CLOSE[torch.float32])
+
+
+def test_transformers_names_of_the_native_families_are_in_the_table():
+    assert set(native_load.FAMILIES) <= set(hf.CONFIG_MAPPING)

@@ -1,0 +1,87 @@
+"""On the CPU the native stack gives a token the same bits alone and in company, so 16-bit output is exact too."""
+
+import functools
+
+import pytest
+import torch
+
+import tiny
+from layerskip.decode.sampling import Processing, Sampling
+from layerskip.model.linear import packs
+from layerskip.model.native import NativeStack
+from layerskip.model.native_load import FAMILIES
+from layerskip.model.stack import Step
+from rounds import decode
+
+CPU, L = torch.device("cpu"), tiny.NUM_LAYERS
+PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
+KINDS = [
+    pytest.param(dtype, quantize, compiled, id=f"{dtype}-{quantize}-{'compiled' if compiled else 'torch'}")
+    for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))
+    for compiled in (True, False)
+]  # fmt: skip
+
+
+@functools.cache
+def stack_of(family, dtype, quantize, compiled):
+    import copy
+
+    if not packs(dtype, CPU):
+        pytest.skip(f"oneDNN does not multiply {dtype} natively on this processor")
+    return NativeStack(copy.deepcopy(tiny.calibrated(family)).to(dtype), quantize=quantize, compiled=compiled)
+
+
+@pytest.mark.parametrize(("dtype", "quantize", "compiled"), KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_speculation_equals_plain_decoding_in_every_dtype(family, dtype, quantize, compiled):
+    """Bits of near ties included: plain decoding one token at a time, verification of 2 to 9, batches of 3."""
+    stack = stack_of(family, dtype, quantize, compiled)
+    assert stack.row_exact
+    plain = decode(stack, PROMPTS, 48)
+    assert plain.tokens == [decode(stack, [prompt], 48).tokens[0] for prompt in PROMPTS]
+    for exit_layer, draft_length in ((1, 3), (2, 8), (L - 1, 1)):
+        assert decode(stack, PROMPTS, 48, exit_layer, draft_length).tokens == plain.tokens
+        assert decode(stack, PROMPTS[:1], 48, exit_layer, draft_length).tokens == plain.tokens[:1]
+
+
+@pytest.mark.parametrize(("dtype", "quantize", "compiled"), KINDS)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_logits_are_equal_to_the_last_bit_however_many_positions_a_call_has(
+    family, dtype, quantize, compiled
+):
+    stack = stack_of(family, dtype, quantize, compiled)
+    tokens = torch.randint(2, tiny.VOCAB, (1, 120), generator=torch.Generator().manual_seed(1))
+
+    def logits(chunks):
+        cache, found, start = stack.new_cache(1, 120), [], 0
+        for count in chunks:
+            step = Step.span([0], [start], [count], CPU, spill=120)
+            with torch.inference_mode():
+                h, _ = stack.run(stack.embed(tokens[:, start : start + count], step), 0, L, step, cache)
+                found.append(stack.logits(h)[0])
+            start += count
+        return torch.cat(found)
+
+    alone = logits([1] * 120)
+    for chunks in ([2] * 60, [9] * 13 + [3], [4, 13, 32, 31, 1, 17, 22]):
+        assert torch.equal(logits(chunks), alone), chunks
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+def test_a_draft_vocabulary_stays_exact_in_bfloat16_when_the_target_leaves_it(compiled):
+    stack = stack_of("llama", torch.bfloat16, None, compiled)
+    plain = decode(stack, PROMPTS, 48)
+    wanted = {token for tokens in plain.tokens for token in tokens}
+    inside = sorted(wanted)[::2]
+    assert wanted - set(inside), "the target does leave the subset"
+    record = decode(stack, PROMPTS, 48, 2, 4, draft_head=stack.reduced_head(inside))
+    assert record.tokens == plain.tokens
+    assert {token for rounds in record.rounds for r in rounds for token in r.draft} <= set(inside)
+
+
+def test_sampling_repeats_per_seed_in_any_company():
+    stack = stack_of("llama", torch.bfloat16, None, True)
+    processing = Processing(Sampling(temperature=0.9, top_p=0.95))
+    together = decode(stack, PROMPTS, 24, 2, 3, processing=processing, seed=7)
+    again = decode(stack, PROMPTS, 24, 2, 3, rows=1, processing=processing, seed=7)
+    assert together.tokens == again.tokens
