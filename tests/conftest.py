@@ -32,6 +32,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="LAYERSKIP_FULL=1 runs the whole matrix"))
 
 
+@pytest.fixture(autouse=True)
+def any_machine(monkeypatch):
+    """Make tests see the same machine everywhere: no bfloat16 by default, nobody else on its cores."""
+    monkeypatch.setattr("layerskip.decode.language_model.fast_bfloat16", lambda: False)
+    monkeypatch.setattr("layerskip.model.threads.busy_cores", lambda: 0.0)
+
+
 @pytest.fixture(scope="session", params=["llama", "llama+native"])
 def llama(request):
     """A calibrated tiny model and its stack, of either kind."""

@@ -25,9 +25,12 @@ from layerskip.cli_app import (
     Model,
     Penalty,
     Policy,
+    Quantize,
     Seed,
+    StackName,
     Stop,
     Temperature,
+    Threads,
     TopK,
     TopP,
     app,
@@ -77,6 +80,9 @@ def generate(
     policy: Policy = "fixed",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stack: StackName = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
     batch_file: Annotated[Path | None, typer.Option(help="JSON lines with prompt or messages.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows decoded together with --batch-file.")] = 8,
@@ -103,7 +109,7 @@ def generate(
         policy=policy,
         batch_size=batch_size,
     )
-    lm = load(model, dtype, device)
+    lm = load(model, dtype, device, stack, quantize, threads)
     options["chat"] = lm.has_template if chat is None else chat
     if batch_file is None and not as_json:
         _stream(lm, prompts[0], options)
@@ -137,6 +143,9 @@ def chat(
     context: Annotated[int | None, typer.Option(help="Tokens to keep; the model's own by default.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stack: StackName = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
 ) -> None:
     """Talk with a model; the cache is kept between turns. /reset forgets, /stats counts, /exit leaves.
 
@@ -157,7 +166,7 @@ def chat(
         draft_vocab=draft_vocab,
         policy=policy,
     )
-    lm = load(model, dtype, device)
+    lm = load(model, dtype, device, stack, quantize, threads)
     if not lm.has_template:
         lacks = "tokenizer" if lm.tokenizer is None else "chat template"
         raise UserError(
@@ -234,6 +243,9 @@ def demo(
     max_new_tokens: MaxNew = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stack: StackName = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Decode three real prompts plainly and self-speculatively: equality first, then speed.
@@ -242,7 +254,7 @@ def demo(
     """
     from layerskip.demo import as_record, contests
 
-    lm = load(model, dtype, device)
+    lm = load(model, dtype, device, stack, quantize, threads)
     results = []
     for contest in contests(lm, exit_layer, draft_length, max_new_tokens):
         results.append(contest)

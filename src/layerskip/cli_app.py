@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from layerskip.display import err
 from layerskip.errors import UserError
@@ -45,7 +46,8 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
 StackName = Annotated[str, typer.Option("--stack", help="native, hf or auto.")]
-Quantize = Annotated[str | None, typer.Option(help="int8 weights.", show_default="off")]
+Quantize = Annotated[str | None, typer.Option(help="int8: weights in 8 bit.", show_default="off")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per physical core")]
 
 
 def vocabulary_size(given: str) -> int | str:
@@ -58,14 +60,29 @@ def vocabulary_size(given: str) -> int | str:
 
 
 def load(
-    model: str, dtype: str, device: str, stack: str = "auto", quantize: str | None = None
+    model: str,
+    dtype: str,
+    device: str,
+    stack: str = "auto",
+    quantize: str | None = None,
+    threads: int | None = None,
 ) -> LanguageModel:
-    """Load a model, saying so on stderr while it takes time."""
+    """Load a model, saying so on stderr while it takes time; set the CPU threads and warn of busy cores."""
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is {threads}", "--threads is at least 1")
     with err.status(f"Loading {model} …"):
+        import torch
         from transformers.utils import logging
 
         from layerskip.decode import language_model
+        from layerskip.model.threads import BUSY, busy_cores, chosen_threads
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # what matters of its warnings, we raise
-    return language_model.load(model, dtype=dtype, device=device, stack=stack, quantize=quantize)
+    torch.set_num_threads(threads or chosen_threads())
+    busy = busy_cores()
+    lm = language_model.load(model, dtype=dtype, device=device, stack=stack, quantize=quantize)
+    if lm.stack.device.type == "cpu" and busy is not None and busy > BUSY:
+        warning = f"warning: others keep {busy:.1f} cores busy; decoding beside them can be many times slower"
+        err.print(Text(warning, style="yellow"))
+    return lm

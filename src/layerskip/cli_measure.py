@@ -23,6 +23,7 @@ from layerskip.cli_app import (
     Policy,
     Quantize,
     StackName,
+    Threads,
     load,
     vocabulary_size,
 )
@@ -69,7 +70,7 @@ def bench(
         str, typer.Option(help="Any of ar, self-speculative, early-exit, hf, hf-early-exit; ar always is.")
     ] = METHODS,
     trials: Annotated[int, typer.Option(help="Timed turns of every method on every prompt.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's")] = None,
+    threads: Threads = None,
     simulate_acceptance: Annotated[
         float | None,
         typer.Option(
@@ -105,11 +106,7 @@ def bench(
     )
     settings.options(draft_vocab=settings.draft_vocab or "auto")
     lines = _prompt_lines(prompts, limit)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    lm, load_s = _loaded(model, dtype, device, stack, quantize)
+    lm, load_s = _loaded(model, dtype, device, stack, quantize, threads)
     items = [Prompt(line.task, _encoded(lm, line.content)) for line in lines]
     try:
         with _progress() as watch:

@@ -64,6 +64,11 @@ class Engine:
         self._step_id = 0
         self._prefilled_last = False
 
+    def serves(self, rows: int, capacity: int, draft_head: Head | None) -> bool:
+        """Whether this engine has no rows and is what one would be made as now."""
+        same = (len(self.cache.lengths), self.cache.capacity) == (rows, capacity)
+        return not self._rows and same and self.draft_head is draft_head
+
     @property
     def busy(self) -> bool:
         """Whether any row still has tokens to come."""

@@ -26,6 +26,8 @@ from layerskip.model import checkpoint, cost, hub
 from layerskip.model import stack as stacks
 from layerskip.model.head import Head, draft_ids
 from layerskip.model.huggingface import HuggingFaceStack
+from layerskip.model.linear import fast_bfloat16
+from layerskip.model.native_load import native_family
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +66,8 @@ class LanguageModel:
             checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
         )
         self._heads: dict[tuple[int, tuple[int, ...]], Head] = {}
+        self.keep_engine = stack.device.type == "cuda"
+        self._last_engine: Engine | None = None
 
     @property
     def has_template(self) -> bool:
@@ -180,9 +184,7 @@ class LanguageModel:
     def _engine(self, items: Sequence[_Item], options: Options, rows: int) -> Engine:
         wanted = max(len(item.request.prompt) + item.request.max_new_tokens - 1 for item in items)
         context = self.stack.context or wanted
-        engine = Engine(
-            self.stack, rows=rows, capacity=max(1, min(wanted, context)), draft_head=self.draft_head(options)
-        )
+        engine = self._idle_engine(rows, max(1, min(wanted, context)), self.draft_head(options))
         for item in items:  # before any work: the last of many prompts may be the wrong one
             try:
                 engine.check(item.request)
@@ -190,6 +192,16 @@ class LanguageModel:
                 where = f"prompt {item.request.index + 1} of {len(items)}: " if len(items) > 1 else ""
                 raise UserError(where + error.message, error.hint) from None
         return engine
+
+    def _idle_engine(self, rows: int, capacity: int, head: Head | None) -> Engine:
+        """Make an engine, or take the last one again where graphs were captured on its cache."""
+        if not self.keep_engine:
+            return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
+        capacity = min(max(256, 1 << (capacity - 1).bit_length()), self.stack.context or 1 << 62)
+        last = self._last_engine
+        if last is None or not last.serves(rows, capacity, head):
+            last = self._last_engine = Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
+        return last
 
     def _generation(self, item: _Item, options: Options) -> Generation:
         return finished(
@@ -295,13 +307,17 @@ def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     )
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn a name into a dtype; `auto` is float32 on the CPU and bfloat16 (else float16) on accelerators."""
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
+    """Turn a name into a dtype.
+
+    `auto` is bfloat16 (else float16) on accelerators, and float32 on the CPU, unless it has bfloat16 instructions
+    and the stack is native: then bfloat16 is as exact there.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         if device.type == "cpu":
-            return torch.float32
+            return torch.bfloat16 if native and fast_bfloat16() else torch.float32
         half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
         return torch.float16 if half else torch.bfloat16
     if dtype not in DTYPES:
@@ -349,8 +365,11 @@ def load(
             "for a model in memory: layerskip.generate(hf_model, ...)",
         )
     chosen = resolve_device(device)
-    kind = torch.bfloat16 if quantize and dtype == "auto" else resolve_dtype(dtype, chosen)
+    resolve_dtype(dtype, chosen)  # a slip costs no download
     path = hub.resolve(str(name), progress=progress)
+    kind = resolve_dtype(dtype, chosen, native=stack != "hf" and device_map is None and native_family(path))
+    if quantize is not None and dtype == "auto":
+        kind = torch.bfloat16
     model, hf = stacks.load(
         path, dtype=kind, device=chosen, device_map=device_map, kind=stack, quantize=quantize
     )

@@ -17,6 +17,7 @@ import torch
 from layerskip.decode import steps
 from layerskip.measure.card import synchronise
 from layerskip.model.cost import Cost
+from layerskip.model.native import NativeStack
 from layerskip.model.stack import Step
 
 if TYPE_CHECKING:
@@ -97,6 +98,26 @@ def step_cost(bench: Workbench, exit_layer: int, draft_head: Head | None, repeat
         "verify_head": lambda: bench.headed(bench.wide),
     }
     return Cost(**timed(parts, bench.stack.device, repeats))
+
+
+def plain_step(bench: Workbench, repeats: int = REPEATS) -> dict[str, float | None]:
+    """Time a whole plain step, and the matrix products in it alone, in turn.
+
+    `products_s` is None for a stack that cannot run its products apart.
+    """
+    stack = bench.stack
+    parts: dict[str, Callable[[], object]] = {
+        "step_s": lambda: bench.headed(bench.passed(stack.num_layers)),
+    }
+    if isinstance(stack, NativeStack):
+        parts["products_s"] = stack.products
+    seconds = timed(parts, stack.device, 2 * repeats)
+    products = seconds.get("products_s")
+    return {
+        "step_s": seconds["step_s"],
+        "products_s": products,
+        "ratio": products and seconds["step_s"] / products,
+    }
 
 
 def head_times(bench: Workbench, heads: dict[int, Head | None], repeats: int = REPEATS) -> dict[int, float]:

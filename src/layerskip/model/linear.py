@@ -152,6 +152,12 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
     return native.get(dtype, False)
 
 
+def fast_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions; oneDNN emulates them on older ones."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return native and packs(torch.bfloat16, torch.device("cpu"))
+
+
 def require_quantizable(quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:
     """Raise UserError for a quantisation that has no kernel here."""
     if quantize is None:

@@ -140,6 +140,20 @@ class NativeStack(Stack):
             return project(h.view(1, -1).repeat(self.single_row, 1))[:1].view(*h.shape[:-1], size).float()
         return project(h).float()  # [..., size]
 
+    def products(self) -> None:
+        """Run every matrix product of a plain step and nothing else: the floor of its time."""
+        inputs = {
+            size: torch.zeros(1, self.single_row, size, dtype=self.dtype, device=self.device)
+            for linear in (*self.layers[0].linears, self.head)
+            for size in (linear.in_features, linear.out_features)
+        }
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.gate_up):
+                linear(inputs[linear.in_features])
+            for linear in (layer.out, layer.down):
+                linear.added_to(inputs[linear.out_features], inputs[linear.in_features])
+        self.head(inputs[self.head.in_features])
+
     def reduced_head(self, ids: Sequence[int]) -> Head:
         index = torch.tensor(list(ids), device=self.device)
         tied = self.tied and self.quantize is None

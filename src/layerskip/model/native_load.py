@@ -8,6 +8,8 @@ real one's logits are compared on eight tokens once its weights are packed.
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,13 @@ from layerskip.model.linear import require_quantizable
 from layerskip.model.native import NativeStack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
+
+
+def native_family(path: Path) -> bool:
+    """Whether a checkpoint's configuration names a family that may run natively."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") in FAMILIES
+
 
 _verdicts: dict[str, str | None] = {}  # by configuration, for this process
 
