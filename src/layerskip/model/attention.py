@@ -54,19 +54,30 @@ class Attention:
         return self.padded_group - self.group <= 2 * self.kv_heads
 
     def __call__(
-        self, qkv: Tensor, layer: int, step: Step, cache: Cache, window: int | None, rotary: bool
+        self,
+        qkv: Tensor,
+        layer: int,
+        step: Step,
+        cache: Cache,
+        window: int | None,
+        rotary: bool,
+        copies: int = 1,
     ) -> Tensor:
         """Write this call's keys and values, attend, and return heads in the order (place in group, key head).
 
-        Shapes: qkv [B, T, heads + 2 H, d] (may be changed) -> [B, T, heads d].
+        Shapes: qkv [B, T, heads + 2 H, d] (may be changed) -> [B, T, heads d]; a single position's result may be
+        wanted in `copies`, [1, copies, heads d].
         """
         angles = self._angles(step, cache.capacity) if rotary else None
         if self.kernels is not None and step.width <= MOST_EXACT_ROWS and step.visible is None:
-            return self.kernels.attention(qkv, self.heads, self.scale, angles, cache, layer, step, window)
+            return self.kernels.attention(
+                qkv, self.heads, self.scale, angles, cache, layer, step, window, copies
+            )
         if angles is not None:
             qkv = self._turned(qkv, *angles)
         cache.write_both(layer, qkv[:, :, self.heads :].transpose(1, 2), step)
-        return self._mixed(qkv, layer, step, cache, window)
+        mixed = self._mixed(qkv, layer, step, cache, window)
+        return mixed if copies == 1 else mixed.repeat(1, copies, 1)
 
     def _mixed(self, qkv: Tensor, layer: int, step: Step, cache: Cache, window: int | None) -> Tensor:
         """Attend over the slots in use with torch's kernel. Shapes: as in `__call__`.

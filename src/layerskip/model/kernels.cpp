@@ -44,8 +44,14 @@ static inline float exponential(float x) {
     return p * scale;
 }
 
+// A single row may be wanted several times over (see `Packed` in linear.py): row 0 of `out` is copied behind itself.
 template <typename T>
-static void norm(const T *h, const T *gain, T *out, int64_t rows, int64_t width, float eps) {
+static void copy_behind(T *out, int64_t width, int64_t copies) {
+    for (int64_t i = 1; i < copies; ++i) std::memcpy(out + i * width, out, width * sizeof(T));
+}
+
+template <typename T>
+static void norm(const T *h, const T *gain, T *out, int64_t rows, int64_t width, int64_t copies, float eps) {
 #pragma omp parallel for if (rows > 32)
     for (int64_t row = 0; row < rows; ++row) {
         const T *x = h + row * width;
@@ -57,11 +63,12 @@ static void norm(const T *h, const T *gain, T *out, int64_t rows, int64_t width,
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) store(y[i], load(x[i]) * inverse * load(gain[i]));
     }
+    copy_behind(out, width, copies);
 }
 
 // gate and up stand side by side: [rows, 2 width] -> silu(gate) * up [rows, width].
 template <typename T>
-static void swiglu(const T *x, T *out, int64_t rows, int64_t width) {
+static void swiglu(const T *x, T *out, int64_t rows, int64_t width, int64_t copies) {
 #pragma omp parallel for if (rows > 32)
     for (int64_t row = 0; row < rows; ++row) {
         const T *gate = x + 2 * row * width, *up = gate + width;
@@ -72,13 +79,14 @@ static void swiglu(const T *x, T *out, int64_t rows, int64_t width) {
             store(y[i], g / (1.f + exponential(-g)) * load(up[i]));
         }
     }
+    copy_behind(out, width, copies);
 }
 
 struct Shape {  // of one call; strides in elements
     int64_t rows, width, heads, kv_heads, size, rotary;  // B, T, query heads, H, d, rotary dimensions (0: none)
     int64_t qkv_row, qkv_position;                       // strides of qkv [B, T, heads + 2 H, d]
     int64_t cache_row, cache_head;                       // strides of the cache [rows, 2 H, slots, d]
-    int64_t window;                                      // 0: none
+    int64_t window, copies;                              // 0: none; how often a single row is written
     float scale;
 };
 
@@ -175,17 +183,19 @@ static void attend(const Shape &s, const T *qkv, const T *cache, const int64_t *
 }
 
 #define EXPORT(T, suffix)                                                                                       \
-    extern "C" void norm_##suffix(const T *h, const T *gain, T *out, int64_t rows, int64_t width, float eps) { \
-        norm(h, gain, out, rows, width, eps);                                                                  \
+    extern "C" void norm_##suffix(const T *h, const T *gain, T *out, int64_t rows, int64_t width,              \
+                                  int64_t copies, float eps) {                                                 \
+        norm(h, gain, out, rows, width, copies, eps);                                                          \
     }                                                                                                          \
-    extern "C" void swiglu_##suffix(const T *x, T *out, int64_t rows, int64_t width) {                         \
-        swiglu(x, out, rows, width);                                                                           \
+    extern "C" void swiglu_##suffix(const T *x, T *out, int64_t rows, int64_t width, int64_t copies) {         \
+        swiglu(x, out, rows, width, copies);                                                                   \
     }                                                                                                          \
     extern "C" void attention_##suffix(const Shape *s, T *qkv, const T *cos, const T *sin, T *cache,           \
                                        const int64_t *cache_rows, const int64_t *positions,                    \
                                        const int64_t *slots, T *out) {                                         \
         rotate_and_store(*s, qkv, cos, sin, cache, cache_rows, slots);                                         \
         attend(*s, qkv, cache, cache_rows, positions, out);                                                    \
+        copy_behind(out, s->heads * s->size, s->copies);                                                       \
     }
 
 EXPORT(float, f32)

@@ -40,17 +40,19 @@ class Shape(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "width", "heads", "kv_heads", "size", "rotary")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("qkv_row", "qkv_position", "cache_row", "cache_head", "window")
-        ),
+        *((name, ctypes.c_int64) for name in ("qkv_row", "qkv_position", "cache_row", "cache_head")),
+        *((name, ctypes.c_int64) for name in ("window", "copies")),
         ("scale", ctypes.c_float),
     ]
 
 
 @dataclass
 class Kernels:
-    """The compiled regions. All take contiguous CPU tensors of one dtype in `SUFFIXES`."""
+    """The compiled regions. All take contiguous CPU tensors of one dtype in `SUFFIXES`.
+
+    With `copies` above 1 the input is a single row (or that many equal ones): it is computed once and the result
+    is written `copies` times, [1, copies, ...].
+    """
 
     library: Any
     compile_s: float  # seconds this process spent compiling; 0 when found ready
@@ -58,8 +60,8 @@ class Kernels:
     def __post_init__(self) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         arguments = {
-            "norm": [pointer, pointer, pointer, number, number, ctypes.c_float],
-            "swiglu": [pointer, pointer, number, number],
+            "norm": [pointer, pointer, pointer, number, number, number, ctypes.c_float],
+            "swiglu": [pointer, pointer, number, number, number],
             "attention": [ctypes.POINTER(Shape), *[pointer] * 8],
         }
         self._calls: dict[tuple[str, torch.dtype], Any] = {}
@@ -69,20 +71,21 @@ class Kernels:
                 call.argtypes, call.restype = types, None
                 self._calls[name, dtype] = call
 
-    def norm(self, h: Tensor, gain: Tensor, eps: float) -> Tensor:
+    def norm(self, h: Tensor, gain: Tensor, eps: float, copies: int = 1) -> Tensor:
         """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D]."""
-        h = h.contiguous()
-        out, width = torch.empty_like(h), h.shape[-1]
-        self._calls["norm", h.dtype](
-            h.data_ptr(), gain.data_ptr(), out.data_ptr(), h.numel() // width, width, eps
-        )
+        h, width = h.contiguous(), h.shape[-1]
+        out = torch.empty_like(h) if copies == 1 else h.new_empty((1, copies, width))
+        rows = h.numel() // width if copies == 1 else 1
+        call = self._calls["norm", h.dtype]
+        call(h.data_ptr(), gain.data_ptr(), out.data_ptr(), rows, width, copies, eps)
         return out
 
-    def swiglu(self, x: Tensor) -> Tensor:
+    def swiglu(self, x: Tensor, copies: int = 1) -> Tensor:
         """Multiply silu(gate) by up. Shapes: [..., 2 F] -> [..., F]."""
         width = x.shape[-1] // 2
         out = x.new_empty((*x.shape[:-1], width))
-        self._calls["swiglu", x.dtype](x.data_ptr(), out.data_ptr(), out.numel() // width, width)
+        rows = out.numel() // width if copies == 1 else 1
+        self._calls["swiglu", x.dtype](x.data_ptr(), out.data_ptr(), rows, width, copies)
         return out
 
     def attention(
@@ -95,6 +98,7 @@ class Kernels:
         layer: int,
         step: Step,
         window: int | None,
+        copies: int = 1,
     ) -> Tensor:
         """Turn queries and keys, write keys and values at the step's slots, attend.
 
@@ -107,13 +111,14 @@ class Kernels:
         cos, sin = rotary if rotary is not None else (qkv, qkv)
         shape = Shape(
             rows, width, heads, (total - heads) // 2, size, 0 if rotary is None else cos.shape[-1],
-            qkv.stride(0), qkv.stride(1), store.stride(0), store.stride(1), window or 0, scale,
+            qkv.stride(0), qkv.stride(1), store.stride(0), store.stride(1), window or 0,
+            copies, scale,
         )  # fmt: skip
         if "kernels" not in step.shared:
             index = torch.tensor(step.rows) if step.index is None else step.index.contiguous()
             step.shared["kernels"] = (index, step.positions.contiguous(), step.slots.contiguous())
         index, positions, slots = step.shared["kernels"]
-        out = qkv.new_empty((rows, width, heads * size))
+        out = qkv.new_empty((rows, width if copies == 1 else copies, heads * size))
         self._calls["attention", qkv.dtype](
             shape, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), store.data_ptr(), index.data_ptr(),
             positions.data_ptr(), slots.data_ptr(), out.data_ptr(),

@@ -96,49 +96,49 @@ class NativeStack(Stack):
             return h, {}
         cache.bind(step)
         self.counters.count_run(start, stop, step)
-        single = h.shape[:2] == (1, 1)
-        if single and self.single_row > 1:
-            h = h.repeat(1, self.single_row, 1)  # [1, 4, D]: see `Packed`
+        copies = self.single_row if h.shape[:2] == (1, 1) else 1
+        if copies > 1:
+            h = h.expand(1, copies, -1).contiguous()  # [1, 4, D]: see `Packed`
         tapped = {}
         for index in range(start, stop):
             layer = self.layers[index]
-            mixed = self._attended(layer, index, h, step, cache)
-            h = layer.out.added_to(h, mixed)
-            h = layer.down.added_to(h, self._activated(layer.gate_up(self._normed(layer.before_mlp, h))))
+            h = layer.out.added_to(h, self._attended(layer, index, h, step, cache, copies))
+            gate_up = layer.gate_up(self._normed(layer.before_mlp, h, copies))
+            h = layer.down.added_to(h, self._activated(gate_up, copies))
             if index + 1 in taps:
                 tapped[index + 1] = h[:, : step.width]
         return h[:, : step.width], tapped
 
-    def _attended(self, layer: Layer, index: int, h: Tensor, step: Step, cache: Cache) -> Tensor:
+    def _attended(self, layer: Layer, index: int, h: Tensor, step: Step, cache: Cache, copies: int) -> Tensor:
         """Attend in one layer; write its keys and values. Shapes: h [B, T', D] -> [B, T', heads d]."""
         heads, kv_heads, width = self.attention.heads, self.attention.kv_heads, step.width
-        qkv = layer.qkv(self._normed(layer.before_attention, h))  # [B, T', (heads + 2 H) d]
+        qkv = layer.qkv(self._normed(layer.before_attention, h, copies))  # [B, T', (heads + 2 H) d]
         qkv = qkv[:, :width].view(-1, width, heads + 2 * kv_heads, self.attention.size)
         if layer.q_norm is not None and layer.k_norm is not None:
             query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], 2)
             qkv = torch.cat((self._normed(layer.q_norm, query), self._normed(layer.k_norm, key), value), 2)
-        mixed = self.attention(qkv, index, step, cache, layer.window, layer.rotary)  # [B, T, heads d]
-        return mixed if h.shape[1] == width else mixed.repeat(1, h.shape[1], 1)
+        return self.attention(qkv, index, step, cache, layer.window, layer.rotary, copies)
 
-    def _normed(self, norm: Norm, h: Tensor) -> Tensor:
+    def _normed(self, norm: Norm, h: Tensor, copies: int = 1) -> Tensor:
+        """Shapes: [..., D] -> [..., D]; `copies` equal rows need computing once."""
         if self.kernels is not None and norm.gain.dtype == h.dtype:
-            return self.kernels.norm(h, norm.gain, norm.eps)
+            return self.kernels.norm(h, norm.gain, norm.eps, copies)
         return norm(h)
 
-    def _activated(self, gate_up: Tensor) -> Tensor:
-        """Shapes: [B, T, 2 F] -> [B, T, F], F the width of the MLP."""
+    def _activated(self, gate_up: Tensor, copies: int) -> Tensor:
+        """Shapes: [B, T', 2 F] -> [B, T', F], F the width of the MLP."""
         if self.kernels is not None and ACTIVATIONS[self.gated] is F.silu:
-            return self.kernels.swiglu(gate_up)
+            return self.kernels.swiglu(gate_up, copies)
         gate, up = gate_up.chunk(2, -1)
         return ACTIVATIONS[self.gated](gate) * up
 
     def logits(self, h: Tensor, head: Head | None = None) -> Tensor:
         size, project = (self.vocab_size, self.head) if head is None else (head.size, head.project)
-        self.counters.head_rows[size] += h[..., 0].numel()
-        h = self._normed(self.finish, h)
-        if h.numel() == self.width and self.single_row > 1:
-            return project(h.view(1, -1).repeat(self.single_row, 1))[:1].view(*h.shape[:-1], size).float()
-        return project(h).float()  # [..., size]
+        shape, rows = h.shape[:-1], h[..., 0].numel()
+        self.counters.head_rows[size] += rows
+        if rows == 1 and self.single_row > 1:
+            h = h.reshape(1, 1, -1).expand(1, self.single_row, -1).contiguous()
+        return project(self._normed(self.finish, h)).float().view(-1, size)[:rows].view(*shape, size)
 
     def products(self) -> None:
         """Run every matrix product of a plain step and nothing else: the floor of its time."""
