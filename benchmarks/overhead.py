@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     exit_layer, draft_length, new = arguments.exit_layer, arguments.draft_length, arguments.max_new_tokens
 
-    lm = layerskip.load(arguments.model, dtype="float32", device="cpu")
+    lm = layerskip.load(arguments.model, dtype="float32", device="cpu", stack="hf")
     hf = lm.hf
     lines = (HERE / "prompts.jsonl").read_text().splitlines()[: arguments.limit]
     prompts = [lm.encode([{"role": "user", "content": json.loads(line)["prompt"]}]) for line in lines]

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import layerskip
 from layerskip import Round
@@ -39,12 +39,24 @@ CATEGORIES = {
     "cache writes and copies": "copy index_put scatter memcpy slice_backward ::cat _to_copy contiguous",
     "sampling and argmax": "argmax ::max aten::sort topk cumsum multinomial item isfinite local_scalar",
     "embedding": "embedding index_select gather ::index",
-    "element-wise": "mul add silu gelu sigmoid tanh neg div sub pow mean where cos sin elementwise triton",
+    "element-wise": "swiglu mul add silu gelu sigmoid tanh neg div sub pow mean where cos sin elementwise triton",
     "views and allocation": (
         "view reshape transpose empty expand slice select as_strided split unsqueeze squeeze narrow "
         "permute resize detach alias zero fill arange ::to unbind lift"
     ),
 }
+
+
+def named_kernels(kernels) -> None:
+    """Let the profiler see the compiled regions, which it cannot by itself."""
+    for name in ("norm", "swiglu", "attention") if kernels is not None else ():
+        call = getattr(kernels, name)
+
+        def recorded(*arguments, _name=name, _call=call):
+            with record_function(f"compiled {_name}"):
+                return _call(*arguments)
+
+        setattr(kernels, name, recorded)
 
 
 def category(operation: str) -> str:
@@ -98,6 +110,7 @@ def main() -> None:
     parser.add_argument("--exit-layer", type=int)
     parser.add_argument("--draft-length", type=int)
     parser.add_argument("--draft-vocab", default="auto", help="a number, auto or off")
+    parser.add_argument("--simulate-acceptance", type=float, help="accepted/drafted to pretend")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--modes", default="ar,self-speculative")
@@ -107,6 +120,7 @@ def main() -> None:
         arguments.model, dtype=arguments.dtype, device=arguments.device, stack=arguments.stack,
         quantize=arguments.quantize,
     )  # fmt: skip
+    named_kernels(getattr(lm.stack, "kernels", None))
     text = json.loads(prompt_file().read_text(encoding="utf-8").splitlines()[0])["prompt"]
     prompt = lm.encode(text, chat=lm.has_template)
     vocab = int(arguments.draft_vocab) if arguments.draft_vocab.isdecimal() else arguments.draft_vocab
@@ -117,6 +131,7 @@ def main() -> None:
                 "exit_layer": arguments.exit_layer,
                 "draft_length": arguments.draft_length,
                 "draft_vocab": vocab,
+                "simulate_acceptance": arguments.simulate_acceptance,
             }
         decode(lm, prompt, options)  # warms up
         alone, count = decode(lm, prompt, options)

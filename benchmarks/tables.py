@@ -67,7 +67,7 @@ def bench() -> str:
         return "(no result file yet)"
     equality, notes = [], []
     lines = [
-        "| setting | method | speed over plain | 95% interval | acceptance | tokens per round |",
+        "| setting | method | over our plain decoding | over Hugging Face | acceptance | tokens per round |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for _, path in sorted(newest_of.items()):
@@ -77,7 +77,7 @@ def bench() -> str:
         counts = [_equality(name, m) for name, m in report["methods"].items() if name != "ar"]
         equality.append(f"{setting}: {', '.join(counts)}")
         for name, figures in report["methods"].items():
-            lines.append(_bench_line(setting, name, figures, report["speedup"].get(f"{name}/ar")))
+            lines.append(_bench_line(setting, name, figures, report["speedup"]))
         notes.append(_bench_note(path, report, simulated))
     first = "Outputs equal to those of plain decoding: " + "; ".join(equality) + "."
     return "\n".join([first, "", *lines, "", *notes]).rstrip()
@@ -90,10 +90,9 @@ def _equality(name: str, figures: dict) -> str:
     return f"{name} {figures['equal_outputs']} of {figures['of']}{by_design}"
 
 
-def _bench_line(setting: str, name: str, figures: dict, ratio: dict | None) -> str:
-    speed = (
-        ("1", "") if ratio is None else (f"{ratio['median']:.2f} x", "{:.2f} - {:.2f}".format(*ratio["ci95"]))
-    )
+def _bench_line(setting: str, name: str, figures: dict, speedup: dict) -> str:
+    ratios = [speedup.get(f"{name}/{other}") for other in ("ar", "hf")]
+    speed = ["" if r is None else "{:.2f} x [{:.2f}, {:.2f}]".format(r["median"], *r["ci95"]) for r in ratios]
     accepted = "" if figures["acceptance"] is None else f"{100 * figures['acceptance']:.0f}%"
     label = f"{name} (simulated)" if "simulated" in figures else name
     cells = (setting, label, *speed, accepted, f"{figures['tokens_per_round']:.2f}")
@@ -108,6 +107,11 @@ def _bench_note(path: Path, report: dict, simulated: float | None) -> str:
             f"E = {own['exit_layer']}, K = {own['draft_length']}, draft vocabulary {own['draft_vocab']}, the cost "
             f"model predicts {report['predicted_speedup']:.2f} x; "
         )
+    hf = next((m["dtype"] for n, m in report["methods"].items() if n.startswith("hf")), None)
+    how += "" if hf is None else f"Hugging Face in {hf}; "
+    step = report["methods"]["ar"]["step"]
+    if step["ratio"] is not None:
+        how += f"a plain step costs {step['ratio']:.2f} x its matrix products alone; "
     made_up = "" if simulated is None else "acceptance is simulated, no output is real; "
     threads = f", {report['card']['threads']} threads" if told["device"] == "cpu" else ""
     return (

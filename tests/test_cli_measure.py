@@ -87,7 +87,7 @@ def test_a_simulated_bench_says_so_everywhere(run, folder, prompts, tmp_path, mo
     assert code == 0
     assert result["simulated"] == result["methods"]["self-speculative"]["simulated"] == 0.6
     [file] = tmp_path.glob("bench_*.json")
-    assert file.name.startswith("bench_tiny_float32_sim_cpu_")
+    assert file.name.startswith("bench_tiny_float32_sim60_cpu_")
     assert json.loads(file.read_text()) == result
     code, printed, _ = run("bench", folder, *prompts, *QUICK, *simulated)
     assert "simulated: drafts are kept at random" in printed

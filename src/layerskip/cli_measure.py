@@ -302,7 +302,8 @@ def _save(result: dict[str, Any]) -> Path:
     told = result["configuration"]
     parts = ["bench", told["model"].replace("/", "-"), told["dtype"]]
     parts += [told["quantize"]] if told["quantize"] else []
-    parts += ["sim"] if told["simulate_acceptance"] is not None else []
+    if (simulated := told["simulate_acceptance"]) is not None:
+        parts.append(f"sim{100 * simulated:.0f}")
     name = "_".join([*parts, told["device"], told["date"]]) + ".json"
     folder = Path("benchmarks/results") if Path("benchmarks/results").is_dir() else Path()
     try:

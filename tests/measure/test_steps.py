@@ -22,9 +22,9 @@ def test_every_part_of_a_round_is_measured_once_per_turn(table):
     head = table.stack.reduced_head(range(10))
     cost = step_cost(table, exit_layer=2, draft_head=head, repeats=2)
     counters = table.stack.counters
-    assert counters.runs == {(0, L, 1): 3, (0, 2, 1): 3, (2, L, K + 1): 3}
-    assert counters.head_rows == {tiny.VOCAB: 3 + 3 * (K + 1), 10: 3}
-    assert min(cost.layers, cost.early, cost.head, cost.draft_head, cost.verify, cost.verify_head) > 0
+    assert counters.runs == {(0, L, 1): 3, (0, 2, 1): 3 * (K + 1), (2, L, K + 1): 3}
+    assert counters.head_rows == {tiny.VOCAB: 3 + 3 * (K + 1), 10: 3 * (K + 1)}, "K in drafting, one alone"
+    assert min(cost.layers, cost.head, cost.draft_head, cost.verify, cost.verify_head) > 0
     assert cost.speedup(K, 2.0) > 0
 
 

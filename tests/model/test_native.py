@@ -35,6 +35,8 @@ def test_every_native_family_passes_the_comparison_with_hugging_face(family):
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5,
                    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4,
+                   "original_max_position_embeddings": 24}, "max_position_embeddings": 24}),
         ("llama", {"num_key_value_heads": 4}),
         ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8}),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),

@@ -262,7 +262,7 @@ class Engine:
             h = steps.draft(self.stack, self.cache, tokens, span, exit_layer)  # [B', 1, D]
             if hidden is None:
                 hidden = h.new_zeros(len(rows), max(limits) + 1, h.shape[-1])
-            hidden[active, index] = h[:, 0]
+            hidden[active if len(active) < len(rows) else slice(None), index] = h[:, 0]
             drawing = [
                 (at, b)
                 for at, b in enumerate(active)

@@ -35,6 +35,7 @@ class Attention:
     dtype: torch.dtype
     device: torch.device
     rotary: Any
+    context: int | None
     exact: bool  # sum every row alike, however many positions a call has
     kernels: Kernels | None = None
     _tables: tuple[Tensor, Tensor] | None = field(default=None, init=False)
@@ -133,13 +134,20 @@ class Attention:
         if "native angles" not in step.shared:
             if self._tables is None or len(self._tables[0]) < capacity:
                 length = 1 << max(6, (capacity - 1).bit_length())
+                # Tables that change with the length must not be asked for more than the context.
+                length = max(capacity, min(length, self.context or length))
                 positions = torch.arange(length, device=self.device)[None]
                 like = torch.empty(0, dtype=self.dtype, device=self.device)
                 cos, sin = self.rotary(like, positions)  # [1, n, r]
                 self._tables = cos[0].contiguous(), sin[0].contiguous()
-            step.shared["native angles"] = tuple(table[step.positions] for table in self._tables)
-        angles: tuple[Tensor, Tensor] = step.shared["native angles"]
-        return angles
+            if step.uniform and len(step.rows) == 1:  # a view
+                start = step.starts[0]
+                angles = tuple(table[None, start : start + step.width] for table in self._tables)
+            else:
+                angles = tuple(table[step.positions] for table in self._tables)
+            step.shared["native angles"] = angles
+        shared: tuple[Tensor, Tensor] = step.shared["native angles"]
+        return shared
 
     def _turned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn queries and keys by their positions' angles. Shapes: qkv [B, T, heads + 2 H, d], cos [B, T, r]."""

@@ -76,7 +76,7 @@ class NativeStack(Stack):
         self.gated = activation_of(config)
         self.attention = Attention(
             config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
-            rotary, exact=False, kernels=self.kernels,
+            rotary, self.context, exact=False, kernels=self.kernels,
         )  # fmt: skip
         self.single_row = SINGLE_ROW if isinstance(self.head, Packed) else 1
         self.row_exact = self.attention.exact = (

@@ -1,0 +1,125 @@
+"""An engine's speed without a trained model: the shape of a known one, random weights, acceptance simulated.
+
+    python benchmarks/shapes.py --shape llama2-7b --device cuda --save       # the paper's setting: E 8, K 12, 68.9%
+    python benchmarks/shapes.py --shape tiny --device cpu                    # a rehearsal, seconds
+
+Random weights say nothing about quality; the result file and every line printed say that acceptance is simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from layerskip.decode.language_model import LanguageModel, resolve_device, resolve_dtype
+from layerskip.measure.bench import bench
+from layerskip.measure.settings import Prompt, Settings
+from layerskip.model.native_load import native_stack
+
+HERE = Path(__file__).parent
+LLAMA2 = {
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+SHAPES = {  # sizes from the models' public configurations; exits, drafts, acceptance from arXiv 2404.16710
+    "llama2-7b": (
+        {
+            **LLAMA2,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+        {"exit_layer": 8, "draft_length": 12, "simulate_acceptance": 0.689},
+    ),
+    "llama2-13b": (
+        {
+            **LLAMA2,
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+        },
+        {"exit_layer": 15, "draft_length": 12, "simulate_acceptance": 0.745},
+    ),
+    "tiny": (
+        {
+            **LLAMA2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+        },
+        {"exit_layer": 2, "draft_length": 4, "simulate_acceptance": 0.6},
+    ),
+}
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Make a model of a shape on its device, with weights that keep activations of order one."""
+    config = transformers.LlamaConfig(**SHAPES[shape][0])
+    with torch.device(device):
+        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return LanguageModel(native_stack(hf), hf=hf)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="llama2-7b", choices=sorted(SHAPES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int, default=257)
+    parser.add_argument("--limit", type=int, default=2, help="prompts")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/shape_*.json")
+    arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
+    lm = random_model(arguments.shape, resolve_dtype(arguments.dtype, device), device)
+    settings = Settings(
+        methods=["ar", "self-speculative"],
+        max_new_tokens=arguments.max_new_tokens,
+        trials=arguments.trials,
+        **SHAPES[arguments.shape][1],
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape = (arguments.limit, arguments.prompt_tokens)
+    prompts = torch.randint(5, lm.stack.vocab_size, shape, generator=generator).tolist()
+    result = bench(lm, [Prompt(None, prompt) for prompt in prompts], settings)
+    card, plain, own = result["card"], result["methods"]["ar"], result["methods"]["self-speculative"]
+    ratio = result["speedup"]["self-speculative/ar"]
+    print(f"{arguments.shape}, random weights, {card['dtype']} on {card['device']}; acceptance simulated")
+    print(
+        f"plain: {plain['decode_tokens_per_s']:.1f} tokens/s, {100 * plain['roofline_share']:.0f}% of the roofline "
+        f"({card['roofline_tokens_per_s']:.1f} at {card['bandwidth_gb_s']:.0f} GB/s)"
+    )
+    print(
+        f"self-speculation: {ratio['median']:.2f} x [{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}] at acceptance "
+        f"{100 * own['acceptance']:.0f}%; the cost model predicts {result['predicted_speedup']:.2f} x"
+    )
+    if arguments.save:
+        told = {**vars(arguments), "torch": torch.__version__, "transformers": transformers.__version__}
+        result |= {
+            "simulated": settings.simulate_acceptance,
+            "configuration": told,
+            "python": platform.python_version(),
+        }
+        name = (
+            f"shape_{arguments.shape}_{card['dtype']}_{card['device_type']}_{time.strftime('%Y-%m-%d')}.json"
+        )
+        (HERE / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written: benchmarks/results/{name}")
+
+
+if __name__ == "__main__":
+    main()
