@@ -16,12 +16,21 @@ from rounds import decode
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
+FAMILIES = [
+    *tiny.FAMILIES,
+    *(name for name in tiny.NATIVE if name.endswith("+torch")),
+]  # no kernels off the CPU
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+def on_device(name, dtype=torch.float32):
+    model = copy.deepcopy(tiny.calibrated(name.partition("+")[0], dtype)).to("cuda")
+    return tiny.stack(name, model=model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_self_speculation_equals_plain_decoding_on_the_device(family):
     torch.backends.cuda.matmul.allow_tf32 = False
-    stack = HuggingFaceStack(copy.deepcopy(tiny.calibrated(family)).to("cuda"))
+    stack = on_device(family)
     plain = decode(stack, PROMPTS, 32)
     assert plain.tokens == [decode(stack, [prompt], 32).tokens[0] for prompt in PROMPTS]
     for exit_layer, draft_length in ((1, 3), (2, 8), (4, 1)):
@@ -43,10 +52,10 @@ SAMPLED = Processing(Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)
 
 
 @pytest.mark.parametrize("processing", [Processing(), SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_captured_rounds_are_the_rounds_of_the_host(family, processing):
     """In float64, where padding to a bucket cannot turn a near tie over."""
-    stack = HuggingFaceStack(copy.deepcopy(tiny.calibrated(family, torch.float64)).to("cuda"))
+    stack = on_device(family, torch.float64)
     for exit_layer, draft_length in ((2, 3), (4, 6), (None, 0)):
         options = {"processing": processing, "seed": 3, "capacity": 120}
         host = decode(stack, PROMPTS, 70, exit_layer, draft_length, device_rounds=False, **options)

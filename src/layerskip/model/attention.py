@@ -39,6 +39,7 @@ class Attention:
     exact: bool  # sum every row alike, however many positions a call has
     kernels: Kernels | None = None
     _tables: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     @property
     def group(self) -> int:
@@ -140,6 +141,7 @@ class Attention:
                 like = torch.empty(0, dtype=self.dtype, device=self.device)
                 cos, sin = self.rotary(like, positions)  # [1, n, r]
                 self._tables = cos[0].contiguous(), sin[0].contiguous()
+                self._kept.append(self._tables)  # captured graphs read the smaller ones by their address
             if step.uniform and len(step.rows) == 1:  # a view
                 start = step.starts[0]
                 angles = tuple(table[None, start : start + step.width] for table in self._tables)
