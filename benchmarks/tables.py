@@ -78,9 +78,10 @@ def bench() -> str:
         machines.add(told["device_name"] + threads)
         lines.append("| " + " | ".join(_bench_cells(path, report)) + " |")
     note = (
-        "Hugging Face is its greedy `generate` in float32. Where acceptance is simulated all work is done and drafts are "
-        "kept at random: no output is real, so none is compared. Predicted: the cost model fed with step times of the "
-        f"same run. Medians with 95% intervals, methods in turn; {'; '.join(sorted(machines))}; each row links its file."
+        "Hugging Face is its greedy `generate` in float32. Where acceptance is simulated all work is done and "
+        "drafts are kept at random: no output is real, so none is compared. Predicted: the cost model fed with "
+        f"step times of the same run. Medians with 95% intervals, methods in turn; {'; '.join(sorted(machines))}; "
+        "each row links its file."
     )
     return "\n".join([*lines, "", note])
 

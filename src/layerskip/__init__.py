@@ -12,14 +12,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from layerskip.decode.chat import Chat
     from layerskip.decode.generation import Generation
     from layerskip.decode.hf_generate import custom_generate, custom_generate_with
-    from layerskip.decode.language_model import Chat, LanguageModel, generate, load
+    from layerskip.decode.language_model import LanguageModel, generate, load
     from layerskip.decode.round import Round
     from layerskip.errors import UserError
 
 _HOMES = {
-    "Chat": "layerskip.decode.language_model",
+    "Chat": "layerskip.decode.chat",
     "Generation": "layerskip.decode.generation",
     "LanguageModel": "layerskip.decode.language_model",
     "Round": "layerskip.decode.round",

@@ -75,3 +75,17 @@ def test_no_prompts_give_no_results_and_a_context_must_be_positive(lm):
 def test_a_negative_token_is_named(lm):
     with pytest.raises(UserError, match="token -1"):
         lm.generate([3, -1], max_new_tokens=2)
+
+
+def test_an_engine_kept_for_its_graphs_is_lent_to_one_stream_at_a_time(monkeypatch):
+    """On CUDA graphs are captured on an engine's cache; two streams that start together must not share it."""
+    own = LanguageModel(tiny.stack("llama"), hf=tiny.calibrated("llama"))
+    own.keep_engine = True
+    alone = [own.generate(prompt, max_new_tokens=6).tokens for prompt in ([5, 6], [7, 8])]
+    kept = own._last_engine
+    assert kept is not None
+    assert own.generate([9, 9], max_new_tokens=6).tokens
+    assert own._last_engine is kept, "the same engine served again"
+    streams = [own.stream(prompt, max_new_tokens=6) for prompt in ([5, 6], [7, 8])]
+    rounds = list(zip(*streams, strict=True))
+    assert [[t for r in own_rounds for t in r.tokens] for own_rounds in zip(*rounds, strict=True)] == alone

@@ -38,7 +38,13 @@ def test_the_user_s_own_number_wins(machine, monkeypatch):
 
 def test_busy_cores_are_ticks_over_time_and_unknown_where_the_system_is_silent(monkeypatch):
     monkeypatch.undo()  # the suite's own stand-in for it
-    readings = iter(["cpu 100 0 50 900 5 1 2 3", "cpu 110 0 55 905 5 1 2 3"])
+    readings = iter(
+        [
+            "cpu 900 0 0 0 0 0 0 0\ncpu0 100 0 50 900 5 1 2 3\ncpu9 7 0 0 0 0 0 0 0",
+            "cpu 999 0 0 0 0 0 0 0\ncpu0 110 0 55 905 5 1 2 3\ncpu9 99 0 0 0 0 0 0 0",  # 9 is not ours
+        ]
+    )
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0}, raising=False)
     monkeypatch.setattr(threads, "_text", lambda path: next(readings))
     monkeypatch.setattr(threads.os, "sysconf", lambda name: 100)
     assert threads.busy_cores(0.1) == pytest.approx(1.5)

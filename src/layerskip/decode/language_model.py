@@ -7,8 +7,8 @@ for round in lm.stream([{"role": "user", "content": "Hello"}]): ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import torch
 from layerskip.decode import text as texts
 from layerskip.decode.engine import Engine
 from layerskip.decode.generation import Generation, finished
-from layerskip.decode.options import Options, Plan
+from layerskip.decode.options import Options, Plan, seeded
 from layerskip.decode.round import Request, Round
 from layerskip.errors import UserError, nearest
 from layerskip.model import checkpoint, cost, hub
@@ -32,6 +32,7 @@ from layerskip.model.native_load import native_family
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from layerskip.decode.chat import Chat
     from layerskip.model.checkpoint import Facts
     from layerskip.model.stack import Stack
 
@@ -95,7 +96,7 @@ class LanguageModel:
             return
         engine = self._engine(items, options, rows=min(options.batch_size, len(items)))
         waiting = list(items)
-        for item, round in _drive(engine, items):
+        for item, round in _drive(engine, items, self._give_back):
             item.rounds.append(round)
             while waiting and waiting[0].rounds and waiting[0].rounds[-1].finish_reason:
                 yield self._generation(waiting.pop(0), options)
@@ -108,10 +109,12 @@ class LanguageModel:
             raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
         items = self._items(prompts, options)
         engine = self._engine(items, options, rows=1)
-        return (round for _, round in _drive(engine, items))
+        return (round for _, round in _drive(engine, items, self._give_back))
 
     def chat(self, system: str | None = None, context: int | None = None, **keywords: Any) -> Chat:
         """Open a conversation that keeps its cache between turns."""
+        from layerskip.decode.chat import Chat
+
         return Chat(self, Options.parse(keywords), system, context)
 
     # -- from options to requests ----------------------------------------------------------------------------
@@ -197,11 +200,19 @@ class LanguageModel:
         """Make an engine, or take the last one again where graphs were captured on its cache."""
         if not self.keep_engine:
             return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
-        capacity = min(max(256, 1 << (capacity - 1).bit_length()), self.stack.context or 1 << 62)
-        last = self._last_engine
-        if last is None or not last.serves(rows, capacity, head):
-            last = self._last_engine = Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
-        return last
+        rounded = min(max(256, 1 << (capacity - 1).bit_length()), self.stack.context or 1 << 62)
+        last, self._last_engine = self._last_engine, None  # lent: two streams must not share it
+        if last is not None and last.serves(rows, rounded, head):
+            return last
+        del last  # its cache must not stand beside the new one
+        try:
+            return Engine(self.stack, rows=rows, capacity=rounded, draft_head=head)
+        except UserError:
+            return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
+
+    def _give_back(self, engine: Engine) -> None:
+        if self.keep_engine:
+            self._last_engine = engine
 
     def _generation(self, item: _Item, options: Options) -> Generation:
         return finished(
@@ -209,8 +220,10 @@ class LanguageModel:
         )
 
 
-def _drive(engine: Engine, items: Sequence[_Item]) -> Iterator[tuple[_Item, Round]]:
-    """Keep the engine's rows filled with items, in order, until all are done."""
+def _drive(
+    engine: Engine, items: Sequence[_Item], give_back: Callable[[Engine], None]
+) -> Iterator[tuple[_Item, Round]]:
+    """Keep the engine's rows filled with items, in order, until all are done; then give it back, empty."""
     waiting = list(items)[::-1]
     running: dict[int, _Item] = {}
     try:
@@ -226,68 +239,7 @@ def _drive(engine: Engine, items: Sequence[_Item]) -> Iterator[tuple[_Item, Roun
     finally:
         for row in running:
             engine.cancel(row)
-
-
-class Chat:
-    """A conversation: one row whose cache is reused up to the longest common token prefix of each turn."""
-
-    def __init__(
-        self, lm: LanguageModel, options: Options, system: str | None = None, context: int | None = None
-    ) -> None:
-        self.lm = lm
-        self.options = seeded(options)
-        self.plan = lm.plan(options)
-        self._system = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self._system)
-        if context is not None and context < 1:
-            raise UserError(f"context is {context}", "give a number of tokens, at least 1")
-        capacity = min(filter(None, (context, lm.stack.context)), default=4096)
-        self.engine = Engine(lm.stack, rows=1, capacity=capacity, draft_head=lm.draft_head(options))
-        self._row: int | None = None
-        self._turn = 0
-        self.last: Generation | None = None
-
-    def send(self, content: str) -> Iterator[Round]:
-        """Answer a message, yielding rounds; abandoning the iterator keeps what was said so far.
-
-        Raises: UserError, with the conversation unchanged, when it no longer fits the context.
-        """
-        messages = [*self.messages, {"role": "user", "content": content}]
-        request = self.lm.request(messages, self.options, self._turn, keep=True)
-        row = self._row = self.engine.add(request, self._row)
-        self._turn += 1
-        rounds: list[Round] = []
-        try:
-            while not (rounds and rounds[-1].finish_reason):
-                for round in self.engine.step():
-                    rounds.append(round)
-                    yield round
-        except UserError:
-            self._row = None  # the engine has cancelled it
-            raise
-        finally:
-            if self._row is not None:
-                self.engine.pause(row)
-            self.last = finished(
-                self.lm.tokenizer, rounds, self.plan, len(request.prompt), self.options.stops
-            )
-            if self.last.tokens:  # an answer abandoned before its first token leaves no turn
-                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
-
-    def reset(self) -> None:
-        """Forget the conversation but not the system message."""
-        self.messages = list(self._system)
-        self.last = None
-        if self._row is not None:
-            self.engine.cancel(self._row)
-            self._row = None
-
-
-def seeded(options: Options) -> Options:
-    """Fix the seed of a call: the given one, or, when sampling, a draw from torch's global generator."""
-    if options.seed is not None:
-        return options
-    return replace(options, seed=int(torch.randint(2**62, ())) if options.temperature else 0)
+        give_back(engine)
 
 
 def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
@@ -373,6 +325,16 @@ def load(
     model, hf = stacks.load(
         path, dtype=kind, device=chosen, device_map=device_map, kind=stack, quantize=quantize
     )
+    if (
+        dtype == "auto"
+        and quantize is None
+        and kind == torch.bfloat16
+        and chosen.type == "cpu"
+        and not model.row_exact
+    ):
+        return load(
+            name, dtype="float32", device=device, device_map=device_map, stack=stack, progress=progress
+        )
     tokenizer = None  # token ids still work; text then says what is missing
     if any(
         (path / file).exists() for file in TOKENIZER_FILES

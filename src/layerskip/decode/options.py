@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError, nearest
@@ -117,6 +119,13 @@ class Options:
         if self.simulate_acceptance is not None and draft_length == 0:
             raise UserError("nothing is drafted, so no acceptance can be simulated", "give a draft length")
         return Plan(mode, exit_layer, draft_length if mode == "self-speculative" else 0)
+
+
+def seeded(options: Options) -> Options:
+    """Fix the seed of a call: the given one, or, when sampling, a draw from torch's global generator."""
+    if options.seed is not None:
+        return options
+    return replace(options, seed=int(torch.randint(2**62, ())) if options.temperature else 0)
 
 
 @dataclass(frozen=True)

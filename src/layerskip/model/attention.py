@@ -142,7 +142,7 @@ class Attention:
                 cos, sin = self.rotary(like, positions)  # [1, n, r]
                 self._tables = cos[0].contiguous(), sin[0].contiguous()
                 self._kept.append(self._tables)  # captured graphs read the smaller ones by their address
-            if step.uniform and len(step.rows) == 1:  # a view
+            if step.uniform and len(step.rows) == 1 and step.visible is None:  # a view
                 start = step.starts[0]
                 angles = tuple(table[None, start : start + step.width] for table in self._tables)
             else:

@@ -85,6 +85,7 @@ class Cache:
         """Give a row back; its slots are zeroed."""
         for tensor in (*self.keys, *self.values):
             tensor[row, :, : self._touched[row]].zero_()
+            tensor[row, :, self.capacity :].zero_()  # the spill slot: masked, but a NaN there would count
         self._touched[row] = 0
         self.lengths[row] = 0
         heapq.heappush(self._free, row)

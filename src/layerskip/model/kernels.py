@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -131,9 +132,10 @@ def kernels() -> Kernels | None:
     """Find the compiled regions in the cache folder, or compile them there; None where that cannot be."""
     if os.environ.get("LAYERSKIP_KERNELS", "on") == "off":
         return None
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
+    given = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if given is None:
         return None
+    compiler = shlex.split(given)  # it may be "ccache g++"
     from layerskip.model.hub import cache_folder
 
     began = time.perf_counter()
@@ -148,12 +150,12 @@ def kernels() -> Kernels | None:
     return Kernels(library, 0.0 if ready else time.perf_counter() - began)
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        for openmp in (["-fopenmp"], []):  # Apple's clang has no OpenMP
-            command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(built)]
+        for openmp in ("-fopenmp", "-fopenmp-simd"):  # Apple's clang has no OpenMP threads
+            command = [*compiler, *FLAGS, openmp, str(SOURCE), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, timeout=120, check=False)
             if done.returncode == 0:
                 break
@@ -161,12 +163,14 @@ def _compile(compiler: str, path: Path) -> None:
         built.replace(path)
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Name a build by all it depends on: source, flags, compiler, processor (the folder may be shared)."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=20, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=20, check=True).stdout
     processor = platform.processor().encode() + platform.machine().encode()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor += "".join(sorted({x for x in lines if x.startswith(("flags", "model name"))})).encode()
+        processor += "".join(
+            sorted({x for x in lines if x.startswith(("flags", "model name", "Features", "CPU "))})
+        ).encode()
     everything = [SOURCE.read_bytes(), str(FLAGS).encode(), version, processor]
     return hashlib.sha256(b"\0".join(everything)).hexdigest()[:16]

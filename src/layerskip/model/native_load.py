@@ -37,6 +37,8 @@ def native_reason(hf: Any, placed: bool = False) -> str | None:
     config = hf.config.get_text_config()
     if config.model_type not in FAMILIES:
         return f"model type {config.model_type!r} is not among {', '.join(FAMILIES)}"
+    if getattr(hf.config, "quantization_config", None):
+        return "its weights are quantised"
     if placed:
         return "the model is spread over devices"
     if activation_of(config) not in ACTIVATIONS:
@@ -80,8 +82,10 @@ def _compare_tiny(config: Any, model_class: Any) -> None:
         for parameter in hf.parameters():  # gains near one, biases and all else visible
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.1 * noise)
-    tokens = hfs.probe_tokens(hf, length=12)
-    hfs.check_slices(NativeStack(hf), tokens, hf(input_ids=tokens, use_cache=False).logits)
+    tokens = hfs.probe_tokens(hf, length=40)  # past the windows, and a prefill longer than kernels take
+    reference = hf(input_ids=tokens, use_cache=False).logits
+    for compiled in (True, False):
+        hfs.check_slices(NativeStack(hf, compiled=compiled), tokens, reference)
 
 
 def native_stack(hf: Any, *, quantize: str | None = None) -> NativeStack:
@@ -96,6 +100,9 @@ def native_stack(hf: Any, *, quantize: str | None = None) -> NativeStack:
         reference = hf(input_ids=tokens, use_cache=False).logits.float()
         stack = NativeStack(hf, quantize=quantize, empty=True)
         if quantize is None:
-            hfs.check_slices(stack, tokens, reference, other_kernels=True)
+            try:
+                hfs.check_slices(stack, tokens, reference, other_kernels=True)
+            except UserError as error:
+                raise UserError(error.message, 'use --stack hf (stack="hf")') from error
     stack.counters.reset()
     return stack

@@ -37,7 +37,7 @@ def _quota() -> int:
 
 
 def busy_cores(seconds: float = 0.1) -> float | None:
-    """Measure how many cores are at work while this process sleeps; None where the system does not tell."""
+    """Measure how many of this process's cores are at work while it sleeps; None where the system does not tell."""
     before = _busy_ticks()
     time.sleep(seconds)
     after = _busy_ticks()
@@ -47,11 +47,13 @@ def busy_cores(seconds: float = 0.1) -> float | None:
 
 
 def _busy_ticks() -> int | None:
-    fields = (_text("/proc/stat") or "").split("\n")[0].split()[1:]
-    if len(fields) < 5:
-        return None
-    user, nice, system, _idle, _waiting, *others = map(int, fields[:8])
-    return user + nice + system + sum(others)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    ours = {f"cpu{cpu}" for cpu in allowed}
+    lines = [line.split() for line in (_text("/proc/stat") or "").split("\n")]
+    cores = [list(map(int, fields[:8])) for name, *fields in filter(None, lines) if name in ours]
+    return (
+        sum(sum(ticks) - ticks[3] - ticks[4] for ticks in cores) if cores else None
+    )  # all but idle and waiting
 
 
 def _text(path: str) -> str | None:
