@@ -80,9 +80,10 @@ def load(
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # what matters of its warnings, we raise
     torch.set_num_threads(threads or chosen_threads())
-    busy = busy_cores()
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    busy = busy_cores() if on_cpu else None
     lm = language_model.load(model, dtype=dtype, device=device, stack=stack, quantize=quantize)
-    if lm.stack.device.type == "cpu" and busy is not None and busy > BUSY:
+    if busy is not None and busy > BUSY:
         warning = f"warning: others keep {busy:.1f} cores busy; decoding beside them can be many times slower"
         err.print(Text(warning, style="yellow"))
     return lm

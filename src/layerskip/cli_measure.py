@@ -281,7 +281,7 @@ def _configuration(
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a checkout
-    model = given["model"]
+    model, kernels = given["model"], getattr(lm.stack, "kernels", None)
     return {
         **{name: value for name, value in given.items() if name not in ("model", "prompts")},
         "model": Path(model).name if Path(model).exists() else model,
@@ -291,6 +291,7 @@ def _configuration(
         "device": lm.stack.device.type,
         "device_name": device_name(lm.stack.device),
         "load_s": load_s,
+        "compile_s": kernels and kernels.compile_s,
         "commit": commit,
         "versions": {name: facts[name] for name in ("layerskip", "python", "torch", "transformers")},
         "date": time.strftime("%Y-%m-%d"),

@@ -111,7 +111,7 @@ class HuggingFaceStack(Stack):
         self.vocab_size = self.head.weight.shape[0]
         self.layer_bytes = _num_bytes(*self.layers) // self.num_layers
         self.head_bytes = _num_bytes(self.head)
-        self.table_bytes = 0 if _tied(self.table.weight, self.head.weight) else _num_bytes(self.table)
+        self.table_bytes = 0 if tied(self.table.weight, self.head.weight) else _num_bytes(self.table)
         self.context = context_of(config)
         self.dtype = hf.dtype
         self.device = device_of(hf)
@@ -218,7 +218,7 @@ def _num_bytes(*modules: Any) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
-def _tied(table: Tensor, head: Tensor) -> bool:
+def tied(table: Tensor, head: Tensor) -> bool:
     return table is head or (table.device.type != "meta" and table.data_ptr() == head.data_ptr())
 
 
@@ -315,7 +315,7 @@ def check_parity(stack: HuggingFaceStack, hf: Any) -> None:
 
     Raises: UserError when the logits differ.
     """
-    tokens = probe_tokens(hf)
+    tokens = probe_tokens(stack.vocab_size, stack.device)
     reference = hf(input_ids=tokens, use_cache=False).logits
     probe: Any = _Probe()
     step = Step.span([0], [0], [8], stack.device, spill=8)
@@ -324,11 +324,9 @@ def check_parity(stack: HuggingFaceStack, hf: Any) -> None:
     check_slices(stack, tokens, reference)
 
 
-def probe_tokens(hf: Any, length: int = 8) -> Tensor:
+def probe_tokens(vocab_size: int, device: torch.device, length: int = 8) -> Tensor:
     """Make a prompt that hits no special pattern: [1, length]."""
-    ids = torch.arange(length, device=device_of(hf)) * 7919 + 11
-    prompt: Tensor = (ids % hf.get_output_embeddings().weight.shape[0])[None]
-    return prompt
+    return ((torch.arange(length, device=device) * 7919 + 11) % vocab_size)[None]
 
 
 def check_slices(stack: Stack, tokens: Tensor, reference: Tensor, other_kernels: bool = False) -> None:

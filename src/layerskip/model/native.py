@@ -53,7 +53,7 @@ class NativeStack(Stack):
         scale = getattr(table, "scalar_embed_scale", None)  # rounded to the dtype, as Hugging Face does
         self.embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
         self.vocab_size = head.weight.shape[0]
-        self.tied = head.weight.data_ptr() == self.table.data_ptr()
+        self.tied = hfs.tied(table.weight, head.weight)
         attention, kv_heads = modules[0].self_attn, config.num_key_value_heads
         self.layers: list[Layer] = []
         for module, window in zip(modules, hfs.windows_of(config, family, self.num_layers), strict=True):
@@ -84,13 +84,12 @@ class NativeStack(Stack):
             and self.attention.can_be_exact
             and row_exact([*self.layers[0].linears, self.head], self.dtype, self.single_row)
         )
-        self.row_exact = self.attention.exact and self._is_row_exact()
-        self.attention.exact = self.row_exact
+        self.row_exact = self.attention.exact = self.attention.exact and self._is_row_exact()
 
     @torch.inference_mode()
     def _is_row_exact(self) -> bool:
         """Try the first layers and the head whole: nine positions in one call against one by one."""
-        tokens = (torch.arange(9)[None] * 7919 + 11) % self.vocab_size  # [1, 9]
+        tokens = hfs.probe_tokens(self.vocab_size, self.device, length=9)
         depth, outputs = min(2, self.num_layers), []
         for counts in ([9], [1] * 9):
             cache, start, parts = Cache(self.kv_shapes, 1, 9, SLOTS), 0, []

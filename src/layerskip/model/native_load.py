@@ -82,7 +82,9 @@ def _compare_tiny(config: Any, model_class: Any) -> None:
         for parameter in hf.parameters():  # gains near one, biases and all else visible
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.1 * noise)
-    tokens = hfs.probe_tokens(hf, length=40)  # past the windows, and a prefill longer than kernels take
+    tokens = hfs.probe_tokens(
+        small.vocab_size, hfs.device_of(hf), length=40
+    )  # past the windows, and a prefill longer than kernels take
     reference = hf(input_ids=tokens, use_cache=False).logits
     for compiled in (True, False):
         hfs.check_slices(NativeStack(hf, compiled=compiled), tokens, reference)
@@ -95,7 +97,8 @@ def native_stack(hf: Any, *, quantize: str | None = None) -> NativeStack:
     its weights).
     """
     require_quantizable(quantize, hf.dtype, hfs.device_of(hf))
-    tokens = hfs.probe_tokens(hf)
+    vocab_size = hf.get_output_embeddings().weight.shape[0]
+    tokens = hfs.probe_tokens(vocab_size, hfs.device_of(hf))
     with torch.inference_mode():
         reference = hf(input_ids=tokens, use_cache=False).logits.float()
         stack = NativeStack(hf, quantize=quantize, empty=True)
