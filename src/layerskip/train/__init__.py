@@ -1,0 +1,1 @@
+"""How exits are taught: schedules, layer dropout, the loss at several exits, data, a trainer."""
