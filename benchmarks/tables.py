@@ -118,17 +118,78 @@ def _ratio(figures: dict | None) -> str:
     return "" if figures is None else "{:.2f} x [{:.2f}, {:.2f}]".format(figures["median"], *figures["ci95"])
 
 
-BLOCKS = {"table: overhead": overhead, "transcript: demo": demo, "table: bench": bench}
-OPTIONAL = {"table: bench"}  # while there is no result file
+def topv2() -> str:
+    path = newest("topv2_*.json")
+    if path is None:
+        return "(no result file yet)"
+    result = json.loads(path.read_text())
+    told = result["configuration"]
+    vocabulary = result["draft_vocab"]
+    drafted = "the whole head" if vocabulary == "off" else f"a draft vocabulary of {vocabulary}"
+    lines = [
+        *topv2_table(result),
+        "",
+        f"{result['items']} items of TOPv2's test file, greedy, {told['dtype']}, {told['threads']} threads of an "
+        f"{told['device_name']}, {drafted}; tokens/s from prompt to end, prefill included. Speed-up: median of the "
+        f"ratios to plain decoding of the same model on the same item, 95% interval over items; predicted: the "
+        f"cost model in layers at these tokens per round; K was chosen on {result['tuning']['items']} other items "
+        f"([{path.name}](benchmarks/results/{path.name})).",
+    ]
+    return "\n".join(lines)
+
+
+def topv2_table(result: dict) -> list[str]:
+    """A row per method: equality before speed, and what the exits are worth without verification."""
+    names = {"full": "all layers", "baseline": "all layers, trained without LayerSkip"}
+    heads = (
+        "method", "exact match", "up to spaces", "equal to all layers", "acceptance", "tokens/round", "tokens/s",
+        "speed-up", "predicted",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for name, row in result["methods"].items():
+        kind = name.rpartition(" ")[0]
+        if kind == "self-speculative":
+            title = f"self-speculation, E {row['exit_layer']}, K {row['draft_length']}"
+        else:
+            title = f"layers 1 to {row['exit_layer']} only" if kind else names[name]
+        cells = [title, _share(row["exact_match"]), _share(row["normalised_match"])]
+        cells.append(f"{row['equal']} of {result['items']}" if "equal" in row else "")
+        cells.append(_share(row.get("acceptance")))
+        per_round = row.get("tokens_per_round")
+        cells.append("" if per_round is None else f"{per_round:.2f}")
+        cells += [f"{row['tokens_per_s']:.1f}", _ratio(row.get("speedup"))]
+        cells.append(f"{row['predicted_speedup']:.2f} x" if "predicted_speedup" in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    if (found := result.get("exact_match_difference")) is not None:
+        low, high = (100 * end for end in found["ci95"])
+        lines += [
+            "",
+            f"Exact match, LayerSkip less baseline: {100 * found['mean']:+.1f} points, 95% interval "
+            f"[{low:+.1f}, {high:+.1f}], paired by item.",
+        ]
+    return lines
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+BLOCKS = {
+    "table: overhead": overhead,
+    "transcript: demo": demo,
+    "table: bench": bench,
+    "table: topv2": topv2,
+}
+OPTIONAL = {"table: bench": "bench_*.json", "table: topv2": "topv2_*.json"}  # while there is no result file
 
 
 def filled(text: str) -> str:
     """The README with every marked block made anew."""
     for marker, make in BLOCKS.items():
         pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- end -->)", re.S)
-        if marker in OPTIONAL and not pattern.search(text) and not newest("bench_*.json"):
+        if marker in OPTIONAL and not pattern.search(text) and not newest(OPTIONAL[marker]):
             continue
-        assert pattern.search(text), marker
+        assert pattern.search(text), f"README.md has no <!-- {marker} --> with <!-- end --> below it"
         made = make()
         text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
     return text

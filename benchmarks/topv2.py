@@ -1,0 +1,398 @@
+"""The paper's task experiment at this scale: TOPv2 semantic parsing, quality and speed of a trained model's exits.
+
+    layerskip draft-vocab MODEL --data train.jsonl.gz --size 8192       # training responses by frequency, EOS in
+    python benchmarks/topv2.py --model MODEL --baseline BASELINE --data test.jsonl.gz --threads 2 --save
+    python benchmarks/topv2.py --model MODEL --data test.jsonl.gz --limit 3 --tune 2           # a rehearsal
+
+MODEL was trained with LayerSkip, BASELINE identically without. Each item {"prompt", "response"} is encoded as in
+training: tokens of the prompt and a line break, no chat template; decoding is greedy and stops at the end token.
+Methods, one after the other on every item: plain decoding of all layers ("full"), self-speculation and unverified
+early exit at every E, plain decoding of the baseline. K is chosen for every E by tokens per second on items from
+the end of the file, which are not among the reported ones. An output is right when it equals the response, ends
+stripped; self-speculative output must equal full output token for token. One clock for all, from tokens in to
+tokens out, prefill included.
+
+Every finished item is a line in the --work folder: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+import yaml
+
+import layerskip
+from layerskip.decode.language_model import LanguageModel, resolve_device
+from layerskip.decode.options import Options
+from layerskip.errors import UserError
+from layerskip.measure.card import synchronise
+from layerskip.measure.intervals import RESAMPLES, interval
+from layerskip.model.cost import Cost
+
+FULL, BASELINE = "full", "baseline"
+Item = dict[str, Any]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode: a name for records and tables, the model, options of `generate`."""
+
+    name: str
+    lm: LanguageModel
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of the model trained with LayerSkip")
+    parser.add_argument("--baseline", help="folder of the model trained identically without")
+    parser.add_argument("--data", required=True, type=Path, help="test.jsonl or .jsonl.gz: prompt, response")
+    parser.add_argument("--limit", type=int, default=1000, help="items to report, the first of the file")
+    parser.add_argument("--tune", type=int, default=60, help="items to choose K on, the last of the file")
+    parser.add_argument("--exits", default="4,6,8,12", help="E, comma-separated")
+    parser.add_argument("--draft-length", default="3,4,6,8,12", help="K to choose from, comma-separated")
+    parser.add_argument(
+        "--draft-vocab", default="auto", help="tokens of the draft head: a number, auto or off"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--separator", default="\n", help="between prompt and response, as in training")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stack", default="auto", help="native, hf or auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=record.HERE / "items" / "topv2", help="finished items")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/topv2_*.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = resolve_device(arguments.device)
+    exits = [int(k) for k in arguments.exits.split(",")]
+    lengths = [int(k) for k in arguments.draft_length.split(",")]
+    reported, tuned = read_items(arguments.data, arguments.limit, arguments.tune if len(lengths) > 1 else 0)
+    settings = {"dtype": arguments.dtype, "device": device, "stack": arguments.stack}
+    lm = layerskip.load(arguments.model, **settings)
+    other = None if arguments.baseline is None else layerskip.load(arguments.baseline, **settings)
+    draft_vocab = checked_vocabulary(lm, arguments.draft_vocab, arguments.model)
+    remember(arguments, lm, other, exits, lengths)
+
+    common = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": ends(lm)}
+    full = Method(FULL, lm, {"mode": "ar", **common})
+
+    def speculative(exit_layer: int, draft_length: int) -> Method:
+        name = f"self-speculative {exit_layer}x{draft_length}"
+        chosen = {"exit_layer": exit_layer, "draft_length": draft_length, "draft_vocab": draft_vocab}
+        return Method(name, lm, {"mode": "self-speculative", **chosen, **common})
+
+    grid = {(e, k): speculative(e, k) for e in exits for k in lengths}
+    chosen = dict.fromkeys(exits, lengths[0])
+    tuning: dict[str, float] = {}
+    if len(lengths) > 1:
+        found = run(tuned, [full, *grid.values()], arguments, "tuning.jsonl")
+        tuning = {method.name: rate(found, method.name) for method in [full, *grid.values()]}
+        chosen = {e: max(lengths, key=lambda k, e=e: tuning[grid[e, k].name]) for e in exits}
+    # Unverified exits use the whole head: a reduced one would cut their quality, and nothing would mend it.
+    alone = {"mode": "early-exit", "draft_vocab": "off", **common}
+    early = {e: Method(f"early-exit {e}", lm, {**alone, "exit_layer": e}) for e in exits}
+    methods = [full, *(grid[e, chosen[e]] for e in exits), *early.values()]
+    if other is not None:
+        methods.append(Method(BASELINE, other, {"mode": "ar", **common, "eos_token_id": ends(other)}))
+    found = run(reported, methods, arguments, "items.jsonl")
+
+    table = {FULL: summary(found, FULL)}
+    if other is not None:
+        table[BASELINE] = summary(found, BASELINE)
+    vocabulary = lm.draft_head(Options.parse(grid[exits[0], chosen[exits[0]]].options))
+    for e in exits:
+        told = summary(found, grid[e, chosen[e]].name)
+        predicted = cost(lm, e, vocabulary and vocabulary.size).speedup(
+            chosen[e], told["tokens_per_round"] or 1.0
+        )
+        table[f"self-speculative {e}"] = {
+            "exit_layer": e, "draft_length": chosen[e], **told, "predicted_speedup": predicted,
+        }  # fmt: skip
+        table[f"early-exit {e}"] = {"exit_layer": e, **summary(found, early[e].name)}
+    result: dict[str, Any] = {
+        "items": len(found),
+        "methods": table,
+        "tuning": {
+            "items": len(tuned),
+            "tokens_per_s": tuning,
+            "chosen": {str(e): k for e, k in chosen.items()},
+        },
+        "draft_vocab": "off" if vocabulary is None else vocabulary.size,
+        "responses_over_budget": over_budget(reported, lm, arguments.max_new_tokens),
+        "stack": lm.stack.name,
+        "equality_promised": lm.stack.row_exact or lm.stack.dtype in (torch.float32, torch.float64),
+        "training": {"model": recipe_of(lm), "baseline": other and recipe_of(other)},
+    }
+    if other is not None:
+        result["exact_match_difference"] = difference(found)
+        result["recipes_differ_in"] = differing(result["training"]["model"], result["training"]["baseline"])
+    result["configuration"] = record.configuration(arguments, device)
+    print_tables(result)
+    if arguments.save:
+        record.save(result, "topv2", Path(arguments.model).resolve().name, arguments.dtype, device.type)
+    unequal = [name for name, told in table.items() if told.get("equal", len(found)) < len(found)]
+    if unequal and result["equality_promised"]:
+        raise SystemExit(f"not lossless: {', '.join(unequal)}")
+
+
+# -- data and models -----------------------------------------------------------------------------------------
+
+
+def read_items(path: Path, limit: int, tune: int) -> tuple[list[Item], list[Item]]:
+    """Take the first `limit` items to report and the last `tune` to choose K on; they may not overlap."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as lines:
+        items = [{"index": i, **json.loads(line)} for i, line in enumerate(lines) if line.strip()]
+    if limit + tune > len(items):
+        raise SystemExit(
+            f"{path.name} has {len(items)} items: too few to report {limit} and to tune on {tune} others"
+        )
+    return items[:limit], items[len(items) - tune :]
+
+
+def encoded(lm: LanguageModel, prompt: str, separator: str) -> list[int]:
+    """Tokens of a prompt as training made them."""
+    return list(lm.tokenizer(prompt + separator)["input_ids"])
+
+
+def ends(lm: LanguageModel) -> list[int]:
+    """Every id that ends an output: the one training taught, and those of the checkpoint."""
+    return sorted({lm.tokenizer.eos_token_id, *lm.eos_ids(Options())} - {None})
+
+
+def checked_vocabulary(lm: LanguageModel, asked: str, model: str) -> int | str:
+    """Refuse a size the checkpoint has no ranking for: the lowest ids would stand in, not the frequent ones."""
+    if not asked.isdecimal():
+        return asked
+    known = len(lm.ranked_vocabulary or ())
+    if int(asked) > known:
+        raise SystemExit(
+            f"{Path(model).name} ranks {known} tokens for drafting, not {asked}; write the ranking first, from "
+            f"training data:\n  layerskip draft-vocab {model} --data train.jsonl.gz --size {asked}"
+        )
+    return int(asked)
+
+
+def over_budget(items: Sequence[Item], lm: LanguageModel, budget: int) -> int:
+    """Count responses that, with their end token, do not fit: no method can be right there."""
+    return sum(len(ids) + 1 > budget for ids in lm.tokenizer([i["response"] for i in items])["input_ids"])
+
+
+def cost(lm: LanguageModel, exit_layer: int, draft_vocabulary: int | None) -> Cost:
+    """Price a round by the bytes each part reads, in layers."""
+    head = lm.stack.head_bytes / lm.stack.layer_bytes
+    share = 1.0 if draft_vocabulary is None else draft_vocabulary / lm.stack.vocab_size
+    return Cost(lm.stack.num_layers, exit_layer, head, head * share)
+
+
+def recipe_of(lm: LanguageModel) -> dict[str, Any] | None:
+    """Read how a model was trained, where its folder says so; paths by their last name only."""
+    file = lm.path / "recipe.yaml" if lm.path is not None else None
+    if file is None or not file.is_file():
+        return None
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kept = {k: v for k, v in recipe.items() if k not in ("output", "description", "source") and v is not None}
+    return {k: [last_name(x) for x in v] if isinstance(v, list) else last_name(v) for k, v in kept.items()}
+
+
+def last_name(value: Any) -> Any:
+    return value.rsplit("/", 1)[-1] if isinstance(value, str) else value
+
+
+def differing(a: dict[str, Any] | None, b: dict[str, Any] | None) -> list[str] | None:
+    return None if a is None or b is None else sorted(k for k in {*a, *b} if a.get(k) != b.get(k))
+
+
+# -- running, item by item -----------------------------------------------------------------------------------
+
+
+def remember(
+    arguments: argparse.Namespace,
+    lm: LanguageModel,
+    other: LanguageModel | None,
+    exits: Sequence[int],
+    lengths: Sequence[int],
+) -> None:
+    """Note in the work folder what its records are of; refuse a folder with records of something else."""
+    names = ("draft_vocab", "max_new_tokens", "separator", "dtype", "device", "stack", "threads", "tune")
+    now = {
+        **{name: getattr(arguments, name) for name in names},
+        "exits": list(exits),
+        "draft_lengths": list(lengths),
+        "model": digest(lm),
+        "baseline": None if other is None else digest(other),
+        "data": hashlib.sha256(arguments.data.read_bytes()).hexdigest(),
+    }
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    file = arguments.work / "setup.json"
+    if file.exists() and (before := json.loads(file.read_text())) != now:
+        changed = ", ".join(name for name in now if before.get(name) != now[name])
+        raise SystemExit(
+            f"{arguments.work} has records of another run ({changed} differ): name another --work"
+        )
+    file.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def digest(lm: LanguageModel) -> str:
+    """Hash weights and draft vocabulary."""
+    assert lm.path is not None
+    total = hashlib.sha256(json.dumps(lm.ranked_vocabulary).encode())
+    for file in sorted(lm.path.glob("*.safetensors")):
+        with open(file, "rb") as weights:
+            total.update(hashlib.file_digest(weights, "sha256").digest())
+    return total.hexdigest()
+
+
+def run(
+    items: Sequence[Item], methods: Sequence[Method], arguments: argparse.Namespace, name: str
+) -> list[Record]:
+    """Decode every item with every method in turn, items already on file left out; a line per item."""
+    file = arguments.work / name
+    done = finished(file, [method.name for method in methods])
+    waiting = [item for item in items if item["index"] not in done]
+    if waiting:
+        warm = encoded(methods[0].lm, waiting[0]["prompt"], arguments.separator)
+        for method in methods:
+            method.lm.generate(warm, **{**method.options, "max_new_tokens": 24})
+    began = time.perf_counter()
+    with open(file, "a", encoding="utf-8") as lines:
+        for number, item in enumerate(waiting, 1):
+            found: Record = {"index": item["index"], "methods": {}}
+            reference: list[int] = []
+            for method in methods:
+                tokens, told = decoded(method, item, arguments.separator)
+                reference = tokens if method.name == FULL else reference
+                if method.name.startswith("self-speculative"):
+                    told["equal"] = tokens == reference
+                found["methods"][method.name] = told
+            lines.write(json.dumps(found) + "\n")
+            lines.flush()
+            done[item["index"]] = found
+            if number % 20 == 0 or number == len(waiting):
+                left = (time.perf_counter() - began) / number * (len(waiting) - number) / 60
+                so_far = f"{len(items) - len(waiting) + number} of {len(items)} items"
+                print(f"{name}: {so_far}, {left:.0f} minutes left", file=sys.stderr, flush=True)
+    return [done[item["index"]] for item in items]
+
+
+def finished(file: Path, names: Sequence[str]) -> dict[int, Record]:
+    """Read the records that have all methods; a line cut off by a kill is cut off the file."""
+    if not file.exists():
+        return {}
+    whole = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    file.write_bytes(b"".join(whole))
+    records = [json.loads(line) for line in whole]
+    return {found["index"]: found for found in records if {*names} <= {*found["methods"]}}
+
+
+def decoded(method: Method, item: Item, separator: str) -> tuple[list[int], Record]:
+    """Decode one item; the clock stops when the tokens are on the host."""
+    prompt, device = encoded(method.lm, item["prompt"], separator), method.lm.stack.device
+    synchronise(device)
+    began = time.perf_counter()
+    done = method.lm.generate(prompt, **method.options)
+    seconds = time.perf_counter() - began
+    text, wanted = done.text.strip(), item["response"].strip()
+    return done.tokens, {
+        "seconds": round(seconds, 6),
+        "text": text,
+        "exact": text == wanted,
+        "loose": text.split() == wanted.split(),
+        "ended": done.finish_reason == "eos",
+        **{key: done.stats[key] for key in ("new_tokens", "drafted", "accepted", "rounds", "decode_s")},
+    }
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def column(found: Sequence[Record], method: str, key: str) -> np.ndarray:
+    return np.array([record["methods"][method][key] for record in found], dtype=float)
+
+
+def rate(found: Sequence[Record], method: str) -> float:
+    """Tokens per second over all items."""
+    return float(column(found, method, "new_tokens").sum() / column(found, method, "seconds").sum())
+
+
+def resampled(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0) -> list[float]:
+    """95% bootstrap interval of a statistic over items; columns [N] are resampled alike to [RESAMPLES, N]."""
+    picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
+    return [float(end) for end in np.percentile(statistic(*(c[picks] for c in columns)), [2.5, 97.5])]
+
+
+def summary(found: Sequence[Record], method: str) -> dict[str, Any]:
+    """Sum a method up: quality, speed, and for self-speculation equality, acceptance and speed-up over full."""
+    exact, tokens, seconds = (column(found, method, key) for key in ("exact", "new_tokens", "seconds"))
+    told: dict[str, Any] = {
+        "exact_match": float(exact.mean()),
+        "exact_match_ci95": resampled(lambda x: x.mean(-1), exact),
+        "normalised_match": float(column(found, method, "loose").mean()),
+        "ended": int(column(found, method, "ended").sum()),
+        "new_tokens": int(tokens.sum()),
+        "tokens_per_s": rate(found, method),
+        "ms_per_token": 1e3 * float(seconds.sum() / tokens.sum()),
+    }
+    if not method.startswith("self-speculative"):
+        return told
+    drafted, accepted, rounds = (
+        column(found, method, key).sum() for key in ("drafted", "accepted", "rounds")
+    )
+    plain = column(found, FULL, "seconds")
+    paired = interval([[ratio] for ratio in plain / seconds])
+    decode = [column(found, name, "decode_s").sum() for name in (FULL, method)]
+    return told | {
+        "equal": int(column(found, method, "equal").sum()),
+        "acceptance": float(accepted / drafted) if drafted else None,
+        "tokens_per_round": float((tokens.sum() - len(found)) / rounds)
+        if rounds
+        else None,  # prefill gives one
+        "speedup": {"median": paired.median, "ci95": paired.ci95},
+        "speedup_of_sums": {
+            "ratio": float(plain.sum() / seconds.sum()),
+            "ci95": resampled(lambda a, b: a.sum(-1) / b.sum(-1), plain, seconds),
+        },
+        "decode_speedup": float(decode[0] / decode[1]) if decode[1] else None,
+    }
+
+
+def difference(found: Sequence[Record]) -> dict[str, Any]:
+    """Exact match of the LayerSkip model less that of the baseline, paired by item."""
+    paired = column(found, FULL, "exact") - column(found, BASELINE, "exact")
+    counts = {"only_model": int((paired > 0).sum()), "only_baseline": int((paired < 0).sum())}
+    return {"mean": float(paired.mean()), "ci95": resampled(lambda x: x.mean(-1), paired), **counts}
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    if result["tuning"]["items"]:
+        print(f"\nK chosen on {result['tuning']['items']} other items, tokens/s:")
+        for name, tokens_per_s in result["tuning"]["tokens_per_s"].items():
+            print(f"  {name:<26}{tokens_per_s:>8.1f}")
+    if result["responses_over_budget"]:
+        print(f"\n{result['responses_over_budget']} responses are longer than --max-new-tokens: never right")
+    from tables import topv2_table
+
+    print("\n" + "\n".join(topv2_table(result)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
