@@ -1,0 +1,1 @@
+"""Training of models whose early exits can draft."""
