@@ -9,6 +9,7 @@ revised layer dropout of arXiv 2609.05275. E counts the layers executed: the pap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -154,11 +155,11 @@ def _share(index: int, count: int) -> float:
 
 
 def _over_depth(profile: str, share: float) -> float:
-    return {"exp": 2.0**share - 1.0, "linear": share, "uniform": 1.0}[profile]
+    return {"exp": math.exp2(share) - 1.0, "linear": share, "uniform": 1.0}[profile]
 
 
 def _over_time(profile: str, share: float) -> float:
-    return {"const": 1.0, "exp": 2.0**share - 1.0, "linear_down": 1.0 - share}[profile]
+    return {"const": 1.0, "exp": math.exp2(share) - 1.0, "linear_down": 1.0 - share}[profile]
 
 
 def _weight(num_layers: int, k: int, e_scale: float, weighting: str | Mapping[int, float]) -> float:

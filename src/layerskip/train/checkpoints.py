@@ -1,0 +1,56 @@
+"""Checkpoints that exist whole or not at all: written aside, flushed, renamed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+STAGING = ".saving"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def latest(output: Path) -> Path | None:
+    """Find the newest checkpoint of a run."""
+    found = [
+        (int(match[1]), path)
+        for path in (output.iterdir() if output.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name)) and (path / "trainer_state.json").is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def clear_staging(output: Path) -> Path:
+    """Make an empty folder to write a checkpoint into; what a killed run left there goes."""
+    staging = output / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(written: Path, final: Path) -> None:
+    """Flush a folder to the disk and give it its final name in one step, in place of a folder of that name."""
+    for folder, _, files in os.walk(written):
+        for name in files:
+            _flush(Path(folder) / name)
+        _flush(Path(folder))
+    if final.exists():
+        old = written.with_name(written.name + ".old")
+        final.rename(old)
+        written.rename(final)
+        shutil.rmtree(old)
+    else:
+        written.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # folders cannot be opened on some systems
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

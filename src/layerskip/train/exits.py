@@ -1,0 +1,272 @@
+"""Teach a Hugging Face model's exits: attach the recipe to the model, so that its own `forward` gives the loss.
+
+    exits = ExitTraining(model, Schedule(30, exits=(4, 8)))
+    with exits:
+        exits.begin(step, total)
+        model(input_ids=..., labels=...).loss.backward()
+
+The loss is computed inside the model's forward, so that whatever wraps it (DDP, FSDP, PEFT, autocast, activation
+checkpointing) sees one forward and one backward. When the last layer alone has a weight, the model's own loss is
+used unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerskip.errors import UserError
+from layerskip.model.huggingface import (
+    ADDING_A_MODEL,
+    FAMILIES,
+    PARITY,
+    Family,
+    parts_of,
+    probe_tokens,
+)
+from layerskip.train.dropout import LayerDropout, keep_masks
+from layerskip.train.loss import EXIT_LOSSES, Sums, multi_exit_loss
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch import Tensor
+
+    from layerskip.train.schedule import Schedule
+
+IGNORE = -100  # Hugging Face's label of tokens without loss
+
+
+@dataclass
+class Totals:
+    """Sums since the last look, on the model's device: reading them waits for it."""
+
+    ce: dict[int, Tensor] = field(default_factory=dict)
+    kl: dict[int, Tensor] = field(default_factory=dict)
+    agreement: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)  # with a loss, by exit: exits rotate
+    layer_rows: int = 0  # rows times layers that a plain pass would have run
+    dropped: int = 0  # of these, not run
+    seen: int = 0  # tokens read, with and without a loss
+
+    def add(self, sums: Sums) -> None:
+        for place, k in enumerate(sums.exits):
+            for total, part in ((self.ce, sums.ce), (self.kl, sums.kl), (self.agreement, sums.agreement)):
+                total[k] = total[k] + part[place] if k in total else part[place]
+            self.tokens[k] = self.tokens.get(k, 0) + sums.tokens
+
+
+class ExitTraining:
+    """A model with its recipe attached. `begin` tells it where in the run it stands; `totals` what came out.
+
+    `eval_exits` are measured in evaluation mode (default: the trained ones). `distributed` keeps ranks alike, see
+    `LayerDropout`. `seed` addresses the dropout masks.
+    Raises: UserError where the model's logits are not head(final norm(x)) by our table of families.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        schedule: Schedule,
+        exit_loss: str = "ce",
+        residual_scale: str = "none",
+        seed: int = 0,
+        distributed: bool = False,
+        eval_exits: tuple[int, ...] | None = None,
+    ) -> None:
+        config = hf.config.get_text_config()
+        self.hf, self.schedule, self.exit_loss, self.seed = hf, schedule, exit_loss, seed
+        if exit_loss not in EXIT_LOSSES:
+            raise UserError(f"unknown exit_loss {exit_loss!r}", "one of " + ", ".join(EXIT_LOSSES))
+        try:
+            family = FAMILIES.get(config.model_type, Family())
+            _, layers, _, self.finish = parts_of(hf, family)
+        except AttributeError as error:
+            raise UserError(
+                f"model type {config.model_type!r} is not supported: {error}", ADDING_A_MODEL
+            ) from None
+        if len(layers) != schedule.num_layers:
+            raise UserError(f"the schedule is for {schedule.num_layers} layers, the model has {len(layers)}")
+        self.layers, self.head = layers, hf.get_output_embeddings()
+        if type(self.head) is not torch.nn.Linear:
+            raise UserError(
+                f"the head is a {type(self.head).__name__}, exits need a plain linear one",
+                "leave the head out of what LoRA or quantisation replace",
+            )
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.eval_exits = schedule.trained if eval_exits is None else eval_exits
+        self.dropout = LayerDropout(layers, residual_scale, distributed)
+        self.totals = Totals()
+        self.step, self.total, self.first_row = 0, 1, 0
+        self._wanted: set[int] = set()
+        self._caught: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._before: Any = None
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._hooks)
+
+    def attach(self) -> None:
+        """Put the recipe into the model's forward; no parameter is renamed."""
+        check_logits(self.hf, self.finish, self.softcap)
+        self.dropout.attach()
+        for k, layer in enumerate(self.layers, 1):
+            self._hooks.append(layer.register_forward_hook(functools.partial(self._catch, k)))
+        self._before = self.hf.__dict__.get("forward")
+        original = self.hf.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(original, *args, **kwargs)
+
+        disable: Any = torch.compiler.disable
+        self.hf.forward = disable(forward, recursive=False)
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self.dropout.detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._before is None:
+            del self.hf.forward
+        else:
+            self.hf.forward = self._before
+
+    def __enter__(self) -> ExitTraining:
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def begin(self, step: int, total: int, first_row: int = 0) -> None:
+        """Say which optimiser step comes, and which row of its global batch is the first of the next call."""
+        self.step, self.total, self.first_row = step, total, first_row
+
+    def drain(self) -> Totals:
+        """Hand over the totals and start new ones."""
+        done, self.totals = self.totals, Totals()
+        return done
+
+    # -- inside the model's forward ----------------------------------------------------------------------------
+
+    def _catch(self, k: int, layer: Any, args: Any, out: Any) -> None:
+        if k in self._wanted:
+            self._caught[k] = out[0] if isinstance(out, tuple) else out
+
+    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        hf = self.hf
+        labels = kwargs.get("labels")
+        if args:  # by position: input ids first, in every causal model
+            kwargs = {**kwargs, "input_ids": args[0]}
+            assert len(args) == 1, "give tensors by name"
+        if labels is None:
+            self.dropout.set([], None, hf.device)
+            return original(**kwargs)
+        given = kwargs.get("input_ids")
+        tokens: Tensor = kwargs["inputs_embeds"] if given is None else given
+        last = self.schedule.num_layers
+        weights = self._prepare(tokens)
+        exits = {*weights} if hf.training else {*self.eval_exits, last}
+        if exits == {last} and hf.training:
+            return self._plain(original, labels, kwargs)
+        divisor = kwargs.pop("num_items_in_batch", None)
+        rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
+        self._wanted, self._caught = exits - {last}, {}
+        try:
+            final = hf.base_model(**rest, use_cache=False).last_hidden_state
+        finally:
+            self._wanted, caught = set(), self._caught
+            self._caught = {}
+        wanted = labels[:, 1:].reshape(-1)
+        places = (wanted != IGNORE).nonzero()[:, 0]  # the one wait for the device of a call
+        states = {last: _picked(final, places)}
+        for k in sorted(caught, reverse=True):
+            states[k] = self._finished(_picked(caught[k], places))
+        loss, sums = multi_exit_loss(
+            states,
+            wanted[places],
+            weights,
+            self.head.weight,
+            self.head.bias,
+            self.softcap,
+            exit_loss=self.exit_loss,
+            divisor=divisor,
+        )
+        self.totals.add(sums)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(loss=loss)
+
+    def _prepare(self, tokens: Tensor) -> dict[int, float]:
+        """Draw who is dropped in this pass; return the weights of the exits."""
+        rows, last = tokens.shape[0], self.schedule.num_layers
+        if not self.hf.training:
+            return {last: 1.0}
+        rates = self.schedule.drop_rates(self.step, self.total)
+        kept = keep_masks(rates, self.seed, self.step, self.first_row, rows) if any(rates) else None
+        self.dropout.set(rates, kept, tokens.device)
+        self.totals.layer_rows += last * rows
+        self.totals.dropped += 0 if kept is None else last * rows - int(kept.sum())
+        self.totals.seen += rows * tokens.shape[1]
+        return self.schedule.weights(self.step, self.total)
+
+    def _plain(self, original: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Use the model's own loss, and note it."""
+        out = original(**kwargs)
+        last, tokens = self.schedule.num_layers, int((labels[:, 1:] != IGNORE).sum())
+        divisor = kwargs.get("num_items_in_batch")
+        ce = out.loss.detach().float() * (tokens if divisor is None else divisor)
+        zero, agreed = torch.zeros_like(ce)[None], torch.full_like(ce, tokens)[None]
+        self.totals.add(Sums((last,), ce[None], zero, agreed, tokens))
+        return out
+
+    def _finished(self, x: Tensor) -> Tensor:
+        for module in self.finish:
+            x = module(x)
+        return x
+
+
+def _picked(hidden: Tensor, places: Tensor) -> Tensor:
+    """States that predict a token with a label: [N, D] from [B, T, D]; the last of a row predicts nothing."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
+
+
+@torch.no_grad()
+def check_logits(hf: Any, finish: list[Any], softcap: float | None) -> None:
+    """Compare head(final norm(x)), as exits will be read, with the model's own logits on eight tokens.
+
+    Raises: UserError when they differ.
+    """
+    head = hf.get_output_embeddings()
+    if head.weight.device.type == "meta":
+        return
+    was_training = hf.training
+    hf.eval()
+    seen: list[Tensor] = []
+    hook = finish[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) if finish else None
+    try:
+        tokens = probe_tokens(head.weight.shape[0], head.weight.device)
+        reference = hf(input_ids=tokens, use_cache=False).logits.float()
+    finally:
+        hf.train(was_training)
+        if hook is not None:
+            hook.remove()
+    x = seen[-1]
+    for module in finish:
+        x = module(x)
+    ours = head(x).float()
+    if softcap is not None:
+        ours = torch.tanh(ours / softcap) * softcap
+    if (ours - reference).abs().max() > PARITY[hf.dtype] * reference.abs().max():
+        raise UserError(
+            f"model type {hf.config.model_type!r}: its logits are not head(norm(x)), exits would be misread",
+            ADDING_A_MODEL,
+        )

@@ -1,0 +1,358 @@
+"""The recipe on Hugging Face's `Trainer`: arguments, a mixin for any subclass of it, and `LayerSkipTrainer`.
+
+    args = LayerSkipArguments("out", p_max=0.1, exits=[4, 8], curriculum="rotational", ...)
+    LayerSkipTrainer(model=model, args=args, train_dataset=rows, data_collator=collate).train()
+
+Everything else is the `Trainer` one knows. Added: figures of every exit in logs and evaluation, checkpoints that
+are whole or absent, a stop at a loss that is not finite, and an interrupt that saves.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from layerskip.errors import UserError
+from layerskip.model.cost import Cost, expected_tokens
+from layerskip.train import checkpoints
+from layerskip.train.exits import ExitTraining, Totals
+from layerskip.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DRAFT_LENGTHS = range(1, 13)
+DRAFT_VOCABULARY = 8192
+"""What predictions assume: the engine drafts with a head of the most frequent tokens."""
+
+
+@dataclass
+class LayerSkipFields:
+    """What the recipe adds to any `TrainingArguments`. Defaults are the paper's continual training."""
+
+    p_max: float = field(
+        default=0.1, metadata={"help": "Drop rate of the last layer; 0 is no layer dropout."}
+    )
+    drop_depth: str = field(default="exp", metadata={"help": "Rate over depth: exp, linear or uniform."})
+    drop_time: str = field(default="const", metadata={"help": "Rate over time: const, exp or linear_down."})
+    residual_scale: str = field(default="none", metadata={"help": "none, or inverse: kept layers / (1 - p)."})
+    e_scale: float = field(
+        default=1.0, metadata={"help": "Weight of the exits' loss; 0 trains the end only."}
+    )
+    weighting: Any = field(
+        default="paper", metadata={"help": "paper, uniform, or a weight for each exit: {4: 2.0}."}
+    )
+    curriculum: str = field(
+        default="rotational", metadata={"help": "Which exits are on: rotational, gradual, all or fixed."}
+    )
+    rotation: int | None = field(
+        default=None, metadata={"help": "Every rotation-th exit is on; default: one exit a step."}
+    )
+    exits: list[int] | None = field(default=None, metadata={"help": "Exits to train; default: all."})
+    exit_loss: str = field(default="ce", metadata={"help": "ce, kl (to the final layer) or ce+kl."})
+
+    def schedule(self, num_layers: int) -> Schedule:
+        """Bind these settings to a model of `num_layers` layers. Raises: UserError where they do not fit it."""
+        return Schedule(
+            num_layers,
+            self.p_max,
+            self.drop_depth,
+            self.drop_time,
+            self.e_scale,
+            self.weighting,
+            self.curriculum,
+            self.rotation,
+            None if self.exits is None else tuple(self.exits),
+        )
+
+
+@dataclass
+class LayerSkipArguments(LayerSkipFields, TrainingArguments):
+    """`TrainingArguments` with the recipe's settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.prediction_loss_only = True  # the logits of all exits are never made at once
+
+
+class LayerSkipMixin:
+    """Give a subclass of `Trainer` the recipe; put it first: `class Mine(LayerSkipMixin, SFTTrainer)`.
+
+    `args` must have the fields of `LayerSkipFields`. `interrupted` tells whether training stopped for a signal.
+    Raises: UserError when a loss or gradient is not finite, before the step that would use it.
+    """
+
+    exits: ExitTraining
+    args: Any
+    state: Any
+    model: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = self.args
+        if options.n_gpu > 1:
+            raise UserError(
+                "one process drives several GPUs (DataParallel): exits need a process per GPU",
+                "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
+            )
+        if (options.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError(
+                "reentrant activation checkpointing hides the exits' states from the loss",
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, the default',
+            )
+        hf = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self.exits = ExitTraining(
+            hf,
+            options.schedule(hf.config.get_text_config().num_hidden_layers),
+            options.exit_loss,
+            options.residual_scale,
+            options.seed,
+            options.world_size > 1,
+        )
+        self.exits.attach()
+        self.interrupted = False
+        self.wants_to_stop = False  # this rank was told to; `interrupted` is what all ranks agreed on
+        self._micro = (-1, 0)  # optimiser step, parts of its batch already seen
+        self._saving: Path | None = None
+        self._logged_s = time.perf_counter()
+        self.add_callback(_Interrupts(self))  # type: ignore[attr-defined]
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        step, options = self.state.global_step, self.args
+        micro = self._micro[1] + 1 if self._micro[0] == step else 0
+        self._micro = (step, micro)
+        part = micro * options.world_size + options.process_index
+        self.exits.begin(step, self.state.max_steps, part * options.per_device_train_batch_size)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Trainer's own, whatever subclass this is mixed into: others look at logits, which are never whole here.
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Refuse what is not finite, on all ranks alike; note a wish to stop; then go on as Trainer does."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        ce = self.exits.totals.ce
+        parts = [torch.stack([ce[k] for k in sorted(ce)]).isfinite().logical_not().float()]
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # its first steps overflow by design
+        value = torch.as_tensor(0.0 if norm is None or scaled else float(norm), device=parts[0].device)
+        flags = torch.cat(
+            [*parts, value.isfinite().logical_not().float()[None], torch.zeros_like(value)[None]]
+        )
+        flags[-1] = float(self.wants_to_stop)
+        if self.args.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        *losses, gradient, stop = flags.tolist()
+        self.interrupted = bool(stop)
+        if any(losses) or gradient:
+            self._refuse([k for k, bad in zip(sorted(ce), losses, strict=True) if bad])
+        if self.exits.dropout.kept is not None:
+            for (
+                parameter
+            ) in self.model.parameters():  # a layer all rows skipped: as if its gradient were zero
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return norm
+
+    def _refuse(self, exits: list[int]) -> None:
+        last = self.exits.schedule.num_layers
+        names = ["the final layer" if k == last else f"exit {k}" for k in exits]
+        what = f"the loss of {', '.join(names)}" if names else "the gradient"
+        kept = checkpoints.latest(Path(self.args.output_dir))
+        raise UserError(
+            f"{what} is not finite at step {self.state.global_step}; training stopped before using it",
+            (f"the last good checkpoint is {kept}; " if kept else "no checkpoint had been saved yet; ")
+            + "lower learning_rate or e_scale, or train in float32 or bfloat16, and look at the data",
+        )
+
+    # -- figures -----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.exits.totals.tokens:
+            logs.update(self._figures(self.exits.drain()))
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        training = self.exits.drain()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        figures = _by_exit(_reduced(self.exits.drain(), self.args.world_size))
+        self.exits.totals = training
+        last = self.exits.schedule.num_layers
+        figures["loss"] = figures[f"exit_{last}_loss"]  # Trainer's own averages batches, not tokens
+        agreement = {k: figures[f"exit_{k}_agreement"] for k in self.exits.eval_exits}
+        best = predicted(self.exits, agreement)
+        if best is not None:
+            figures["predicted_speedup"] = best[2]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def _figures(self, totals: Totals) -> dict[str, float]:
+        totals = _reduced(totals, self.args.world_size)
+        now = time.perf_counter()
+        seconds, self._logged_s = now - self._logged_s, now
+        figures = _by_exit(totals)
+        figures["dropped"] = totals.dropped / max(1, totals.layer_rows)
+        figures["tokens_per_s"] = totals.seen / seconds
+        before = [entry["tokens"] for entry in self.state.log_history if "tokens" in entry]
+        figures["tokens"] = (before[-1] if before else 0) + totals.seen
+        return figures
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            found = checkpoints.latest(Path(self.args.output_dir))
+            if found is None:
+                raise UserError(
+                    f"no checkpoint to resume from in {self.args.output_dir}", "start without resume"
+                )
+            resume_from_checkpoint = str(found)
+        self._logged_s = time.perf_counter()
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._saving is not None:
+            return str(self._saving)
+        folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write aside and rename: a kill or a full disk leaves the previous checkpoint as it was."""
+        run, options = Path(self._get_output_dir(trial)), self.args
+        name = f"checkpoint-{self.state.global_step}"
+        if options.should_save:
+            checkpoints.clear_staging(run)
+        self.accelerator.wait_for_everyone()
+        self._saving = run / checkpoints.STAGING
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except OSError as error:
+            raise UserError(
+                f"cannot save a checkpoint into {run}: {error}",
+                "free space and resume: earlier checkpoints are untouched",
+            ) from error
+        finally:
+            written, self._saving = self._saving / name, None
+        if (best := self.state.best_global_step) and (best == self.state.global_step):
+            self.state.best_model_checkpoint = str(run / name)
+        self.accelerator.wait_for_everyone()
+        if options.should_save:
+            self.state.save_to_json(str(written / "trainer_state.json"))
+            checkpoints.publish(written, run / name)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=options.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+class LayerSkipTrainer(LayerSkipMixin, Trainer):
+    """Hugging Face's `Trainer` with layer dropout and early-exit loss."""
+
+
+class _Interrupts(TrainerCallback):
+    """Turn the first SIGINT or SIGTERM into: finish the step, save, stop. The second one acts as usual."""
+
+    def __init__(self, trainer: LayerSkipMixin) -> None:
+        self.trainer = trainer
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.interrupted = self.trainer.wants_to_stop = False
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.trainer.wants_to_stop = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.trainer.interrupted:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()
+
+
+def predicted(exits: ExitTraining, agreement: dict[int, float]) -> tuple[int, int, float] | None:
+    """Best (E, K, speed-up) by the cost model in layers, from each exit's agreement per token.
+
+    Source: the cost model of `model/cost.py`; a device's step times tell more.
+    """
+    layers = len(exits.layers)
+    per_layer = sum(p.numel() for layer in exits.layers for p in layer.parameters()) / layers
+    head = exits.head.weight.numel() / per_layer
+    draft_head = head * min(1.0, DRAFT_VOCABULARY / exits.head.weight.shape[0])
+    cells = [
+        (Cost(layers, k, head, draft_head).speedup(n, expected_tokens(n, alpha)), k, n)
+        for k, alpha in agreement.items()
+        if k < layers
+        for n in DRAFT_LENGTHS
+    ]
+    if not cells:
+        return None
+    best, k, n = max(cells)
+    return k, n, best
+
+
+def _by_exit(totals: Totals) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for k in sorted(totals.ce):
+        count = max(1, totals.tokens[k])
+        figures[f"exit_{k}_loss"] = float(totals.ce[k]) / count
+        if float(totals.kl[k]):
+            figures[f"exit_{k}_kl"] = float(totals.kl[k]) / count
+        figures[f"exit_{k}_agreement"] = float(totals.agreement[k]) / count
+    return figures
+
+
+def _reduced(totals: Totals, world_size: int) -> Totals:
+    """Sum over ranks; the schedule gives all of them the same exits."""
+    if world_size == 1:
+        return totals
+    order = sorted(totals.ce)
+    device = totals.ce[order[0]].device
+    counts = [totals.layer_rows, totals.dropped, totals.seen, *(totals.tokens[k] for k in order)]
+    sums = torch.cat([torch.stack([d[k] for k in order]) for d in (totals.ce, totals.kl, totals.agreement)])
+    flat = torch.cat([sums.double(), torch.tensor(counts, device=device, dtype=torch.float64)])
+    dist.all_reduce(flat)
+    n = len(order)
+    ce, kl, agreement, (rows, dropped, seen), tokens = (
+        flat[:n],
+        flat[n : 2 * n],
+        flat[2 * n : 3 * n],
+        [int(v) for v in flat[3 * n : 3 * n + 3]],
+        [int(v) for v in flat[3 * n + 3 :]],
+    )
+    return Totals(
+        dict(zip(order, ce, strict=True)),
+        dict(zip(order, kl, strict=True)),
+        dict(zip(order, agreement, strict=True)),
+        dict(zip(order, tokens, strict=True)),
+        rows,
+        dropped,
+        seen,
+    )
