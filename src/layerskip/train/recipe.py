@@ -66,6 +66,8 @@ class Recipe(_Strict):
     """All settings of a run."""
 
     # what
+    name: str = ""
+    """What results call it; the file's name if not given."""
     description: str = ""
     """What this recipe is for."""
     source: str = ""
@@ -96,8 +98,8 @@ class Recipe(_Strict):
     """Tokens in a row; not more than the model's context."""
     pack: bool = True
     """Fill rows with several examples, which do not see each other."""
-    long: Literal["cut", "drop", "error"] = "cut"
-    """An example longer than a row is cut, left out, or an error."""
+    long: Literal["error", "cut", "drop"] = "error"
+    """An example longer than a row is an error, cut at its end, or left out; text goes on in the next row."""
 
     # layer dropout
     p_max: float = Field(default=0.1, ge=0, lt=1)
@@ -232,6 +234,7 @@ def read_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"the recipe {path} is not a list of `key: value` lines")
+    settings.setdefault("name", path.stem)
     for override in overrides:
         _lay_over(settings, override)
     return recipe_from(settings)
