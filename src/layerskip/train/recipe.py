@@ -76,6 +76,8 @@ class Recipe(_Strict):
     """Built-in name, folder or hub id to start from; with from_config only its tokenizer is used."""
     from_config: str | None = None
     """A config.json (or its folder) to start from random weights."""
+    layers: Count | None = None
+    """Depth of the model this was written for; pictures use it, training asks the model."""
     output: str | None = None
     """Folder for checkpoints and the finished model."""
 

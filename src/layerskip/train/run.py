@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     from layerskip.train.trainer import LayerSkipArguments
 
 RECIPE_FILE = "recipe.yaml"
-MAY_DIFFER = ("name", "description", "source", "output", "keep", "workers", "report_to", "log_every")
+MAY_DIFFER = (
+    "name",
+    "description",
+    "source",
+    "layers",
+    "output",
+    "keep",
+    "workers",
+    "report_to",
+    "log_every",
+)
 """Keys that a resumed run may change: they decide nothing about the weights."""
 
 Watch = Callable[[str, int, int], None]
@@ -131,8 +141,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         data_collator=run.train_rows.collate,
         callbacks=list(callbacks),
     )
-    if callbacks:
-        trainer.remove_callback(PrinterCallback)  # they report
+    if callbacks or not main:
+        trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
     if (run.plan["resumes_at"] or 0) < run.plan["steps"]:
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
