@@ -142,7 +142,7 @@ class LayerSkipMixin:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # Trainer's own, whatever subclass this is mixed into: others look at logits, which are never whole here.
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Refuse what is not finite, on all ranks alike; note a wish to stop; then go on as Trainer does."""
