@@ -75,7 +75,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def rows(encoded: Sequence[Encoded], options: DataOptions, pad_id: int = 0) -> Rows:
     """Pack examples greedily into rows of at most `length` tokens, or give each its own row.
 
-    An example goes into the first open row with room for it, in order; none is cut.
+    An example goes, in order, into the open row that it fills best; none is cut.
 
     Raises: UserError when there are no examples.
     """
@@ -87,7 +87,7 @@ def rows(encoded: Sequence[Encoded], options: DataOptions, pad_id: int = 0) -> R
     opened: dict[int, int] = {}  # row -> tokens of room
     for example in encoded:
         size = len(example.input_ids)
-        row = next((row for row, room in opened.items() if room >= size), None)
+        row = min((row for row, room in opened.items() if room >= size), key=opened.__getitem__, default=None)
         if row is None:
             row = len(packed)
             packed.append([])
