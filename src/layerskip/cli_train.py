@@ -52,10 +52,10 @@ def train(
     """
     from layerskip.train.recipe import read_recipe
 
-    chosen = read_recipe(recipe, settings or [])
     first = int(os.environ.get("RANK", "0")) == 0
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         err.quiet = True  # its errors are those of the node's first process
+    chosen = read_recipe(recipe, settings or [])
     console = err if as_json else out
     out.quiet = out.quiet or not first
     result = _trained(chosen, resume, console, first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,7 @@ def print_recipe(console: Console, recipe: Recipe) -> None:
             continue
         told = str(value.model_dump() if hasattr(value, "model_dump") else value)
         told = repr(told) if not told or "\n" in told else told
+        text.append(f"  {key} ", style="dim")
         text.append(told, style="dim" if value == field.default else "")
     console.print(text, soft_wrap=False)
 
@@ -134,9 +136,8 @@ class Report(TrainerCallback):  # type: ignore[misc]
 
     def _redraw(self, state: Any) -> None:
         assert self.live is not None
-        table = _table(self.trained, self.evaluated)
-        table.title, table.title_justify = self._status(state), "left"
-        self.live.update(table, refresh=True)
+        status = Text(self._status(state), style="bold")
+        self.live.update(Group(status, _table(self.trained, self.evaluated)), refresh=True)
 
     def _status(self, state: Any) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}"]

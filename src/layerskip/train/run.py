@@ -10,20 +10,28 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.errors import UserError, nearest
+from layerskip.errors import UserError
 from layerskip.model.checkpoint import Facts
 from layerskip.train import checkpoints
 from layerskip.train.export import export
+from layerskip.train.loading import (
+    Watch,
+    check_length,
+    check_packing,
+    configuration_of,
+    model_for,
+    rows_of,
+    tokenizer_of,
+)
+from layerskip.train.plan import arguments_for, plan_of
 from layerskip.train.recipe import Recipe, as_yaml, differing_keys, read_recipe
 from layerskip.train.schedule import Schedule
 
@@ -44,8 +52,6 @@ MAY_DIFFER = (
     "log_every",
 )
 """Keys that a resumed run may change: they decide nothing about the weights."""
-
-Watch = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -91,29 +97,29 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
         raise UserError(
             "the recipe has no data", "data=FILE names .jsonl, .parquet, .txt, a folder or a data set"
         )
-    folder, config = _configuration(recipe)
+    folder, config = configuration_of(recipe)
     num_layers = config.get_text_config().num_hidden_layers
     schedule = schedule_for(recipe, num_layers)
-    _check_length(recipe, config)
-    arguments = _arguments(recipe, output, schedule)
-    tokenizer = _tokenizer(folder)
+    check_length(recipe, config)
+    arguments = arguments_for(recipe, output, schedule)
+    tokenizer = tokenizer_of(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        train_rows = _rows(recipe, recipe.sources, tokenizer, config, watch)
-        eval_rows = _rows(recipe, recipe.eval_sources, tokenizer, config, watch, recipe.eval_limit)
+        train_rows = rows_of(recipe, recipe.sources, tokenizer, config, watch)
+        eval_rows = rows_of(recipe, recipe.eval_sources, tokenizer, config, watch, recipe.eval_limit)
     assert train_rows is not None
-    model = _model(recipe, folder, config)
+    model = model_for(recipe, folder, config)
     run = Run(
         recipe, schedule, model, tokenizer, folder, arguments, train_rows, eval_rows,
         checkpoints.latest(output) if resume else None, {},
     )  # fmt: skip
-    _check_packing(recipe, model)
+    check_packing(recipe, model)
     if recipe.lora is not None:
         from layerskip.train.lora import with_adapters
 
         run.model = with_adapters(model, recipe.lora)
     run.plan = (
-        _plan(run)
+        plan_of(run)
         | {"use_cache": getattr(config, "use_cache", True)}
         | {"warnings": [str(warning.message) for warning in caught]}
     )
@@ -245,31 +251,6 @@ def checked_output(recipe: Recipe, resume: bool) -> Path:
     return output
 
 
-def _configuration(recipe: Recipe) -> tuple[Path, Any]:
-    """Find the model's folder and its configuration; with from_config the folder is that of the tokenizer."""
-    from transformers import AutoConfig
-
-    from layerskip.model import hub
-
-    if recipe.model is None and recipe.from_config is None:
-        raise UserError(
-            "the recipe has no model", "model=NAME starts from a checkpoint, from_config=FILE from nothing"
-        )
-    folder = None if recipe.model is None else hub.resolve(recipe.model)
-    path = folder
-    if recipe.from_config is not None:
-        path = Path(recipe.from_config).expanduser()
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"no configuration {path}", "from_config names a config.json or its folder")
-        folder = folder or path.parent
-    assert folder is not None
-    try:
-        return folder, AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the model's configuration {path}: {error}") from error
-
-
 def schedule_for(recipe: Recipe, num_layers: int) -> Schedule:
     """Fit a recipe to a model's depth. Raises: UserError where it has too few layers."""
     exits = recipe.exits
@@ -293,209 +274,3 @@ def schedule_for(recipe: Recipe, num_layers: int) -> Schedule:
         recipe.rotation,
         None if exits is None else tuple(exits),
     )
-
-
-def _check_length(recipe: Recipe, config: Any) -> None:
-    from layerskip.model.huggingface import context_of
-
-    context = context_of(config.get_text_config())
-    if context is not None and recipe.length > context:
-        raise UserError(
-            f"rows of {recipe.length} tokens are longer than the model's context of {context}",
-            f"length={context} or less",
-        )
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{folder} has no tokenizer", "model=NAME gives one beside from_config")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot read the tokenizer of {folder}: {error}", "add its tokenizer.json"
-        ) from error
-
-
-def _rows(
-    recipe: Recipe,
-    sources: Sequence[str],
-    tokenizer: Any,
-    config: Any,
-    watch: Watch | None,
-    limit: int | None = None,
-) -> Rows | None:
-    if not sources:
-        return None
-    from layerskip.train import data
-
-    columns = data.Columns(**recipe.columns.model_dump())
-    options = data.DataOptions(
-        length=recipe.length,
-        columns=columns,
-        template=recipe.template,
-        separator=recipe.separator,
-        loss_on=recipe.loss_on,
-        pack=recipe.pack,
-        long=recipe.long,
-    )
-    found = itertools.chain.from_iterable(data.examples(source, columns) for source in sources)
-    encoded = data.encode(itertools.islice(found, limit), tokenizer, options, watch)
-    pad = tokenizer.pad_token_id
-    rows = data.rows(encoded, options, 0 if pad is None else pad)
-    data.check_labels(rows, config.get_text_config().vocab_size)
-    return rows
-
-
-def _model(recipe: Recipe, folder: Path, config: Any) -> Any:
-    """Load or make the model, float32."""
-    import torch
-
-    from layerskip.model.huggingface import load_model
-
-    if recipe.from_config is None:
-        model = load_model(folder, dtype=torch.float32, device="cpu")
-    else:
-        from transformers import AutoModelForCausalLM
-
-        torch.manual_seed(recipe.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generation = model.generation_config
-    try:
-        generation.validate(strict=True)
-    except ValueError:  # saving would refuse it; the file itself is copied unchanged at the end
-        ends = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = type(generation)(**ends)
-    return model
-
-
-def _check_packing(recipe: Recipe, model: Any) -> None:
-    from layerskip.train.data import packs
-
-    if recipe.pack and not packs(model):
-        raise UserError(
-            f"model type {model.config.model_type!r} does not keep packed examples apart", "pack=false"
-        )
-
-
-# -- Hugging Face's arguments and the plan --------------------------------------------------------------------
-
-
-def _arguments(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkipArguments:
-    import torch
-
-    from layerskip.train.trainer import LayerSkipArguments
-
-    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    eval_every = recipe.eval_every or recipe.save_every
-    if recipe.best_by != "none" and recipe.save_every % eval_every:
-        raise UserError(
-            f"best_by needs an evaluation at every checkpoint: save_every is {recipe.save_every}, "
-            f"eval_every {eval_every}",
-            f"eval_every={recipe.save_every}",
-        )
-    settings: dict[str, Any] = {
-        "output_dir": str(output),
-        **{
-            key: getattr(recipe, key)
-            for key in (
-                "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum",
-                "rotation", "exit_loss", "learning_rate", "weight_decay", "max_grad_norm", "seed", "report_to",
-            )
-        },
-        "exits": None if schedule.exits is None else list(schedule.exits),
-        "max_steps": recipe.steps or -1,
-        "num_train_epochs": recipe.epochs,
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": recipe.batch_size,
-        "lr_scheduler_type": recipe.lr_schedule,
-        "warmup_steps": recipe.warmup,
-        "bf16": recipe.dtype == "bfloat16",
-        **({"gradient_checkpointing": True} if recipe.checkpointing else {}),
-        "torch_compile": recipe.compile,
-        "dataloader_num_workers": recipe.workers,
-        "save_strategy": "steps",
-        "save_steps": recipe.save_every,
-        "save_total_limit": recipe.keep,
-        "logging_steps": recipe.log_every,
-        "eval_strategy": "steps" if recipe.eval_sources else "no",
-        "eval_steps": eval_every if recipe.eval_sources else None,
-        "load_best_model_at_end": recipe.best_by != "none",
-        "metric_for_best_model": {"loss": "eval_loss", "speedup": "eval_predicted_speedup"}.get(recipe.best_by),
-        "greater_is_better": {"loss": False, "speedup": True}.get(recipe.best_by),
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "use_cpu": on_cpu,
-    }  # fmt: skip
-    known = {field.name for field in fields(LayerSkipArguments)}
-    for key in recipe.arguments:
-        if key in settings:
-            raise UserError(
-                f"arguments.{key} is decided by the recipe's own keys", "layerskip recipes show lists them"
-            )
-        if key not in known:
-            raise UserError(f"unknown key arguments.{key}", nearest(key, known))
-    try:
-        arguments = LayerSkipArguments(**settings, **recipe.arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"the recipe's settings do not fit this machine: {error}") from error
-    if recipe.global_batch is not None:
-        rows = recipe.batch_size * arguments.world_size
-        if recipe.global_batch % rows:
-            raise UserError(
-                f"global_batch {recipe.global_batch} is not a multiple of batch_size {recipe.batch_size} x "
-                f"{arguments.world_size} devices",
-                f"global_batch={max(1, recipe.global_batch // rows) * rows}, or another batch_size",
-            )
-        arguments.gradient_accumulation_steps = recipe.global_batch // rows
-    else:
-        arguments.gradient_accumulation_steps = recipe.accumulation
-    return arguments
-
-
-def _plan(run: Run) -> dict[str, Any]:
-    """Say what the run will do. Units: bytes for memory, layers for the head."""
-    recipe, arguments, rows = run.recipe, run.arguments, run.train_rows
-    batch = recipe.batch_size * arguments.world_size
-    batches = math.ceil(len(rows) / batch)
-    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    steps = recipe.steps or math.ceil(recipe.epochs * per_epoch)
-    rows_per_step = batch * arguments.gradient_accumulation_steps
-    mean = rows.num_tokens / len(rows)
-    config = run.model.config.get_text_config()
-    parameters = sum(p.numel() for p in run.model.parameters())
-    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    return {
-        "steps": steps,
-        "epochs": round(steps / per_epoch, 2),
-        "rows": len(rows),
-        "examples": rows.num_examples,
-        "rows_per_step": rows_per_step,
-        "tokens": round(steps * rows_per_step * mean),
-        "tokens_per_epoch": rows.num_tokens,
-        "learnt_share": round(rows.num_targets / rows.num_tokens, 3),
-        "eval_rows": 0 if run.eval_rows is None else len(run.eval_rows),
-        "layers": config.num_hidden_layers,
-        "exits": list(run.schedule.trained),
-        "parameters": parameters,
-        "trainable": trainable,
-        "devices": arguments.world_size,
-        "device": arguments.device.type,
-        "memory_bytes": _memory(run, parameters, trainable),
-        "resumes_at": None if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1]),
-    }
-
-
-def _memory(run: Run, parameters: int, trainable: int) -> int:
-    """Estimate the peak of one device that holds everything: weights, gradients, Adam, activations, logits."""
-    config, recipe = run.model.config.get_text_config(), run.recipe
-    tokens, width = recipe.batch_size * recipe.length, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    size = 2 if recipe.dtype == "bfloat16" else 4
-    layer = tokens * (10 * width + 4 * inner) * size  # what a Llama-shaped layer keeps for its backward pass
-    layers = config.num_hidden_layers
-    activations = layer + layers * tokens * width * size if recipe.checkpointing else layers * layer
-    head = config.vocab_size * width
-    return int(4 * parameters + 12 * trainable + activations + 4 * head + 3 * (1 << 26))
