@@ -219,7 +219,8 @@ class ExitTraining:
         return self.schedule.weights(self.step, self.total)
 
     def _plain(self, original: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
-        """Use the model's own loss, and note it."""
+        """Use the model's own loss, and note it; a cache would hide from transformers that rows are packed."""
+        kwargs = {"use_cache": False, **kwargs}
         out = original(**kwargs)
         last, tokens = self.schedule.num_layers, int((labels[:, 1:] != IGNORE).sum())
         divisor = kwargs.get("num_items_in_batch")
