@@ -24,6 +24,8 @@ FLOORS = {
     "cli_app": 4,
     "cli_measure": 4,
     "cli_distill": 4,
+    "cli_train": 4,
+    "display_train": 3,
 }
 
 
@@ -87,7 +89,7 @@ OPTIONAL = {
     "matplotlib": ("measure/draw.py", "train/plot.py"),
     "fastapi": (),
     "datasets": ("train/sources.py",),
-    "peft": ("train/run.py",),
+    "peft": ("train/lora.py",),
 }
 
 
