@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from layerskip.errors import UserError
+from layerskip.errors import UserError, nearest
 
 
 class Message(BaseModel):
@@ -45,21 +47,28 @@ class PromptLine(BaseModel):
         return self.prompt
 
 
-def read_prompts(path: Path) -> list[PromptLine]:
-    """Read a JSON-lines file of prompts; blank lines are skipped.
+def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
+    """Read a JSON-lines file of prompts, possibly .gz; blank lines are skipped.
+
+    `column` names another column than prompt or messages to take, with text or a list of messages in it.
 
     Raises: UserError naming the line that cannot be used, or when there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts inside JSON strings too
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        lines = content.decode("utf-8-sig").split("\n")  # splitlines cuts inside JSON strings too
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            items.append(PromptLine.model_validate(json.loads(line)))
+            record = json.loads(line)
+            if column is not None:
+                record = _named(record, column, f"{path}, line {number}")
+            items.append(PromptLine.model_validate(record))
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}, line {number} is not JSON: {error}", "one JSON object per line"
@@ -71,6 +80,13 @@ def read_prompts(path: Path) -> list[PromptLine]:
     if not items:
         raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
     return items
+
+
+def _named(record: Any, column: str, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict) or column not in record:
+        raise UserError(f"{where} has no column {column!r}", nearest(column, record))
+    value = record[column]
+    return {"messages" if isinstance(value, list) else "prompt": value}
 
 
 def _first(error: ValidationError) -> str:

@@ -88,10 +88,16 @@ class LanguageModel:
         done = list(self.each(prompts, **keywords))
         return done[0] if single else done
 
-    def each(self, prompts: Sequence[Any], **keywords: Any) -> Iterator[Generation]:
-        """Continue many prompts together, yielding each result, in input order, as soon as it is there."""
+    def each(
+        self, prompts: Sequence[Any], *, indices: Sequence[int] | None = None, **keywords: Any
+    ) -> Iterator[Generation]:
+        """Continue many prompts together, yielding each result, in input order, as soon as it is there.
+
+        A prompt's index, by default its place, decides with the seed what is sampled for it: a job that was
+        interrupted gives the indices of the prompts left.
+        """
         options = Options.parse(keywords)
-        items = self._items(prompts, options)
+        items = self._items(prompts, options, indices)
         if not items:
             return
         engine = self._engine(items, options, rows=min(options.batch_size, len(items)))
@@ -160,9 +166,12 @@ class LanguageModel:
             keep=keep,
         )
 
-    def _items(self, prompts: Sequence[Any], options: Options) -> list[_Item]:
+    def _items(
+        self, prompts: Sequence[Any], options: Options, indices: Sequence[int] | None = None
+    ) -> list[_Item]:
         options = seeded(options)
-        return [_Item(self.request(prompt, options, index)) for index, prompt in enumerate(prompts)]
+        numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
+        return [_Item(self.request(prompt, options, index)) for index, prompt in numbered]
 
     @cached_property
     def ranked_vocabulary(self) -> list[int] | None:
@@ -192,7 +201,11 @@ class LanguageModel:
             try:
                 engine.check(item.request)
             except UserError as error:
-                where = f"prompt {item.request.index + 1} of {len(items)}: " if len(items) > 1 else ""
+                where = (
+                    f"prompt {item.request.index + 1} of {items[-1].request.index + 1}: "
+                    if len(items) > 1
+                    else ""
+                )
                 raise UserError(where + error.message, error.hint) from None
         return engine
 

@@ -1,0 +1,58 @@
+"""Low-rank adapters on chosen layers, by PEFT; the head and the embeddings are never adapted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layerskip.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from layerskip.train.recipe import Lora
+
+
+def with_adapters(hf: Any, lora: Lora) -> Any:
+    """Wrap a model in adapters; everything else is frozen.
+
+    Raises: UserError for layers or module names the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=adapted_modules(hf, lora),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(hf, settings)
+
+
+def adapted_modules(hf: Any, lora: Lora) -> list[str]:
+    """Name the linear modules to adapt, in full. Raises: UserError."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from layerskip.model.huggingface import FAMILIES, Family, parts_of
+
+    _, layers, _, _ = parts_of(hf, FAMILIES.get(hf.config.get_text_config().model_type, Family()))
+    chosen = range(1, len(layers) + 1) if lora.layers is None else lora.layers
+    if strange := [number for number in chosen if number > len(layers)]:
+        raise UserError(
+            f"lora.layers names layer {strange[0]}, the model has {len(layers)}", f"from 1 to {len(layers)}"
+        )
+    inside = {id(module) for number in chosen for module in layers[number - 1].modules()}
+    linear = [
+        name
+        for name, module in hf.named_modules()
+        if id(module) in inside and isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+    if lora.targets == "all-linear":
+        return linear
+    wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    known = {name.rsplit(".", 1)[-1] for name in linear}
+    for target in wanted:
+        if target not in known:
+            raise UserError(
+                f"lora.targets: no linear module {target!r} in the layers", nearest(target, known)
+            )
+    return [name for name in linear if name.rsplit(".", 1)[-1] in wanted]

@@ -1,0 +1,151 @@
+"""A model's own continuations as training data: the tokens it saw and wrote, whole lines, going on after a stop."""
+
+import gzip
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+import layerskip
+from layerskip.decode.language_model import LanguageModel
+from layerskip.train.data import DataOptions, encode, examples
+
+PROMPTS = [{"prompt": f"question {n}", "response": "not the model's"} for n in range(6)]
+CHATS = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "not the model's"}]},
+    {"messages": [{"role": "user", "content": content} for content in ("a", "b")]},
+]
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def distill(run, folder, prompts, tmp_path):
+    def call(*arguments, output=tmp_path / "own.jsonl", max_new_tokens=24):
+        code, printed, message = run(
+            *("distill-data", folder, "--prompts", prompts, "--output", output, "--json"),
+            *("--max-new-tokens", max_new_tokens, *arguments),
+        )
+        return code, json.loads(printed.splitlines()[-1]) if printed else None, message
+
+    return call
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_training_reads_the_very_tokens_the_model_saw_and_wrote(distill, folder, prompts, tmp_path, chat):
+    if chat:
+        prompts.write_text(prompts.read_text() + "".join(json.dumps(line) + "\n" for line in CHATS))
+    options = ["--chat" if chat else "--no-chat", "--temperature", 1.5]
+    code, summary, _ = distill(*options, max_new_tokens=150)
+    lines = written(tmp_path / "own.jsonl")
+    assert (code, summary["written"], summary["interrupted"]) == (0, len(lines), False)
+    assert summary["ended"] == sum(line["finish_reason"] == "eos" for line in lines)
+    assert 0 < summary["ended"] < len(lines)  # both kinds of end are among them
+    lm = layerskip.load(folder, dtype="float32")
+    made = encode(examples(tmp_path / "own.jsonl"), lm.tokenizer, DataOptions(512))
+    for line, example in zip(lines, made, strict=True):
+        content = line["messages"][:-1] if chat else line["prompt"] + "\n"
+        seen = lm.encode(content)
+        tokens, labels = example.input_ids.tolist(), example.labels.tolist()
+        assert tokens[: len(seen)] == seen
+        assert labels == [-100] * len(seen) + tokens[len(seen) :]
+        assert (tokens[-1] == lm.tokenizer.eos_token_id) == (line["finish_reason"] == "eos")
+        assert line["finish_reason"] == "eos" or len(tokens) == len(seen) + 150
+        text = lm.tokenizer.decode(tokens[len(seen) :], skip_special_tokens=True)
+        assert text == (line["messages"][-1]["content"] if chat else line["completion"])
+    assert "not the model's" not in (tmp_path / "own.jsonl").read_text()
+
+
+def test_greedy_continuations_are_those_of_generate(distill, folder, tmp_path):
+    distill("--no-chat", "--separator", " =>", "--limit", 2)
+    lm = layerskip.load(folder, dtype="float32")
+    for line, prompt in zip(written(tmp_path / "own.jsonl"), PROMPTS, strict=False):
+        assert line["completion"] == lm.generate(prompt["prompt"] + " =>", max_new_tokens=24).text
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_a_killed_run_is_continued_as_if_it_had_not_been(distill, tmp_path, left):
+    options = ["--temperature", 1.0, "--batch", 3]
+    distill(*options)
+    whole = (tmp_path / "own.jsonl").read_bytes()
+    kept = whole.splitlines(keepends=True)
+    part = tmp_path / "part.jsonl"
+    part.write_bytes(b"".join(kept[:left]) + kept[left][:30])
+    code, summary, _ = distill(*options, output=part)
+    assert (code, summary["found"], summary["written"]) == (0, left, 6 - left)
+    assert part.read_bytes() == whole
+    code, summary, _ = distill(*options, output=part)
+    assert (code, summary["found"], summary["written"]) == (0, 6, 0)
+    assert part.read_bytes() == whole
+
+
+def test_control_c_leaves_whole_lines_and_says_how_to_go_on(distill, monkeypatch, tmp_path):
+    each = LanguageModel.each
+
+    def interrupted(self, *arguments, **keywords):
+        results = each(self, *arguments, **keywords)
+        yield next(results)
+        yield next(results)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "each", interrupted)
+        code, summary, message = distill()
+    assert (code, summary["written"], summary["interrupted"]) == (130, 2, True)
+    assert "Traceback" not in message
+    assert [line["index"] for line in written(tmp_path / "own.jsonl")] == [0, 1]
+    assert distill()[1]["written"] == 4
+
+
+def test_prompts_come_from_several_files_compressed_and_from_a_named_column(run, folder, tmp_path):
+    first, second, output = tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl", tmp_path / "new" / "own.jsonl"
+    first.write_bytes(gzip.compress(b'{"question": "one", "prompt": "no"}\n'))
+    second.write_text(json.dumps({"question": [{"role": "user", "content": "two"}]}) + "\n")
+    code, _, message = run(
+        *("distill-data", folder, "--prompts", first, "--prompts", second, "--column", "question"),
+        *("--output", output, "--max-new-tokens", 4),
+    )
+    assert code == 0, message
+    assert [line["messages"][0]["content"] for line in written(output)] == ["one", "two"]
+
+
+def test_mistakes_cost_no_decoding(fails, folder, prompts, tmp_path):
+    def given(*arguments, output="own.jsonl", prompts=prompts):
+        return fails("distill-data", folder, "--prompts", prompts, "--output", tmp_path / output, *arguments)
+
+    assert "is not named .jsonl" in given(output="own.txt")
+    assert "limit is 0" in given("--limit", 0)
+    assert "max_new_tokens is 0" in given("--max-new-tokens", 0)
+    assert "no column 'respons'" in given("--column", "respons")
+    assert "'response'" in given("--column", "respons")
+    assert "cannot read" in given(prompts=tmp_path / "none.jsonl")
+    (tmp_path / "answers.jsonl").write_text(
+        '{"messages": [{"role": "assistant", "content": "only an answer"}]}\n'
+    )
+    assert "nothing to answer" in given(prompts=tmp_path / "answers.jsonl")
+    (tmp_path / "foreign.jsonl").write_text('{"text": "mine"}\n')
+    assert "was not written by distill-data" in given(output="foreign.jsonl")
+    (tmp_path / "other.jsonl").write_text('{"index": 0, "prompt": "another", "completion": ""}\n')
+    assert "was made from other prompts: number 1" in given(output="other.jsonl")
+    assert (tmp_path / "foreign.jsonl").read_text() == '{"text": "mine"}\n'
+
+
+def test_another_models_tokenizer_reads_the_text(distill, folder, tmp_path):
+    """Its ids mean other text there, so the text is encoded anew and the end is as it was."""
+    distill("--no-chat", "--limit", 1, max_new_tokens=3)
+    (line,) = written(tmp_path / "own.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    line["completion"] = "abc"
+    (tmp_path / "own.jsonl").write_text(json.dumps(line) + "\n")
+    (example,) = encode(examples(tmp_path / "own.jsonl"), tokenizer, DataOptions(64, template="off"))
+    ended = "<|im_end|>" if line["finish_reason"] == "eos" else ""
+    assert tokenizer.decode(example.input_ids) == "question 0\nabc" + ended
