@@ -6,11 +6,12 @@
 
 MODEL was trained with LayerSkip, BASELINE identically without. Each item {"prompt", "response"} is encoded as in
 training: tokens of the prompt and a line break, no chat template; decoding is greedy and stops at the end token.
-Methods, one after the other on every item: plain decoding of all layers ("full"), self-speculation and unverified
-early exit at every E, plain decoding of the baseline. K is chosen for every E by tokens per second on items from
-the end of the file, which are not among the reported ones. An output is right when it equals the response, ends
-stripped; self-speculative output must equal full output token for token. One clock for all, from tokens in to
-tokens out, prefill included.
+Methods: plain decoding of all layers ("full"), self-speculation and unverified early exit at every E, plain
+decoding of the baseline. K is chosen for every E by tokens per second on items from the end of the file, which are
+not among the reported ones. Quality, acceptance and equality come from all items, decoded in batches (where the
+stack is row-exact an output does not depend on its batch); speed from the first --timed of them, one at a time,
+methods one after the other on every item, prefill included. An output is right when it equals the response, ends
+stripped; self-speculative output must equal full output token for token.
 
 Every finished item is a line in the --work folder: the same command goes on where it was stopped.
 """
@@ -63,6 +64,10 @@ def main() -> None:
     parser.add_argument("--baseline", help="folder of the model trained identically without")
     parser.add_argument("--data", required=True, type=Path, help="test.jsonl or .jsonl.gz: prompt, response")
     parser.add_argument("--limit", type=int, default=1000, help="items to report, the first of the file")
+    parser.add_argument(
+        "--timed", type=int, default=150, help="items to time, the first of the reported ones"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="items decoded together where nothing is timed")
     parser.add_argument("--tune", type=int, default=60, help="items to choose K on, the last of the file")
     parser.add_argument("--exits", default="4,6,8,12", help="E, comma-separated")
     parser.add_argument("--draft-length", default="3,4,6,8,12", help="K to choose from, comma-separated")
@@ -110,23 +115,26 @@ def main() -> None:
     methods = [full, *(grid[e, chosen[e]] for e in exits), *early.values()]
     if other is not None:
         methods.append(Method(BASELINE, other, {"mode": "ar", **common, "eos_token_id": ends(other)}))
-    found = run(reported, methods, arguments, "items.jsonl")
+    found = run(reported, methods, arguments, "items.jsonl", arguments.batch)
+    timed = run(reported[: arguments.timed], methods, arguments, "timed.jsonl")
 
-    table = {FULL: summary(found, FULL)}
+    table = {FULL: summary(found, FULL, timed)}
     if other is not None:
-        table[BASELINE] = summary(found, BASELINE)
+        table[BASELINE] = summary(found, BASELINE, timed)
     vocabulary = lm.draft_head(Options.parse(grid[exits[0], chosen[exits[0]]].options))
     for e in exits:
-        told = summary(found, grid[e, chosen[e]].name)
+        told = summary(found, grid[e, chosen[e]].name, timed)
         predicted = cost(lm, e, vocabulary and vocabulary.size).speedup(
             chosen[e], told["tokens_per_round"] or 1.0
         )
         table[f"self-speculative {e}"] = {
             "exit_layer": e, "draft_length": chosen[e], **told, "predicted_speedup": predicted,
         }  # fmt: skip
-        table[f"early-exit {e}"] = {"exit_layer": e, **summary(found, early[e].name)}
+        table[f"early-exit {e}"] = {"exit_layer": e, **summary(found, early[e].name, timed)}
     result: dict[str, Any] = {
         "items": len(found),
+        "timed_items": len(timed),
+        "timed_as_in_batches": sum(same_text(one, all_of) for one, all_of in zip(timed, found, strict=False)),
         "methods": table,
         "tuning": {
             "items": len(tuned),
@@ -260,31 +268,26 @@ def digest(lm: LanguageModel) -> str:
 
 
 def run(
-    items: Sequence[Item], methods: Sequence[Method], arguments: argparse.Namespace, name: str
+    items: Sequence[Item], methods: Sequence[Method], arguments: argparse.Namespace, name: str, batch: int = 1
 ) -> list[Record]:
-    """Decode every item with every method in turn, items already on file left out; a line per item."""
+    """Decode items with every method in turn, `batch` at a time, those on file left out; a line per item."""
     file = arguments.work / name
     done = finished(file, [method.name for method in methods])
     waiting = [item for item in items if item["index"] not in done]
-    if waiting:
+    if waiting and batch == 1:
         warm = encoded(methods[0].lm, waiting[0]["prompt"], arguments.separator)
         for method in methods:
             method.lm.generate(warm, **{**method.options, "max_new_tokens": 24})
     began = time.perf_counter()
     with open(file, "a", encoding="utf-8") as lines:
-        for number, item in enumerate(waiting, 1):
-            found: Record = {"index": item["index"], "methods": {}}
-            reference: list[int] = []
-            for method in methods:
-                tokens, told = decoded(method, item, arguments.separator)
-                reference = tokens if method.name == FULL else reference
-                if method.name.startswith("self-speculative"):
-                    told["equal"] = tokens == reference
-                found["methods"][method.name] = told
-            lines.write(json.dumps(found) + "\n")
+        for start in range(0, len(waiting), batch):
+            together = waiting[start : start + batch]
+            for record_ in decoded(methods, together, arguments.separator):
+                lines.write(json.dumps(record_) + "\n")
+                done[record_["index"]] = record_
             lines.flush()
-            done[item["index"]] = found
-            if number % 20 == 0 or number == len(waiting):
+            number = start + len(together)
+            if number % (20 * batch) < batch or number == len(waiting):
                 left = (time.perf_counter() - began) / number * (len(waiting) - number) / 60
                 so_far = f"{len(items) - len(waiting) + number} of {len(items)} items"
                 print(f"{name}: {so_far}, {left:.0f} minutes left", file=sys.stderr, flush=True)
@@ -301,22 +304,37 @@ def finished(file: Path, names: Sequence[str]) -> dict[int, Record]:
     return {found["index"]: found for found in records if {*names} <= {*found["methods"]}}
 
 
-def decoded(method: Method, item: Item, separator: str) -> tuple[list[int], Record]:
-    """Decode one item; the clock stops when the tokens are on the host."""
-    prompt, device = encoded(method.lm, item["prompt"], separator), method.lm.stack.device
-    synchronise(device)
-    began = time.perf_counter()
-    done = method.lm.generate(prompt, **method.options)
-    seconds = time.perf_counter() - began
-    text, wanted = done.text.strip(), item["response"].strip()
-    return done.tokens, {
-        "seconds": round(seconds, 6),
-        "text": text,
-        "exact": text == wanted,
-        "loose": text.split() == wanted.split(),
-        "ended": done.finish_reason == "eos",
-        **{key: done.stats[key] for key in ("new_tokens", "drafted", "accepted", "rounds", "decode_s")},
-    }
+def decoded(methods: Sequence[Method], items: Sequence[Item], separator: str) -> list[Record]:
+    """Decode some items together with every method; `seconds` is the time of all of them, on the host."""
+    found: list[Record] = [{"index": item["index"], "methods": {}} for item in items]
+    reference: list[list[int]] = []
+    for method in methods:
+        prompts = [encoded(method.lm, item["prompt"], separator) for item in items]
+        device = method.lm.stack.device
+        synchronise(device)
+        began = time.perf_counter()
+        done = method.lm.generate(prompts, batch_size=len(items), **method.options)
+        seconds = time.perf_counter() - began
+        reference = [one.tokens for one in done] if method.name == FULL else reference
+        for place, (one, item) in enumerate(zip(done, items, strict=True)):
+            text, wanted = one.text.strip(), item["response"].strip()
+            told: Record = {
+                "text": text,
+                "exact": text == wanted,
+                "loose": text.split() == wanted.split(),
+                "ended": one.finish_reason == "eos",
+                **{key: one.stats[key] for key in ("new_tokens", "drafted", "accepted", "rounds")},
+            }
+            if len(items) == 1:
+                told |= {"seconds": round(seconds, 6), "decode_s": one.stats["decode_s"]}
+            if method.name.startswith("self-speculative"):
+                told["equal"] = one.tokens == reference[place]
+            found[place]["methods"][method.name] = told
+    return found
+
+
+def same_text(one: Record, other: Record) -> bool:
+    return all(told["text"] == other["methods"][name]["text"] for name, told in one["methods"].items())
 
 
 # -- figures -------------------------------------------------------------------------------------------------
@@ -337,28 +355,30 @@ def resampled(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0
     return [float(end) for end in np.percentile(statistic(*(c[picks] for c in columns)), [2.5, 97.5])]
 
 
-def summary(found: Sequence[Record], method: str) -> dict[str, Any]:
+def summary(found: Sequence[Record], method: str, timed: Sequence[Record]) -> dict[str, Any]:
     """Sum a method up: quality, speed, and for self-speculation equality, acceptance and speed-up over full."""
-    exact, tokens, seconds = (column(found, method, key) for key in ("exact", "new_tokens", "seconds"))
+    exact, tokens = (column(found, method, key) for key in ("exact", "new_tokens"))
+    seconds = column(timed, method, "seconds")
     told: dict[str, Any] = {
         "exact_match": float(exact.mean()),
         "exact_match_ci95": resampled(lambda x: x.mean(-1), exact),
         "normalised_match": float(column(found, method, "loose").mean()),
         "ended": int(column(found, method, "ended").sum()),
         "new_tokens": int(tokens.sum()),
-        "tokens_per_s": rate(found, method),
-        "ms_per_token": 1e3 * float(seconds.sum() / tokens.sum()),
+        "tokens_per_s": rate(timed, method),
+        "ms_per_token": 1e3 / rate(timed, method),
     }
     if not method.startswith("self-speculative"):
         return told
     drafted, accepted, rounds = (
         column(found, method, key).sum() for key in ("drafted", "accepted", "rounds")
     )
-    plain = column(found, FULL, "seconds")
+    plain = column(timed, FULL, "seconds")
     paired = interval([[ratio] for ratio in plain / seconds])
-    decode = [column(found, name, "decode_s").sum() for name in (FULL, method)]
+    decode = [column(timed, name, "decode_s").sum() for name in (FULL, method)]
     return told | {
         "equal": int(column(found, method, "equal").sum()),
+        "equal_timed": int(column(timed, method, "equal").sum()),
         "acceptance": float(accepted / drafted) if drafted else None,
         "tokens_per_round": float((tokens.sum() - len(found)) / rounds)
         if rounds
