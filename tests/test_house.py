@@ -93,6 +93,14 @@ OPTIONAL = {
 }
 
 
+def test_training_imports_without_what_its_files_and_verbs_need():
+    """Recipes and data sets need pydantic and datasets; a trainer in someone's own script does not."""
+    names = ["pydantic", "typer", "gguf", "datasets", "peft"]
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({names}))"
+    modules = [f"layerskip.train.{name}" for name in ("trainer", "data")]
+    assert modules_after(f"{blocked}; import {', '.join(modules)}", *modules) == modules
+
+
 def test_only_named_libraries_appear_in_core_files():
     """Optional libraries are imported in one place each, when needed."""
     for path in FILES:
