@@ -1,5 +1,7 @@
 """Recipes: every published setting as a file, overrides that say what is wrong, pictures of a schedule."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -145,3 +147,10 @@ def test_the_sharding_settings_are_those_of_the_second_version():
     settings = yaml.safe_load(FSDP_SETTINGS.read_text())
     assert settings["distributed_type"] == "FSDP"
     assert settings["fsdp_config"]["fsdp_version"] == 2
+
+
+def test_every_key_and_its_explanation_stand_in_the_documents():
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    for key, field in Recipe.model_fields.items():
+        assert f"| `{key}` |" in text, key
+        assert field.description in text, key

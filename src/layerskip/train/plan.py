@@ -127,9 +127,12 @@ def _memory(run: Run, parameters: int, trainable: int) -> int:
     config, recipe = run.model.config.get_text_config(), run.recipe
     tokens, width = recipe.batch_size * recipe.length, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    size = 2 if recipe.dtype == "bfloat16" else 4
-    layer = tokens * (10 * width + 4 * inner) * size  # what a Llama-shaped layer keeps for its backward pass
+    short = recipe.dtype == "bfloat16"  # autocast: norms and the residual stay float32, products are 16 bit
+    size = 2 if short else 4
+    # What a Llama-shaped layer keeps for its backward pass; 4 x 512 tokens of SmolLM2 took 5.2 GB in all.
+    layer = tokens * ((32 if short else 56) * width + 4 * inner * size)
     layers = config.num_hidden_layers
-    activations = layer + layers * tokens * width * size if recipe.checkpointing else layers * layer
+    activations = layer + layers * tokens * width * 4 if recipe.checkpointing else layers * layer
     head = config.vocab_size * width
-    return int(4 * parameters + 12 * trainable + activations + 4 * head + 3 * (1 << 26))
+    weights = (6 if short else 4) * parameters + 12 * trainable
+    return int(weights + activations + 4 * head + 3 * (1 << 26))

@@ -107,7 +107,7 @@ class Recipe(_Strict):
     p_max: float = Field(default=0.1, ge=0, lt=1)
     """Largest probability that a row skips a layer; 0 is no layer dropout."""
     drop_depth: Literal["exp", "linear", "uniform"] = "exp"
-    """How the drop rate grows with depth, from 0 at the first layer to p_max at the last."""
+    """How the drop rate grows with depth: exp and linear from 0 at the first layer, uniform not at all."""
     drop_time: Literal["const", "exp", "linear_down"] = "const"
     """How it changes over the run: const for trained models, exp from scratch."""
     residual_scale: Literal["none", "inverse"] = "none"
@@ -115,7 +115,7 @@ class Recipe(_Strict):
 
     # exit loss
     e_scale: Share = 1.0
-    """Weight of the early exits against the last layer, in the paper's weighting."""
+    """Weight of the early exits against the last layer; 0 is plain training."""
     weighting: Literal["paper", "uniform"] | dict[int, Annotated[float, Field(ge=0)]] = "paper"
     """paper grows with the square of depth, uniform is equal, {exit: weight} is your own."""
     curriculum: Literal["rotational", "gradual", "all", "fixed"] = "rotational"
