@@ -131,9 +131,9 @@ def topv2() -> str:
         "",
         f"{result['items']} items of TOPv2's test file, greedy, {told['dtype']}, {told['threads']} threads of an "
         f"{told['device_name']}, {drafted}; tokens/s from prompt to end, prefill included, on "
-        f"{result['timed_items']} of them one at a time. Speed-up: median of the ratios to plain decoding of the same "
-        f"model on the same item, 95% interval over items; predicted: the "
-        f"cost model in layers at these tokens per round; K was chosen on {result['tuning']['items']} other items "
+        f"{result['timed_items']} of them one at a time. Speed-up: median of the ratios to plain decoding of the "
+        f"same model on the same item, 95% interval over items; predicted: the cost model in layers "
+        f"at these tokens per round; K was chosen on {result['tuning']['items']} other items "
         f"([{path.name}](benchmarks/results/{path.name})).",
     ]
     return "\n".join(lines)
