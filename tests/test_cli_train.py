@@ -386,7 +386,7 @@ def test_the_picture_falls_back_to_characters_without_matplotlib(run, monkeypatc
 
 def test_two_processes_train_and_one_of_them_prints(folder, data, tmp_path):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "-m", "layerskip", "train", "tiny", *SHORT, f"model={folder}", f"data={data}", f"output={tmp_path / 'out'}",
         "batch_size=1",
     ]  # fmt: skip
