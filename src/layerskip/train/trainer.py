@@ -27,6 +27,7 @@ from layerskip.model.cost import Cost, expected_tokens
 from layerskip.train import checkpoints
 from layerskip.train.exits import IGNORE, ExitTraining, Totals
 from layerskip.train.schedule import Schedule
+from layerskip.train.supported import refuse_unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +97,7 @@ class LayerSkipMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _refuse_unsupported(self)
+        refuse_unsupported(self)
         options = self.args
         options.prediction_loss_only = True  # the logits of all exits are never made at once
         hf = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -284,6 +285,15 @@ class LayerSkipMixin:
         if options.push_to_hub:
             self._push_from_checkpoint(str(run / name))
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        limit = self.args.save_total_limit
+        if self.interrupted and limit == 1:  # Trainer keeps the best alone then, there is still more to train
+            self.args.save_total_limit = 2
+        try:
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._saving is None:  # not while it is written aside
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
@@ -321,38 +331,6 @@ class _Interrupts(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()
-
-
-def _refuse_unsupported(trainer: Any) -> None:
-    """Refuse what would train something else than the recipe says, or hang."""
-    options = trainer.args
-    if options.n_gpu > 1:
-        raise UserError(
-            "one process drives several GPUs (DataParallel): exits need a process per GPU",
-            "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
-        )
-    if (options.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise UserError(
-            "reentrant activation checkpointing hides the exits' states from the loss",
-            'gradient_checkpointing_kwargs={"use_reentrant": False}, the default',
-        )
-    if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
-        raise UserError(
-            "tensor, context and sequence parallel training are not supported", "use DDP or FSDP instead"
-        )
-    other_loss = options.label_smoothing_factor > 0.0 or trainer.compute_loss_func is not None
-    if other_loss or getattr(options, "loss_type", "nll") not in ("nll", "chunked_nll"):
-        raise UserError(
-            "label smoothing, compute_loss_func and other loss types would replace the loss of the exits",
-            "leave them out; exit_loss chooses between ce, kl and ce+kl",
-        )
-    if trainer.compute_metrics is not None:
-        raise UserError(
-            "compute_metrics needs the logits of whole batches, which are never made",
-            "evaluation gives loss and agreement of every exit; the rest can look at checkpoints",
-        )
-    if trainer.model_init is not None:
-        raise UserError("model_init would make a second model without exits", "give the model itself")
 
 
 def predicted(exits: ExitTraining, agreement: dict[int, float]) -> tuple[int, int, float] | None:
