@@ -1,4 +1,4 @@
-"""Training runs that kill themselves at a bad moment: `python training_kills.py FOLDER`; each in a fork of its own."""
+"""Training runs that kill themselves at a bad moment, each in a fork: `python training_kills.py FOLDER`."""
 
 import os
 import signal
