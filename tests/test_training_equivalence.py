@@ -117,13 +117,17 @@ def test_leaving_gives_the_model_back_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_second_trainer_of_a_model_replaces_the_first(tmp_path):
-    """Both used to stay in the model's forward, layers were dropped twice by masks of two runs."""
-    recipe = PARTS["dropout, rotating exits"]
-    wanted = training.trained(tmp_path, **recipe)
+@pytest.mark.parametrize("recipe", ["plain with dropout", "dropout, rotating exits"])
+def test_a_second_trainer_of_a_model_replaces_the_first(tmp_path, recipe):
+    """Both used to stay in the model's forward: a plain second run trained the exits of the first."""
+    wanted = training.trained(tmp_path, **PARTS[recipe])
     model = training.model()
-    training.trainer(tmp_path, start=model, **recipe)
-    assert training.difference(wanted, training.trained(tmp_path, start=model, **recipe)) == 0.0
+    first = training.trainer(tmp_path, start=model, max_steps=1, learning_rate=0.0, **PARTS["all exits"])
+    first.train()
+    assert training.difference(wanted, training.trained(tmp_path, start=model, **PARTS[recipe])) == 0.0
+    assert not first.exits.attached
+    assert "eval_exit_4_loss" in first.evaluate(training.counting(8))
+    assert first.exits.attached
 
 
 def test_a_model_keeps_its_logits_beside_the_trainer(tmp_path):

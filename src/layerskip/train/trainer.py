@@ -119,6 +119,11 @@ class LayerSkipMixin:
         self._interrupts = _Interrupts(self)
         self.add_callback(self._interrupts)  # type: ignore[attr-defined]
 
+    def _claim(self) -> None:
+        """Take the model back from a later trainer of it."""
+        if not self.exits.attached:
+            self.exits.attach()
+
     # -- a step ------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -180,6 +185,7 @@ class LayerSkipMixin:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._claim()
         training, began = self.exits.drain(), time.perf_counter()
         self.exits.measuring = True
         try:
@@ -235,6 +241,7 @@ class LayerSkipMixin:
                     f"no checkpoint to resume from in {self.args.output_dir}", "start without resume"
                 )
             resume_from_checkpoint = str(found)
+        self._claim()
         self._logged_s, self._micro = time.perf_counter(), (-1, 0)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
