@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 STAGING = ".saving"
+_REPLACED = ".replaced"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def latest(output: Path) -> Path | None:
     """Find the newest checkpoint of a run."""
+    _give_back(output)
     found = [
         (int(match[1]), path)
         for path in (output.iterdir() if output.is_dir() else ())
@@ -23,6 +28,7 @@ def latest(output: Path) -> Path | None:
 
 def clear_staging(output: Path) -> Path:
     """Make an empty folder to write a checkpoint into; what a killed run left there goes."""
+    _give_back(output)
     staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -36,13 +42,32 @@ def publish(written: Path, final: Path) -> None:
             _flush(Path(folder) / name)
         _flush(Path(folder))
     if final.exists():
-        old = written.with_name(written.name + ".old")
+        old = written.with_name(final.name + _REPLACED)
         final.rename(old)
         written.rename(final)
         shutil.rmtree(old)
     else:
         written.rename(final)
     _flush(final.parent)
+
+
+def disk_error(error: BaseException) -> bool:
+    """Whether writing a file failed: torch and safetensors raise errors of their own for it."""
+    own = ("PytorchStreamWriter", "inline_container")
+    return (
+        isinstance(error, OSError)
+        or (isinstance(error, SafetensorError) and "I/O error" in str(error))
+        or (isinstance(error, RuntimeError) and any(name in str(error) for name in own))
+    )
+
+
+def _give_back(output: Path) -> None:
+    """Rename a checkpoint back that a kill caught in `publish` between being replaced and its replacement."""
+    for old in (output / STAGING).glob("*" + _REPLACED):
+        final = output / old.name.removesuffix(_REPLACED)
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            if not final.exists():
+                old.rename(final)
 
 
 def _flush(path: Path) -> None:

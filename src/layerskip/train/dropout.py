@@ -68,8 +68,9 @@ class LayerDropout:
     def attach(self) -> None:
         assert not self._before, "attached already"
         for index, layer in enumerate(self.layers):
-            self._before.append(layer.__dict__.get("forward"))
-            layer.forward = self._wrapped(index, layer.forward)
+            before = layer.__dict__.get("forward")
+            self._before.append(before)
+            layer.forward = self._wrapped(index, _of_class(layer) if before is None else before)
 
     def detach(self) -> None:
         for layer, before in zip(self.layers, self._before, strict=True):
@@ -89,6 +90,9 @@ class LayerDropout:
 
     def _wrapped(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         # The gather depends on numbers a compiler cannot know: it is left out of graphs, the layer itself is not.
+        disable: Any = torch.compiler.disable
+        cut = disable(sliced)
+
         @functools.wraps(original)
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             kept = self.kept
@@ -107,7 +111,7 @@ class LayerDropout:
                 chosen, scale = torch.zeros(1, dtype=torch.long, device=hidden.device), 0.0
             else:
                 chosen = self._indices[index]
-            args, kwargs = sliced(args, chosen, rows), sliced(kwargs, chosen, rows)
+            args, kwargs = cut(args, chosen, rows), cut(kwargs, chosen, rows)
             part = hidden if count == rows else hidden.index_select(0, chosen)
             out = original(part, *args, **kwargs)
             if isinstance(out, tuple):
@@ -116,9 +120,19 @@ class LayerDropout:
                 out = part + (out - part) * scale
             return out if count == rows else hidden.index_copy(0, chosen, out.to(hidden.dtype))
 
-        disable: Any = torch.compiler.disable
         disabled: Callable[..., Any] = disable(forward, recursive=False)
         return disabled
+
+
+def _of_class(layer: Any) -> Callable[..., Any]:
+    """The layer's own forward, looked up when called: FSDP gives a layer a class of its own, and from
+    transformers 5.23 on activation checkpointing is in the forward of the outermost class only."""
+
+    @functools.wraps(layer.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(layer).forward(layer, *args, **kwargs)
+
+    return forward
 
 
 def sliced(value: Any, chosen: Tensor, rows: int) -> Any:

@@ -100,38 +100,48 @@ class ExitTraining:
         self.eval_exits = schedule.trained if eval_exits is None else eval_exits
         self.dropout = LayerDropout(layers, residual_scale, distributed)
         self.totals = Totals()
+        self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
         self.step, self.total, self.first_row = 0, 1, 0
         self._wanted: set[int] = set()
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._before: Any = None
+        self._eager: dict[Any, Any] = {}
 
     @property
     def attached(self) -> bool:
         return bool(self._hooks)
 
     def attach(self) -> None:
-        """Put the recipe into the model's forward; no parameter is renamed."""
+        """Put the recipe into the model's forward, in place of another one there; no parameter is renamed."""
+        if (other := getattr(self.hf.forward, "exit_training", None)) is not None:
+            other.detach()  # a second trainer of the same model must not train through the first
         check_logits(self.hf, self.finish, self.softcap)
         self.dropout.attach()
+        # What changes from step to step (exits, rows, tokens with a label) is kept from a compiler, layers are not.
+        disable: Any = torch.compiler.disable
+        self._eager = {f: disable(f) for f in (self._catch, self._prepare, self._note, self._loss)}
         for k, layer in enumerate(self.layers, 1):
-            self._hooks.append(layer.register_forward_hook(functools.partial(self._catch, k)))
+            hook = functools.partial(self._eager[self._catch], k)
+            self._hooks.append(layer.register_forward_hook(hook))
         self._before = self.hf.__dict__.get("forward")
-        original = self.hf.forward
+        original, inner = self.hf.forward, disable(self._forward, recursive=False)
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(original, *args, **kwargs)
+            return inner(original, *args, **kwargs)
 
-        disable: Any = torch.compiler.disable
         self.hf.forward = disable(forward, recursive=False)
+        self.hf.forward.exit_training = self
 
     def detach(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was; again does nothing."""
+        if not self.attached:
+            return
         self.dropout.detach()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._eager = [], {}
         if self._before is None:
             del self.hf.forward
         else:
@@ -167,16 +177,19 @@ class ExitTraining:
         if args:  # by position: input ids first, in every causal model
             kwargs = {**kwargs, "input_ids": args[0]}
             assert len(args) == 1, "give tensors by name"
-        if labels is None:
+        if labels is None or not (hf.training or self.measuring):
             self.dropout.set([], None, hf.device)
             return original(**kwargs)
         given = kwargs.get("input_ids")
         tokens: Tensor = kwargs["inputs_embeds"] if given is None else given
         last = self.schedule.num_layers
-        weights = self._prepare(tokens)
+        weights = self._eager[self._prepare](tokens)
         exits = {*weights} if hf.training else {*self.eval_exits, last}
         if exits == {last} and hf.training:
-            return self._plain(original, labels, kwargs)
+            # The model's own loss; a cache would hide from transformers that rows are packed.
+            out = original(**{"use_cache": False, **kwargs})
+            self._eager[self._note](out.loss.detach(), labels, kwargs.get("num_items_in_batch"))
+            return out
         divisor = kwargs.pop("num_items_in_batch", None)
         rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
         self._wanted, self._caught = exits - {last}, {}
@@ -185,25 +198,7 @@ class ExitTraining:
         finally:
             self._wanted, caught = set(), self._caught
             self._caught = {}
-        wanted = labels[:, 1:].reshape(-1)
-        places = (wanted != IGNORE).nonzero()[:, 0]  # the one wait for the device of a call
-        states = {last: _picked(final, places)}
-        for k in sorted(caught, reverse=True):
-            states[k] = self._finished(_picked(caught[k], places))
-        loss, sums = multi_exit_loss(
-            states,
-            wanted[places],
-            weights,
-            self.head.weight,
-            self.head.bias,
-            self.softcap,
-            exit_loss=self.exit_loss,
-            divisor=divisor,
-        )
-        self.totals.add(sums)
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        return CausalLMOutputWithPast(loss=loss)
+        return self._eager[self._loss](final, caught, labels, weights, divisor)
 
     def _prepare(self, tokens: Tensor) -> dict[int, float]:
         """Draw who is dropped in this pass; return the weights of the exits."""
@@ -218,16 +213,40 @@ class ExitTraining:
         self.totals.seen += rows * tokens.shape[1]
         return self.schedule.weights(self.step, self.total)
 
-    def _plain(self, original: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
-        """Use the model's own loss, and note it; a cache would hide from transformers that rows are packed."""
-        kwargs = {"use_cache": False, **kwargs}
-        out = original(**kwargs)
-        last, tokens = self.schedule.num_layers, int((labels[:, 1:] != IGNORE).sum())
-        divisor = kwargs.get("num_items_in_batch")
-        ce = out.loss.detach().float() * (tokens if divisor is None else divisor)
+    def _note(self, loss: Tensor, labels: Tensor, divisor: Tensor | int | None) -> None:
+        """Add a loss that the model worked out itself to the totals."""
+        tokens = int((labels[:, 1:] != IGNORE).sum())
+        ce = loss.float() * (tokens if divisor is None else divisor)
         zero, agreed = torch.zeros_like(ce)[None], torch.full_like(ce, tokens)[None]
-        self.totals.add(Sums((last,), ce[None], zero, agreed, tokens))
-        return out
+        self.totals.add(Sums((self.schedule.num_layers,), ce[None], zero, agreed, tokens))
+
+    def _loss(
+        self,
+        final: Tensor,
+        caught: dict[int, Tensor],
+        labels: Tensor,
+        weights: dict[int, float],
+        divisor: Tensor | int | None,
+    ) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        wanted = labels[:, 1:].reshape(-1)
+        places = (wanted != IGNORE).nonzero()[:, 0]  # the one wait for the device of a call
+        states = {self.schedule.num_layers: _picked(final, places)}
+        for k in sorted(caught, reverse=True):
+            states[k] = self._finished(_picked(caught[k], places))
+        loss, sums = multi_exit_loss(
+            states,
+            wanted[places],
+            weights,
+            self.head.weight,
+            self.head.bias,
+            self.softcap,
+            exit_loss=self.exit_loss,
+            divisor=divisor,
+        )
+        self.totals.add(sums)
+        return CausalLMOutputWithPast(loss=loss)
 
     def _finished(self, x: Tensor) -> Tensor:
         for module in self.finish:
@@ -249,7 +268,7 @@ def check_logits(hf: Any, finish: list[Any], softcap: float | None) -> None:
     head = hf.get_output_embeddings()
     if head.weight.device.type == "meta":
         return
-    was_training = hf.training
+    modes = [(module, module.training) for module in hf.modules()]
     hf.eval()
     seen: list[Tensor] = []
     hook = finish[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) if finish else None
@@ -257,7 +276,8 @@ def check_logits(hf: Any, finish: list[Any], softcap: float | None) -> None:
         tokens = probe_tokens(head.weight.shape[0], head.weight.device)
         reference = hf(input_ids=tokens, use_cache=False).logits.float()
     finally:
-        hf.train(was_training)
+        for module, training in modes:
+            module.training = training
         if hook is not None:
             hook.remove()
     x = seen[-1]

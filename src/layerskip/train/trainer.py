@@ -9,6 +9,7 @@ are whole or absent, a stop at a loss that is not finite, and an interrupt that 
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -24,8 +25,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from layerskip.errors import UserError
 from layerskip.model.cost import Cost, expected_tokens
 from layerskip.train import checkpoints
-from layerskip.train.exits import ExitTraining, Totals
+from layerskip.train.exits import IGNORE, ExitTraining, Totals
 from layerskip.train.schedule import Schedule
+from layerskip.train.supported import refuse_unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,10 +81,6 @@ class LayerSkipFields:
 class LayerSkipArguments(LayerSkipFields, TrainingArguments):
     """`TrainingArguments` with the recipe's settings."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.prediction_loss_only = True  # the logits of all exits are never made at once
-
 
 class LayerSkipMixin:
     """Give a subclass of `Trainer` the recipe; put it first: `class Mine(LayerSkipMixin, SFTTrainer)`.
@@ -99,17 +97,9 @@ class LayerSkipMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        refuse_unsupported(self)
         options = self.args
-        if options.n_gpu > 1:
-            raise UserError(
-                "one process drives several GPUs (DataParallel): exits need a process per GPU",
-                "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
-            )
-        if (options.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise UserError(
-                "reentrant activation checkpointing hides the exits' states from the loss",
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, the default',
-            )
+        options.prediction_loss_only = True  # the logits of all exits are never made at once
         hf = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.exits = ExitTraining(
             hf,
@@ -120,12 +110,19 @@ class LayerSkipMixin:
             options.world_size > 1,
         )
         self.exits.attach()
+        self.exits.measuring = False  # outside of `evaluate` the model gives its logits as ever
         self.interrupted = False
         self.wants_to_stop = False  # this rank was told to; `interrupted` is what all ranks agreed on
         self._micro = (-1, 0)  # optimiser step, parts of its batch already seen
         self._saving: Path | None = None
         self._logged_s = time.perf_counter()
-        self.add_callback(_Interrupts(self))  # type: ignore[attr-defined]
+        self._interrupts = _Interrupts(self)
+        self.add_callback(self._interrupts)  # type: ignore[attr-defined]
+
+    def _claim(self) -> None:
+        """Take the model back from a later trainer of it."""
+        if not self.exits.attached:
+            self.exits.attach()
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -188,10 +185,18 @@ class LayerSkipMixin:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        training = self.exits.drain()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        figures = _by_exit(_reduced(self.exits.drain(), self.args.world_size))
-        self.exits.totals = training
+        self._claim()
+        training, began = self.exits.drain(), time.perf_counter()
+        self.exits.measuring = True
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        finally:
+            self.exits.measuring = False
+            totals, self.exits.totals = self.exits.drain(), training
+        self._logged_s += time.perf_counter() - began  # not a part of training's tokens per second
+        if not totals.ce:  # nothing had labels
+            return output
+        figures = _by_exit(_reduced(totals, self.args.world_size))
         last = self.exits.schedule.num_layers
         figures["loss"] = figures[f"exit_{last}_loss"]  # Trainer's own averages batches, not tokens
         agreement = {k: figures[f"exit_{k}_agreement"] for k in self.exits.eval_exits}
@@ -200,6 +205,20 @@ class LayerSkipMixin:
             figures["predicted_speedup"] = best[2]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take the labels from rows that only fill up the last batch of all ranks: they were measured already."""
+        loader, options = self.accelerator.gradient_state, self.args
+        if (
+            options.world_size > 1
+            and loader.end_of_dataloader
+            and loader.remainder > 0
+            and "labels" in inputs
+        ):
+            labels = inputs["labels"].clone()
+            labels[max(0, loader.remainder - options.process_index * len(labels)) :] = IGNORE
+            inputs = {**inputs, "labels": labels}
+        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _figures(self, totals: Totals) -> dict[str, float]:
         totals = _reduced(totals, self.args.world_size)
@@ -222,8 +241,12 @@ class LayerSkipMixin:
                     f"no checkpoint to resume from in {self.args.output_dir}", "start without resume"
                 )
             resume_from_checkpoint = str(found)
-        self._logged_s = time.perf_counter()
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        self._claim()
+        self._logged_s, self._micro = time.perf_counter(), (-1, 0)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._interrupts.restore()
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._saving is not None:
@@ -234,33 +257,53 @@ class LayerSkipMixin:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write aside and rename: a kill or a full disk leaves the previous checkpoint as it was."""
         run, options = Path(self._get_output_dir(trial)), self.args
-        name = f"checkpoint-{self.state.global_step}"
-        if options.should_save:
-            checkpoints.clear_staging(run)
-        self.accelerator.wait_for_everyone()
-        self._saving = run / checkpoints.STAGING
+        staging, name = run / checkpoints.STAGING, f"checkpoint-{self.state.global_step}"
         try:
+            if options.should_save:
+                checkpoints.clear_staging(run)
+            self.accelerator.wait_for_everyone()
+            self._saving = staging
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        except OSError as error:
+            self._saving = None
+            if (best := self.state.best_global_step) and (best == self.state.global_step):
+                self.state.best_model_checkpoint = str(run / name)
+            self.accelerator.wait_for_everyone()
+            if options.should_save:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                checkpoints.publish(staging / name, run / name)
+                staging.rmdir()
+                rotate_checkpoints(
+                    output_dir=str(run),
+                    save_total_limit=options.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+        except Exception as error:
+            if not checkpoints.disk_error(error):
+                raise
+            shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint need not fill the disk
             raise UserError(
                 f"cannot save a checkpoint into {run}: {error}",
                 "free space and resume: earlier checkpoints are untouched",
             ) from error
         finally:
-            written, self._saving = self._saving / name, None
-        if (best := self.state.best_global_step) and (best == self.state.global_step):
-            self.state.best_model_checkpoint = str(run / name)
+            self._saving = None
         self.accelerator.wait_for_everyone()
-        if options.should_save:
-            self.state.save_to_json(str(written / "trainer_state.json"))
-            checkpoints.publish(written, run / name)
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=options.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
+        if options.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        limit = self.args.save_total_limit
+        if self.interrupted and limit == 1:  # Trainer keeps the best alone then, there is still more to train
+            self.args.save_total_limit = 2
+        try:
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saving is None:  # not while it is written aside
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
 
 class LayerSkipTrainer(LayerSkipMixin, Trainer):
@@ -281,9 +324,9 @@ class _Interrupts(TrainerCallback):
 
     def _note(self, number: int, frame: Any) -> None:
         self.trainer.wants_to_stop = True
-        self._restore()
+        self.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
@@ -294,7 +337,7 @@ class _Interrupts(TrainerCallback):
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restore()
+        self.restore()
 
 
 def predicted(exits: ExitTraining, agreement: dict[int, float]) -> tuple[int, int, float] | None:
