@@ -117,7 +117,7 @@ def test_overrides_are_yaml_with_dotted_keys():
         ("best_by=loss", "best_by loss needs eval_data"),
         ("steps", "'steps' is not a setting\n  write key=value"),
         ("exits=[1", "the value of exits is not YAML"),
-        ("steps.x=1", "steps is 600, it has no keys inside"),
+        ("steps.x=1", "steps is 950, it has no keys inside"),
     ],
 )  # fmt: skip
 def test_a_wrong_override_says_which_key_and_what_is_allowed(override, says):
