@@ -15,7 +15,7 @@ LENGTH = 12
 
 # Two runs that sum over the same tokens in another order: a unit in the last place of weights of order one (1.2e-7
 # measured, after four steps of gradient descent). A micro-batch weighted wrongly, or masks drawn for other rows,
-# change weights by 1e-3.
+# change weights by 1e-2.
 SAME = 1e-6
 
 
