@@ -17,10 +17,6 @@ from layerskip.train.exits import ExitTraining
 from layerskip.train.schedule import Schedule
 from layerskip.train.trainer import LayerSkipTrainer
 
-# Sums over the same tokens in another order: a few units in the last place of gradients of order one, through four
-# steps of gradient descent. A micro-batch weighted wrongly, or one mask drawn differently, changes weights by 1e-4
-# and more.
-SAME = 2e-6
 PARTS = {
     "all exits": {},
     "dropout, rotating exits": {"p_max": 0.5, "curriculum": "rotational", "rotation": 2},
@@ -37,7 +33,7 @@ def test_four_micro_batches_of_two_are_one_batch_of_eight(tmp_path, recipe):
     whole = training.trained(tmp_path, data=data, **recipe)
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     cut = training.trained(tmp_path, data=data, **recipe, **parts)
-    assert training.difference(whole, cut) < SAME
+    assert training.difference(whole, cut) < training.SAME
     assert training.difference(whole, training.model().state_dict()) > 1e-2
 
 
@@ -47,7 +43,9 @@ def test_a_batch_cut_unevenly_keeps_its_rows_and_masks(tmp_path):
     data = training.counting(20, masked=True)
     whole = training.trained(tmp_path, data=data, **recipe)
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert training.difference(whole, training.trained(tmp_path, data=data, **recipe, **parts)) < SAME
+    assert (
+        training.difference(whole, training.trained(tmp_path, data=data, **recipe, **parts)) < training.SAME
+    )
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"every_n_layers": 2}], ids=str)
@@ -147,7 +145,7 @@ def test_a_compiled_model_has_the_same_losses(tmp_path, recipe):
     compiled = training.trainer(tmp_path, torch_compile=True, torch_compile_backend="eager", **PARTS[recipe])
     plain.train()
     compiled.train()
-    assert training.difference(training.weights(plain), training.weights(compiled)) < SAME
+    assert training.difference(training.weights(plain), training.weights(compiled)) < training.SAME
     for ours, theirs in zip(training.losses(plain), training.losses(compiled), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
 

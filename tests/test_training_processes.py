@@ -11,8 +11,6 @@ import training
 import training_ranks
 from training_ranks import JOBS
 
-# As between micro-batches: the same sums in another order.
-SAME = 2e-6
 REPLICATED = [name for name in JOBS if name.startswith("replicated")]
 SHARDED = [name for name in JOBS if name.startswith("sharded")]
 
@@ -49,7 +47,7 @@ def test_two_replicas_train_what_one_process_trains(two, tmp_path, name):
     one = training_ranks.run_job(name, tmp_path, 1)
     for rank in two:
         assert rank[name]["wrapped"] == "DistributedDataParallel"
-        assert training.difference(rank[name]["weights"], one["weights"]) < SAME
+        assert training.difference(rank[name]["weights"], one["weights"]) < training.SAME
         for ours, theirs in zip(rank[name]["loss"], one["loss"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
     assert training.difference(one["weights"], training.model().state_dict()) > 1e-2
@@ -82,7 +80,7 @@ def test_two_shards_train_what_one_process_trains(two, tmp_path, name):
     one = training_ranks.run_job(name, tmp_path, 1)
     for rank in two:
         assert rank[name]["sharded"]
-        assert training.difference(rank[name]["weights"], one["weights"]) < SAME
+        assert training.difference(rank[name]["weights"], one["weights"]) < training.SAME
         assert rank[name]["norms"] == pytest.approx(one["norms"], rel=1e-5)
     assert training.difference(one["weights"], training.model().state_dict()) > 1e-2
 

@@ -115,6 +115,16 @@ def test_signals_act_as_usual_after_a_run_that_failed(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_signals_act_as_usual_after_a_run_that_began_twice(tmp_path):
+    """As one with `auto_find_batch_size` does; the handler to go back to was then our own."""
+    run = training_kills.run(tmp_path)
+    for _ in range(2):
+        run.callback_handler.on_train_begin(run.args, run.state, run.control)
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    run.callback_handler.on_train_end(run.args, run.state, run.control)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 class Fills(TrainerCallback):
     """Let no file grow past a size from step 3 on, so that torch and safetensors fail for real."""
 

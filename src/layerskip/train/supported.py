@@ -20,6 +20,13 @@ def refuse_unsupported(trainer: Any) -> None:
             "reentrant activation checkpointing hides the exits' states from the loss",
             'gradient_checkpointing_kwargs={"use_reentrant": False}, the default',
         )
+    if trainer.is_deepspeed_enabled:
+        raise UserError("DeepSpeed is not supported: the loss of the exits needs whole weights", "use FSDP")
+    if trainer.is_model_parallel:
+        raise UserError(
+            "the model is spread over several devices, its exits cannot be read there",
+            "load it without device_map, and use FSDP for what does not fit",
+        )
     if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
         raise UserError(
             "tensor, context and sequence parallel training are not supported", "use DDP or FSDP instead"

@@ -319,6 +319,7 @@ class _Interrupts(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.interrupted = self.trainer.wants_to_stop = False
+        self.restore()  # a run that starts over with smaller batches begins twice
         if threading.current_thread() is threading.main_thread():
             self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
