@@ -101,6 +101,8 @@ def test_a_single_step_and_a_single_layer_divide_by_nothing():
         ({"exits": (40,)}, "30 layers"),
         ({"exits": (30,)}, "no early exit"),
         ({"exits": ()}, "no early exit"),
+        ({"exits": (1,)}, "no weight, so no exit"),  # used to train the last layer alone, silently
+        ({"exits": (4, 8), "weighting": {4: 0.0, 8: 0.0}}, "no weight, so no exit"),
         ({"rotation": 31}, "rotation 31 is longer"),
         ({"rotation": 0}, "rotation is 0"),
         ({"curriculum": "fixed"}, "list of exits"),

@@ -127,6 +127,11 @@ class Schedule:
                 f"exits {list(self.exits)} has no early exit",
                 f"name at least one layer from 1 to {self.num_layers - 1}, or set e_scale=0 for plain training",
             )
+        if self.exits is not None and self.e_scale > 0 and not self.trained:
+            raise UserError(
+                f"exits {list(self.exits)} have no weight, so no exit would be trained",
+                "weighting=uniform counts every exit; the paper's counts all but exit 1",
+            )
         if self.curriculum == "rotational" and (self.rotation or 0) > max(1, self.num_layers - 1):
             raise UserError(
                 f"rotation {self.rotation} is longer than the {self.num_layers - 1} exits of this model",
