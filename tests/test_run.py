@@ -1,11 +1,20 @@
 """What a run of a recipe refuses, writes down and takes up again, below the command line."""
 
 import errno
+import io
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
+from transformers import AutoConfig
 
+from layerskip.decode.options import Options
+from layerskip.display_train import print_result
 from layerskip.errors import UserError
+from layerskip.model.checkpoint import Facts, facts_of
+from layerskip.train import loading
 from layerskip.train import run as runs
 from layerskip.train.recipe import read_recipe
 
@@ -73,6 +82,34 @@ def test_a_full_disk_at_a_resume_leaves_the_recipe_as_it_was(recipe, monkeypatch
         runs.finish(again)
     assert (run.output / runs.RECIPE_FILE).read_bytes() == before
     assert not list(run.output.glob(".*"))
+
+
+# -- what it leaves ------------------------------------------------------------------------------------------
+
+
+def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monkeypatch):
+    """Default E and K were exported even where drafting with them was predicted to be slower."""
+    monkeypatch.setattr("layerskip.train.trainer.predicted", lambda *_: (2, 1, 0.8))
+    result = runs.train(recipe())
+    assert (result["exit_layer"], result["draft_length"], result["predicted_speedup"]) == (None, None, 0.8)
+    folder = Path(result["output"])
+    facts = facts_of(AutoConfig.from_pretrained(folder))
+    assert facts == Facts((2, 3), recipe="tiny", versions=facts.versions)
+    assert "does not pay yet: the cost model predicts 0.80 x" in (folder / "README.md").read_text()
+    assert Options().plan(facts, 5).mode == "ar"
+    asked = Options(mode="self-speculative").plan(facts, 5)
+    assert (asked.mode, asked.exit_layer) == ("self-speculative", 1)
+    assert Options().plan(replace(facts, exit_layer=2), 5).mode == "self-speculative"
+    console = Console(file=io.StringIO(), width=200)
+    print_result(console, result)
+    assert "drafting does not pay yet: 0.80 x" in console.file.getvalue()
+
+
+def test_all_ends_of_the_generation_config_end_a_turn(folder, tmp_path):
+    config = AutoConfig.from_pretrained(folder)
+    assert loading.ends_of(folder, config) == {2}
+    config.eos_token_id = [2, 5]
+    assert loading.ends_of(tmp_path, config) == {2, 5}, "no generation config there"
 
 
 # -- refused before any step ---------------------------------------------------------------------------------

@@ -30,6 +30,11 @@ class Facts:
     def trained(self) -> bool:
         return bool(self.exits)
 
+    @property
+    def pays(self) -> bool:
+        """Whether drafting is the default: trained exits without a default one were predicted to be slower."""
+        return self.trained and self.exit_layer is not None
+
 
 # Checkpoints published by the method's authors carry no entry of ours; settings from the paper's tables.
 _PUBLISHED = {

@@ -30,6 +30,8 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             f"eval_every {eval_every}",
             f"eval_every={recipe.save_every}",
         )
+    if recipe.best_by == "speedup" and not schedule.trained:
+        raise UserError("best_by speedup needs an exit, and e_scale=0 trains none", "best_by=loss")
     settings: dict[str, Any] = {
         "output_dir": str(output),
         **{

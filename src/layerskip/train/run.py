@@ -29,6 +29,7 @@ from layerskip.train.loading import (
     check_length,
     check_packing,
     configuration_of,
+    ends_of,
     model_for,
     rows_of,
     tokenizer_of,
@@ -103,14 +104,19 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
         )
     folder, config = configuration_of(recipe)
     num_layers = config.get_text_config().num_hidden_layers
+    if recipe.layers is not None and recipe.layers > num_layers:
+        raise UserError(
+            f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
+            "layers=null takes its settings as they are; the shipped recipes for any depth are finetune and lora",
+        )
     schedule = schedule_for(recipe, num_layers)
     check_length(recipe, config)
     arguments = arguments_for(recipe, output, schedule)
-    tokenizer = tokenizer_of(folder)
+    tokenizer, ends = tokenizer_of(folder), ends_of(folder, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        train_rows = rows_of(recipe, recipe.sources, tokenizer, config, watch)
-        eval_rows = rows_of(recipe, recipe.eval_sources, tokenizer, config, watch, recipe.eval_limit)
+        train_rows = rows_of(recipe, recipe.sources, tokenizer, config, watch, ends)
+        eval_rows = rows_of(recipe, recipe.eval_sources, tokenizer, config, watch, ends, recipe.eval_limit)
     assert train_rows is not None
     model = model_for(recipe, folder, config)
     run = Run(
@@ -188,6 +194,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     }
     chosen = predicted(trainer.exits, {k: agreement[k] for k in run.schedule.trained if k in agreement})
     exit_layer, draft_length, speedup = chosen or (None, None, None)
+    if speedup is not None and speedup < 1.0:
+        exit_layer = draft_length = None  # decoding stays plain until it is asked for more
     result |= {"exit_layer": exit_layer, "draft_length": draft_length, "predicted_speedup": speedup}
     if trainer.state.best_model_checkpoint and run.recipe.best_by != "none":
         result["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name

@@ -243,6 +243,7 @@ class LayerSkipMixin:
             resume_from_checkpoint = str(found)
         self._claim()
         self._logged_s, self._micro = time.perf_counter(), (-1, 0)
+        self.exits.drain()  # sums of a run that was refused would be refused again
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
