@@ -269,7 +269,11 @@ def test_a_start_token_stands_where_the_tokenizer_puts_one():
 def test_an_example_without_a_token_to_learn_is_an_error():
     with pytest.raises(UserError, match="line 7 has no token to learn"):
         encoded([{"messages": CHAT[:1], "where": "a.jsonl, line 7"}])
-    assert learnt(encoded([{"prompt": "a", "completion": ""}])[0]) == "<|im_end|>"
+    for template in ("auto", "off"):  # the end alone used to be learnt
+        with pytest.raises(UserError, match="no token to learn: its completion is empty"):
+            encoded([{"prompt": "", "completion": ""}], template=template)
+    own = {"prompt": "a", "completion": "", "finish_reason": "eos"}
+    assert learnt(encoded([own])[0]) == "<|im_end|>", "what a model wrote may be nothing"
 
 
 def test_examples_over_the_length_are_an_error_or_dropped_or_cut():

@@ -16,6 +16,7 @@ from layerskip.errors import UserError
 from layerskip.model.checkpoint import Facts, facts_of
 from layerskip.train import loading
 from layerskip.train import run as runs
+from layerskip.train.plan import REFUSED
 from layerskip.train.recipe import read_recipe
 
 
@@ -113,6 +114,11 @@ def test_all_ends_of_the_generation_config_end_a_turn(folder, tmp_path):
 
 
 # -- refused before any step ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_arguments_that_would_be_overwritten_or_break_a_resume_are_refused(refused, key):
+    assert f"arguments.{key} cannot be set: {REFUSED[key]}" in refused(f"arguments.{key}=true")
 
 
 def test_adapters_above_an_exit_are_refused_for_it_would_learn_nothing(refused):

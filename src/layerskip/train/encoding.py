@@ -181,6 +181,11 @@ class _Coder:
                 made[index] = pieces
         running = set(kinds["text"])
         for index, (example, pieces) in enumerate(zip(chunk, made, strict=True)):
+            if (
+                index not in running and "finish_reason" not in example
+            ):  # a model may end at once, a writer not
+                learnt = {int(token) for tokens, loss in pieces if loss for token in tokens}
+                pieces = pieces if learnt - self.ends else []
             yield example.get("where", f"example {index + 1}"), index in running, pieces
 
     def _known(self, example: Example) -> Pieces | None:

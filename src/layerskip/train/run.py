@@ -216,6 +216,7 @@ def _load_finished(trainer: Any, run: Run) -> None:
         )
     assert run.checkpoint is not None
     trainer.state = TrainerState.load_from_json(str(run.checkpoint / "trainer_state.json"))
+    trainer.state.best_model_checkpoint = checkpoints.best(trainer.state, run.output)
     best = trainer.state.best_model_checkpoint if run.recipe.best_by != "none" else None
     trainer._load_from_checkpoint(best or str(run.checkpoint))
 
