@@ -374,6 +374,14 @@ def test_a_recipe_is_drawn_as_a_picture_and_in_characters(run, tmp_path):
     assert rows[1].count("█") > rows[12].count("█") > 0, "the last layer is on from the start, others later"
 
 
+def test_a_recipe_for_any_depth_is_drawn_for_the_built_in_models(run):
+    code, printed, message = run("recipes", "plot", "finetune", "--text")
+    assert code == 0, message
+    assert [row.split()[0] for row in printed.rstrip("\n").split("\n")[1:-1]] == [
+        str(k) for k in range(30, 0, -1)
+    ]
+
+
 def test_the_picture_falls_back_to_characters_without_matplotlib(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from layerskip.errors import UserError
+from layerskip.train.plot import sampled
 from layerskip.train.recipe import (
     FSDP_SETTINGS,
     Recipe,
@@ -66,6 +67,12 @@ def test_the_revised_dropout_fades_out_and_scales_up():
     schedule = Schedule.of(32, recipe, recipe.exits)
     assert schedule.drop_rates(0, 100)[-1] == recipe.p_max
     assert schedule.drop_rates(99, 100)[-1] == 0.0
+
+
+def test_the_last_layer_is_no_exit_that_rotates():
+    """It was counted as one, so that pictures averaged over parts of a rotation."""
+    weights = sampled(Schedule(9, exits=(2, 4, 9), weighting="uniform"), 1000).mean_weights
+    assert weights[2] == weights[4] > 0
 
 
 def test_every_key_is_explained():

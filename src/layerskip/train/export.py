@@ -120,7 +120,7 @@ def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
         "exits", "exit_loss", "learning_rate", "lr_schedule", "dtype", "seed",
     )  # fmt: skip
     steps, tokens = result["steps"], result.get("tokens")
-    trained = f"{steps} steps" + ("" if tokens is None else f", {tokens:,} tokens")
+    trained = f"{steps} steps" + ("" if tokens is None else f", {tokens:,} tokens with padding")
     lines += ["", f"Recipe {recipe.name or 'of its own'}, {trained}.", "", "```"]
     lines += [f"{key}: {getattr(recipe, key)}" for key in keys]
     lines += [f"lora: rank {recipe.lora.rank}, merged"] if recipe.lora else []
