@@ -148,7 +148,7 @@ def test_rows_of_a_global_batch_set_the_accumulation(folder, data, tmp_path):
 def test_automatic_exits_are_eighths_of_the_depth():
     recipe = read_recipe("finetune")
     assert runs.schedule_for(recipe, 32).trained == (4, 8, 12, 16)
-    assert runs.schedule_for(recipe, 5).trained == (2,), "exit 1 has no weight in the paper's weighting"
+    assert runs.schedule_for(recipe, 5).trained == (1, 2)
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------
@@ -283,6 +283,7 @@ def lines(file, *records):
         (["arguments.max_steps=1"], "decided by the recipe's own keys"),
         (["exits=[2, 9]"], "trains exit 9, the model has 5 layers"),
         (["exits=[5]"], "no early exit"),
+        (["e_scale=0", "best_by=speedup", "eval_data=x"], "best_by speedup needs an exit"),
         (["exits=null", "rotation=9"], "rotation 9 is longer than the 4 exits"),
         (["weighting={9: 1.0}"], "weighs exit 9"),
         (["length=4096"], "longer than the model's context of 256"),
@@ -320,7 +321,8 @@ def test_labels_outside_the_vocabulary_are_said_before_any_step(refused, folder,
 
 
 def test_a_recipe_for_more_layers_than_the_model_has_is_refused(refused):
-    assert "rotation 39 is longer than the 4 exits" in refused("exits=null", recipe="continual-llama2-13b")
+    assert "is for 40 layers, the model has 5" in refused("exits=null", recipe="continual-llama2-13b")
+    assert "rotation 39 is longer" in refused("exits=null", "layers=null", recipe="continual-llama2-13b")
 
 
 def test_a_loss_that_is_not_finite_stops_with_exit_code_2(train, monkeypatch):

@@ -197,6 +197,17 @@ def test_what_the_template_puts_after_an_answer_is_not_learnt():
     assert learnt(example) == "4<|im_end|>6<|im_end|>"
 
 
+def test_a_turn_may_end_with_another_token_than_the_tokenizers_end():
+    """Llama-3 and Gemma do so: what follows a turn was learnt, and the end of an answer that had none."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<s>\n")
+    (end,) = tokenizer.encode("<s>")
+    (example,) = encode([{"messages": CHAT}], tokenizer, DataOptions(128), ends=[end])
+    assert learnt(example) == "4<s>6<s>"
+    pair = {"prompt": "a", "completion": "bc", "finish_reason": "length"}
+    assert learnt(encode([pair], tokenizer, DataOptions(64), ends=[end])[0]) == "bc"
+
+
 def test_a_chat_cut_in_two_learns_the_second_part_only(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": CHAT[:3], "completion": CHAT[3:]}])
     (example,) = encoded(examples(path), length=128)
@@ -258,7 +269,11 @@ def test_a_start_token_stands_where_the_tokenizer_puts_one():
 def test_an_example_without_a_token_to_learn_is_an_error():
     with pytest.raises(UserError, match="line 7 has no token to learn"):
         encoded([{"messages": CHAT[:1], "where": "a.jsonl, line 7"}])
-    assert learnt(encoded([{"prompt": "a", "completion": ""}])[0]) == "<|im_end|>"
+    for template in ("auto", "off"):  # the end alone used to be learnt
+        with pytest.raises(UserError, match="no token to learn: its completion is empty"):
+            encoded([{"prompt": "", "completion": ""}], template=template)
+    own = {"prompt": "a", "completion": "", "finish_reason": "eos"}
+    assert learnt(encoded([own])[0]) == "<|im_end|>", "what a model wrote may be nothing"
 
 
 def test_examples_over_the_length_are_an_error_or_dropped_or_cut():

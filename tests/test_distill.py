@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import layerskip
@@ -30,9 +32,9 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def distill(run, folder, prompts, tmp_path):
-    def call(*arguments, output=tmp_path / "own.jsonl", max_new_tokens=24):
+    def call(*arguments, output=tmp_path / "own.jsonl", max_new_tokens=24, model=folder):
         code, printed, message = run(
-            *("distill-data", folder, "--prompts", prompts, "--output", output, "--json"),
+            *("distill-data", model, "--prompts", prompts, "--output", output, "--json"),
             *("--max-new-tokens", max_new_tokens, *arguments),
         )
         return code, json.loads(printed.splitlines()[-1]) if printed else None, message
@@ -86,6 +88,22 @@ def test_a_killed_run_is_continued_as_if_it_had_not_been(distill, tmp_path, left
     code, summary, _ = distill(*options, output=part)
     assert (code, summary["found"], summary["written"]) == (0, 6, 0)
     assert part.read_bytes() == whole
+
+
+def test_a_run_under_other_settings_is_not_continued(distill, folder, tmp_path):
+    """The file ended up half from one model or temperature and half from another."""
+    assert distill("--limit", 2)[0] == 0
+    before = (tmp_path / "own.jsonl").read_bytes()
+    code, _, message = distill("--temperature", 1.0, "--separator", " ", max_new_tokens=8)
+    assert code == 2
+    assert "other settings: max_new_tokens, temperature, separator differ" in message
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, copy / "model.safetensors")
+    code, _, message = distill(model=copy)
+    assert "other settings: weights differ" in message
+    assert (tmp_path / "own.jsonl").read_bytes() == before
+    assert distill("--batch", 1)[1]["found"] == 2
 
 
 def test_control_c_leaves_whole_lines_and_says_how_to_go_on(distill, monkeypatch, tmp_path):

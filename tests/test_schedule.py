@@ -101,7 +101,10 @@ def test_a_single_step_and_a_single_layer_divide_by_nothing():
         ({"exits": (40,)}, "30 layers"),
         ({"exits": (30,)}, "no early exit"),
         ({"exits": ()}, "no early exit"),
+        ({"exits": (1,)}, "no weight, so no exit"),  # used to train the last layer alone, silently
+        ({"exits": (4, 8), "weighting": {4: 0.0, 8: 0.0}}, "no weight, so no exit"),
         ({"rotation": 31}, "rotation 31 is longer"),
+        ({"exits": (4, 30), "rotation": 2}, "rotation 2 is longer than the 1 exits"),
         ({"rotation": 0}, "rotation is 0"),
         ({"curriculum": "fixed"}, "list of exits"),
         ({"weighting": {4: -1.0}}, "0 or more"),
@@ -115,5 +118,5 @@ def test_a_schedule_that_cannot_be_is_refused_when_it_is_made(settings, says):
 def test_trained_exits_are_those_with_a_weight_at_some_step():
     assert Schedule(5).trained == (2, 3, 4)
     assert Schedule(5, weighting="uniform").trained == (1, 2, 3, 4)
-    assert Schedule(30, exits=(4, 8)).trained == (4, 8)
+    assert Schedule(30, exits=(4, 8)).trained == Schedule(30, exits=(8, 30, 4)).candidates == (4, 8)
     assert Schedule(5, e_scale=0.0).trained == ()

@@ -259,6 +259,18 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
     assert state["exp_avg"].isfinite().all()
 
 
+def test_a_trainer_that_refused_a_loss_trains_again(tmp_path):
+    """The sums of the refused step stayed, and were refused again for ever."""
+    run = training.trainer(tmp_path, callbacks=[Poison()])
+    good = training.weights(run)
+    with pytest.raises(UserError):
+        run.train()
+    run.exits.hf.load_state_dict(good)
+    run.remove_callback(Poison)
+    run.train()
+    assert run.state.global_step == 4
+
+
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     run = training.trainer(tmp_path, max_grad_norm=0.0)
     run.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import tiny
 import training
+from layerskip.errors import UserError
 from layerskip.train.exits import ExitTraining
 from layerskip.train.schedule import Schedule
 
@@ -33,6 +34,15 @@ def test_twenty_steps_teach_an_early_exit_and_leave_a_plain_checkpoint(tmp_path,
     assert torch.equal(model(tokens).logits, run.model.eval()(input_ids=tokens).logits)
     made = model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert made.shape == (1, 12)
+
+
+def test_a_mixture_of_experts_is_refused_for_its_routers_loss_would_be_lost():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="mixture of experts"):
+        ExitTraining(AutoModelForCausalLM.from_config(config), Schedule(2, weighting="uniform"))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -251,6 +251,29 @@ def test_the_best_checkpoint_and_the_last_survive_their_limit_and_a_restart(tmp_
     assert sorted(tmp_path.iterdir()) == [best, tmp_path / "checkpoint-6"][:limit]
 
 
+def test_a_moved_run_finds_its_best_checkpoint(tmp_path):
+    """Its state names it by the old path, and Trainer forgets what is not there."""
+    settings = {**BEST, "save_total_limit": 2, "eval_dataset": training.counting(8, seed=1)}
+    run = training_kills.run(tmp_path / "old", callbacks=[Signals(signal.SIGINT, 3)], **settings)
+    run.train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    again = training_kills.run(tmp_path / "new", **settings, start=training.model(seed=1))
+    again.train(resume_from_checkpoint=True)
+    name = f"checkpoint-{run.state.best_global_step}"
+    assert again.state.best_model_checkpoint == str(tmp_path / "new" / name)
+
+
+def test_tokens_between_a_log_and_a_checkpoint_are_counted(tmp_path):
+    run = training_kills.run(tmp_path, logging_steps=3)
+    run.train()
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    again = training_kills.run(tmp_path, logging_steps=3)
+    again.train(resume_from_checkpoint=True)
+    for one in (run, again):
+        assert [e["tokens"] for e in one.state.log_history if "loss" in e] == [288, 528]
+
+
 def test_resuming_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         resumed(tmp_path)

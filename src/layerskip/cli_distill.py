@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -109,9 +110,12 @@ def distill_data(
         raise UserError(f"{model} has no tokenizer, so it cannot read prompts", "add its tokenizer.json")
     if lm.has_template if chat is None else chat:
         given = [_as_messages(prompt) for prompt in given]
-    _check_found(found, given, output)
-    left = [index for index in range(len(given)) if index not in found]
     after = separator.replace("\\n", "\n").replace("\\t", "\t")
+    settings = {key: value for key, value in options.items() if key not in ("batch_size", "chat")}
+    settings |= {"separator": after, "dtype": str(lm.stack.dtype), "quantize": quantize}
+    settings |= {"weights": _fingerprint(lm.path)}
+    _check_found(found, given, settings, output)
+    left = [index for index in range(len(given)) if index not in found]
     encoded = [lm.encode(_with(given[index], after)) for index in left]
     began = time.perf_counter()
     record: dict[str, Any] = {
@@ -127,7 +131,8 @@ def distill_data(
         with output.open("a", encoding="utf-8", newline="\n") as file, _bar(record) as advance:
             results = lm.each(encoded, indices=left, **options)
             for index, tokens, result in zip(left, encoded, results, strict=True):
-                file.write(_line(index, given[index], tokens, result) + "\n")
+                first = not found and not record["written"]
+                file.write(_line(index, given[index], tokens, result, settings if first else None) + "\n")
                 file.flush()
                 record["written"] += 1
                 record["ended"] += result.finish_reason == "eos"
@@ -166,11 +171,13 @@ def _with(prompt: Prompt, separator: str) -> Prompt:
     return prompt + separator if isinstance(prompt, str) else prompt
 
 
-def _line(index: int, prompt: Prompt, tokens: list[int], result: Generation) -> str:
+def _line(
+    index: int, prompt: Prompt, tokens: list[int], result: Generation, settings: dict[str, Any] | None
+) -> str:
     """Phrase a training example: its text for people, and the very tokens seen and written.
 
     The text alone would not do: a model may write a text in other tokens than the tokenizer would, and whether it
-    ended with its end token, or its budget ended it, does not show.
+    ended with its end token, or its budget ended it, does not show. The first line tells the settings of all.
     """
     if isinstance(prompt, str):
         told: dict[str, Any] = {"prompt": prompt, "completion": result.text}
@@ -182,6 +189,7 @@ def _line(index: int, prompt: Prompt, tokens: list[int], result: Generation) -> 
         "input_ids": tokens + result.tokens,
         "completion_mask": [0] * len(tokens) + [1] * len(result.tokens),
     }
+    told |= {} if settings is None else {"settings": settings}
     return json.dumps(told, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -210,10 +218,30 @@ def _found(output: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _check_found(found: dict[int, dict[str, Any]], given: list[Prompt], output: Path) -> None:
+def _fingerprint(folder: Path | None) -> str:
+    """Tell weights apart by parts of their files: a model trained further keeps its name."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        with file.open("rb") as weights:
+            size = weights.seek(0, 2)
+            for place in range(0, size, max(1, size // 64)):
+                weights.seek(place)
+                digest.update(weights.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def _check_found(
+    found: dict[int, dict[str, Any]], given: list[Prompt], settings: dict[str, Any], output: Path
+) -> None:
+    before = next((line["settings"] for line in found.values() if "settings" in line), settings)
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        raise UserError(
+            f"{output} was made with other settings: {', '.join(changed)} differ",
+            "give those of its first run, another --output, or remove it",
+        )
     for index, line in found.items():
-        before = line["messages"][:-1] if "messages" in line else line.get("prompt")
-        if index < len(given) and before != given[index]:  # more than now: an earlier run had a greater limit
+        prompt = line["messages"][:-1] if "messages" in line else line.get("prompt")
+        if index < len(given) and prompt != given[index]:  # more than now: an earlier run had a greater limit
             raise UserError(
                 f"{output} was made from other prompts: number {index + 1} differs",
                 "give another --output, or remove it",

@@ -15,13 +15,13 @@ from rich.text import Text
 
 from layerskip.cli_app import AsJson  # noqa: TC001 (typer reads it)
 from layerskip.display import err, out
-from layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from layerskip.train.recipe import Recipe
 
+DRAWN_LAYERS = 30  # of the built-in model
 recipes = typer.Typer(no_args_is_help=True, help="List, show and draw the recipes of `layerskip train`.")
 Name = Annotated[str, typer.Argument(help="Built-in recipe or YAML file.", show_default=False)]
 Settings = Annotated[
@@ -114,7 +114,7 @@ def plot(
     name: Name,
     settings: Settings = None,
     layers: Annotated[
-        int | None, typer.Option(help="Depth of the model.", show_default="the recipe's")
+        int | None, typer.Option(help="Depth of the model.", show_default="the recipe's, else 30")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Picture to write.", show_default="recipe-NAME.png")
@@ -130,9 +130,7 @@ def plot(
     from layerskip.train.run import schedule_for
 
     recipe = read_recipe(name, settings or [])
-    num_layers = layers or recipe.layers
-    if num_layers is None:
-        raise UserError(f"{name} does not say for how many layers it is", "--layers 32, for example")
+    num_layers = layers or recipe.layers or DRAWN_LAYERS
     schedule, steps = schedule_for(recipe, num_layers), recipe.steps or 1000
     if not text:
         file = output or Path(f"recipe-{recipe.name}.png")

@@ -66,6 +66,9 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             f"{result['predicted_speedup']:.2f} x by the cost model; layerskip bench {result['output']} measures"
         )
         console.print(Text(told, style="dim"))
+    elif result["predicted_speedup"] is not None:
+        told = f"drafting does not pay yet: {result['predicted_speedup']:.2f} x at best by the cost model"
+        console.print(Text(f"{told}; decoding is plain by default, train longer", style="yellow"))
     console.print(Text(f"written: {result['output']}", style="bold"))
 
 

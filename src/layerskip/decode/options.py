@@ -24,7 +24,9 @@ DEFAULT_DRAFT_LENGTH = 4  # short drafts lose little on untrained exits and fit 
 class Options:
     """Options of `generate`, `stream` and `chat`; names are those of Hugging Face where it has one."""
 
-    mode: str | None = None  # None: self-speculative when exits are trained or an exit is given, else ar
+    mode: str | None = (
+        None  # None: self-speculative when the checkpoint has a default exit or one is given, else ar
+    )
     exit_layer: int | None = None  # E; None: the checkpoint's default, else a quarter of the layers
     draft_length: int | None = None  # K; None: the checkpoint's default, else 4
     max_new_tokens: int = 256
@@ -94,7 +96,7 @@ class Options:
     def plan(self, facts: Facts, num_layers: int) -> Plan:
         """Choose mode, E and K. Raises: UserError for an exit layer or draft length out of range."""
         chosen = self.exit_layer is not None or self.draft_length is not None
-        mode = self.mode or ("self-speculative" if facts.trained or chosen else "ar")
+        mode = self.mode or ("self-speculative" if facts.pays or chosen else "ar")
         if self.simulate_acceptance is not None and not (
             mode == "self-speculative" and self.processing.plain_greedy
         ):

@@ -30,6 +30,11 @@ class Facts:
     def trained(self) -> bool:
         return bool(self.exits)
 
+    @property
+    def pays(self) -> bool:
+        """Whether drafting is the default: trained exits without a default one were predicted to be slower."""
+        return self.trained and self.exit_layer is not None
+
 
 # Checkpoints published by the method's authors carry no entry of ours; settings from the paper's tables.
 _PUBLISHED = {
@@ -112,11 +117,18 @@ def write_draft_vocabulary(folder: Path, ids: Sequence[int], facts: Facts) -> Pa
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    """Replace a file as a whole: readers see the old or the new one, never a part."""
+    """Replace a file as a whole, see `write_text`."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: readers see the old or the new one, never a part, after a power cut too."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as part:
-            part.write(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+            part.write(text)
+            part.flush()
+            os.fsync(part.fileno())
         os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's files are private
         os.replace(name, path)
     except BaseException:

@@ -230,6 +230,20 @@ def device_of(hf: Any) -> torch.device:
 
 def refuse_unsupported(hf: Any) -> None:
     """Refuse by name what the rounds cannot decode exactly, before anything is computed."""
+    refuse_architecture(hf)
+    if any(module.training for module in hf.modules()):
+        raise UserError(
+            "the model is in training mode: dropout would change its output", "call model.eval() first"
+        )
+    if (attention := hf.config._attn_implementation) not in ("sdpa", "eager"):
+        raise UserError(
+            f"attention implementation {attention!r} is not supported (sdpa and eager are)",
+            'load the model with attn_implementation="sdpa"',
+        )
+
+
+def refuse_architecture(hf: Any) -> None:
+    """Refuse kinds of models that neither decoding nor training knows. Raises: UserError."""
     config = hf.config
     text = config.get_text_config()
     kind = text.model_type
@@ -250,18 +264,9 @@ def refuse_unsupported(hf: Any) -> None:
         raise UserError(
             f"{kind!r} has layers of a kind whose state cannot be rolled back ({what})", ADDING_A_MODEL
         )
-    if any(module.training for module in hf.modules()):
-        raise UserError(
-            "the model is in training mode: dropout would change its output", "call model.eval() first"
-        )
     if hf.get_output_embeddings() is None:
         raise UserError(
             f"{type(hf).__name__} has no language-model head", "load it with AutoModelForCausalLM"
-        )
-    if (attention := config._attn_implementation) not in ("sdpa", "eager"):
-        raise UserError(
-            f"attention implementation {attention!r} is not supported (sdpa and eager are)",
-            'load the model with attn_implementation="sdpa"',
         )
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -24,6 +25,12 @@ def latest(output: Path) -> Path | None:
         if (match := _NAME.fullmatch(path.name)) and (path / "trainer_state.json").is_file()
     ]
     return max(found)[1] if found else None
+
+
+def best(state: Any, output: Path) -> str | None:
+    """Find the best checkpoint where the run's folder stands now: its state has the path of its making."""
+    here = output / f"checkpoint-{state.best_global_step}"
+    return str(here) if here.is_dir() else state.best_model_checkpoint
 
 
 def clear_staging(output: Path) -> Path:

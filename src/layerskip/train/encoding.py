@@ -73,15 +73,17 @@ def encode(
     tokenizer: Any,
     options: DataOptions,
     watch: Callable[[str, int, int], None] | None = None,
+    ends: Iterable[int] = (),
 ) -> list[Encoded]:
     """Tokenise examples in order; running text comes back in windows of at most `length` tokens.
 
+    `ends` are the tokens that end a model's turn, besides the tokenizer's own: templates use others (<|eot_id|>).
     Prompt and completion are tokenised apart, so that the boundary is the one at inference.
 
     Raises: UserError for an example without a token to learn, for a chat template that is missing or rewrites
     earlier turns, and for examples over `length` unless `options.long` drops or cuts them.
     """
-    coder = _Coder(tokenizer, options)
+    coder = _Coder(tokenizer, options, ends)
     found: list[Encoded] = []
     over: list[int] = []
     num_examples = num_dropped = 0
@@ -139,7 +141,7 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
 class _Coder:
     """Turn examples into pieces of tokens, each with or without loss."""
 
-    def __init__(self, tokenizer: Any, options: DataOptions) -> None:
+    def __init__(self, tokenizer: Any, options: DataOptions, ends: Iterable[int]) -> None:
         self.tokenizer = tokenizer
         self.options = options
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -149,6 +151,7 @@ class _Coder:
             )
         self.wraps = self.has_template and options.template != "off"
         self.end = tokenizer.eos_token_id
+        self.ends = {*ends} | ({self.end} - {None})
         plain, full = self.ids(["a"])[0], self.ids(["a"], special=True)[0]
         self.start = full[: len(full) - len(plain)] if full[len(full) - len(plain) :] == plain else full[:1]
 
@@ -178,6 +181,11 @@ class _Coder:
                 made[index] = pieces
         running = set(kinds["text"])
         for index, (example, pieces) in enumerate(zip(chunk, made, strict=True)):
+            if (
+                index not in running and "finish_reason" not in example
+            ):  # a model may end at once, a writer not
+                learnt = {int(token) for tokens, loss in pieces if loss for token in tokens}
+                pieces = pieces if learnt - self.ends else []
             yield example.get("where", f"example {index + 1}"), index in running, pieces
 
     def _known(self, example: Example) -> Pieces | None:
@@ -249,9 +257,9 @@ class _Coder:
     def _turn(self, tokens: list[int], learnt: bool, ended: bool) -> Pieces:
         """Tell an answer with its end token from what the template puts after it, which no model writes."""
         every = self.options.loss_on == "all"
-        if not learnt or self.end not in tokens:
+        after = next((place for place, token in enumerate(tokens, 1) if token in self.ends), None)
+        if not learnt or after is None:
             return [(tokens, learnt or every)]
-        after = len(tokens) - tokens[::-1].index(self.end)
         return [(tokens[:after], True), (tokens[after:], every)] if ended else [(tokens[: after - 1], True)]
 
     def _turns(self, example: Example) -> list[tuple[str, bool]]:

@@ -26,6 +26,7 @@ from layerskip.model.huggingface import (
     Family,
     parts_of,
     probe_tokens,
+    refuse_architecture,
 )
 from layerskip.train.dropout import LayerDropout, keep_masks
 from layerskip.train.loss import EXIT_LOSSES, Sums, multi_exit_loss
@@ -50,7 +51,7 @@ class Totals:
     tokens: dict[int, int] = field(default_factory=dict)  # with a loss, by exit: exits rotate
     layer_rows: int = 0  # rows times layers that a plain pass would have run
     dropped: int = 0  # of these, not run
-    seen: int = 0  # tokens read, with and without a loss
+    seen: int = 0  # tokens read, with and without a loss, padding among them
 
     def add(self, sums: Sums) -> None:
         for place, k in enumerate(sums.exits):
@@ -77,6 +78,9 @@ class ExitTraining:
         distributed: bool = False,
         eval_exits: tuple[int, ...] | None = None,
     ) -> None:
+        refuse_architecture(
+            hf
+        )  # a router's loss, an encoder: what is not seen here would be left out silently
         config = hf.config.get_text_config()
         self.hf, self.schedule, self.exit_loss, self.seed = hf, schedule, exit_loss, seed
         if exit_loss not in EXIT_LOSSES:

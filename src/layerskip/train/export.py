@@ -102,8 +102,14 @@ def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
         lines.append(f"| {k} | {_number(figures['loss'], '.3f')} | {_number(figures['agreement'], '.1%')} |")
     measured = "held-out data" if recipe.eval_data else "the last training batches"
     lines += ["", f"Measured on {measured}: per token, with the right text before it."]
+    speedup = _number(result.get("predicted_speedup"), ".2f")
+    if facts.exit_layer is None and facts.trained:
+        lines += [
+            "",
+            f"Drafting does not pay yet: the cost model predicts {speedup} x at best, so plain decoding is the "
+            "default.",
+        ]
     if facts.exit_layer is not None:
-        speedup = _number(result.get("predicted_speedup"), ".2f")
         lines += [
             "",
             f"Default: exit layer E = {facts.exit_layer}, draft length K = {facts.draft_length}; the cost model "

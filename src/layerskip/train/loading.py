@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +65,25 @@ def tokenizer_of(folder: Path) -> Any:
         ) from error
 
 
+def ends_of(folder: Path, config: Any) -> set[int]:
+    """All tokens that end what the model writes: those of its generation config, else of its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        generation = GenerationConfig.from_model_config(config)
+    ids = generation.eos_token_id
+    return {ids} - {None} if not isinstance(ids, list) else {*ids}
+
+
 def rows_of(
     recipe: Recipe,
     sources: Sequence[str],
     tokenizer: Any,
     config: Any,
     watch: Watch | None,
+    ends: Iterable[int],
     limit: int | None = None,
 ) -> Rows | None:
     if not sources:
@@ -88,7 +101,7 @@ def rows_of(
         long=recipe.long,
     )
     found = itertools.chain.from_iterable(data.examples(source, columns) for source in sources)
-    encoded = data.encode(itertools.islice(found, limit), tokenizer, options, watch)
+    encoded = data.encode(itertools.islice(found, limit), tokenizer, options, watch, ends)
     pad = tokenizer.pad_token_id
     rows = data.rows(encoded, options, 0 if pad is None else pad)
     data.check_labels(rows, config.get_text_config().vocab_size)

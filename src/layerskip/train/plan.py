@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from layerskip.train.trainer import LayerSkipArguments
 
 
+REFUSED = {
+    "gradient_accumulation_steps": "accumulation or global_batch decides it",
+    "prediction_loss_only": "the logits of all exits are never made at once",
+    "ignore_data_skip": "a resumed run would see other rows",
+    "save_only_model": "no run could be resumed from its checkpoints",
+    "auto_find_batch_size": "a resumed run would see other rows",
+    "dataloader_drop_last": "the plan counts all rows",
+}
+
+
 def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkipArguments:
     import torch
 
@@ -30,6 +40,8 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             f"eval_every {eval_every}",
             f"eval_every={recipe.save_every}",
         )
+    if recipe.best_by == "speedup" and not schedule.trained:
+        raise UserError("best_by speedup needs an exit, and e_scale=0 trains none", "best_by=loss")
     settings: dict[str, Any] = {
         "output_dir": str(output),
         **{
@@ -69,6 +81,8 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             raise UserError(
                 f"arguments.{key} is decided by the recipe's own keys", "layerskip recipes show lists them"
             )
+        if key in REFUSED:
+            raise UserError(f"arguments.{key} cannot be set: {REFUSED[key]}", "leave it out")
         if key not in known:
             raise UserError(f"unknown key arguments.{key}", nearest(key, known))
     try:

@@ -35,7 +35,7 @@ def sampled(schedule: Schedule, total: int) -> Picture:
     moments = sorted({round(last * column / (COLUMNS - 1)) for column in range(COLUMNS)})
     rates = [schedule.drop_rates(step, total) for step in moments]
     rotates = schedule.curriculum == "rotational"
-    period = schedule.rotation or len(schedule.exits or range(1, schedule.num_layers))
+    period = schedule.rotation or max(1, len(schedule.candidates))
     steps = range(min(total, max(FEW, 2 * period))) if rotates else moments
     weights = [schedule.weights(step, total) for step in steps]
     # Whole rotations only, or the exits that come first would seem to count more.

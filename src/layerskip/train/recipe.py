@@ -77,7 +77,7 @@ class Recipe(_Strict):
     from_config: str | None = None
     """A config.json (or its folder) to start from random weights."""
     layers: Count | None = None
-    """Depth of the model this was written for; pictures use it, training asks the model."""
+    """Depth of the model this was written for, a model of fewer layers is refused; null is any."""
     output: str | None = None
     """Folder for checkpoints and the finished model."""
 

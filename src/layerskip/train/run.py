@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import shutil
 import time
 import warnings
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError
-from layerskip.model.checkpoint import Facts
+from layerskip.model.checkpoint import Facts, write_text
 from layerskip.train import checkpoints
 from layerskip.train.export import export
 from layerskip.train.loading import (
@@ -27,6 +29,7 @@ from layerskip.train.loading import (
     check_length,
     check_packing,
     configuration_of,
+    ends_of,
     model_for,
     rows_of,
     tokenizer_of,
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from layerskip.train.trainer import LayerSkipArguments
 
 RECIPE_FILE = "recipe.yaml"
+FACTS_FILE = "run.json"
+"""Beside the recipe: what data and devices make of it, which a resumed run must not change either."""
 MAY_DIFFER = (
     "name",
     "description",
@@ -99,14 +104,19 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
         )
     folder, config = configuration_of(recipe)
     num_layers = config.get_text_config().num_hidden_layers
+    if recipe.layers is not None and recipe.layers > num_layers:
+        raise UserError(
+            f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
+            "layers=null takes its settings as they are; the shipped recipes for any depth are finetune and lora",
+        )
     schedule = schedule_for(recipe, num_layers)
     check_length(recipe, config)
     arguments = arguments_for(recipe, output, schedule)
-    tokenizer = tokenizer_of(folder)
+    tokenizer, ends = tokenizer_of(folder), ends_of(folder, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        train_rows = rows_of(recipe, recipe.sources, tokenizer, config, watch)
-        eval_rows = rows_of(recipe, recipe.eval_sources, tokenizer, config, watch, recipe.eval_limit)
+        train_rows = rows_of(recipe, recipe.sources, tokenizer, config, watch, ends)
+        eval_rows = rows_of(recipe, recipe.eval_sources, tokenizer, config, watch, ends, recipe.eval_limit)
     assert train_rows is not None
     model = model_for(recipe, folder, config)
     run = Run(
@@ -118,11 +128,19 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
         from layerskip.train.lora import with_adapters
 
         run.model = with_adapters(model, recipe.lora)
+        lowest = min(recipe.lora.layers or [1])
+        if above := [k for k in schedule.trained if k < lowest]:
+            raise UserError(
+                f"exit {above[0]} would learn nothing: no layer up to it has adapters, the lowest is {lowest}",
+                f"lora.layers=[...] from {above[0]} down, or exits=[...] from {lowest} up",
+            )
     run.plan = (
         plan_of(run)
         | {"use_cache": getattr(config, "use_cache", True)}
         | {"warnings": [str(warning.message) for warning in caught]}
     )
+    if run.checkpoint is not None:
+        _check_unchanged(run)
     return run
 
 
@@ -137,8 +155,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
 
     main = run.arguments.process_index == 0
     if main:
-        run.output.mkdir(parents=True, exist_ok=True)
-        (run.output / RECIPE_FILE).write_text(as_yaml(run.recipe), encoding="utf-8")
+        _write_down(run)
     trainer = LayerSkipTrainer(
         model=run.model,
         args=run.arguments,
@@ -177,6 +194,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     }
     chosen = predicted(trainer.exits, {k: agreement[k] for k in run.schedule.trained if k in agreement})
     exit_layer, draft_length, speedup = chosen or (None, None, None)
+    if speedup is not None and speedup < 1.0:
+        exit_layer = draft_length = None  # decoding stays plain until it is asked for more
     result |= {"exit_layer": exit_layer, "draft_length": draft_length, "predicted_speedup": speedup}
     if trainer.state.best_model_checkpoint and run.recipe.best_by != "none":
         result["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
@@ -197,6 +216,7 @@ def _load_finished(trainer: Any, run: Run) -> None:
         )
     assert run.checkpoint is not None
     trainer.state = TrainerState.load_from_json(str(run.checkpoint / "trainer_state.json"))
+    trainer.state.best_model_checkpoint = checkpoints.best(trainer.state, run.output)
     best = trainer.state.best_model_checkpoint if run.recipe.best_by != "none" else None
     trainer._load_from_checkpoint(best or str(run.checkpoint))
 
@@ -249,6 +269,44 @@ def checked_output(recipe: Recipe, resume: bool) -> Path:
         hint = "--resume continues it, " if before.is_file() else ""
         raise UserError(f"output {output} is not empty", f"{hint}another output starts afresh")
     return output
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    digest, rows = hashlib.sha256(), run.train_rows
+    for array in (rows.tokens, rows.labels, rows.starts, rows.bounds):
+        digest.update(array.data)
+    return {key: run.plan[key] for key in ("rows_per_step", "steps")} | {"data": digest.hexdigest()}
+
+
+def _check_unchanged(run: Run) -> None:
+    """Raises: UserError when a resumed run would train on other rows than the one it goes on with."""
+    file, now = run.output / FACTS_FILE, _facts(run)
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}", "choose another output") from error
+    changed = ["the data" if key == "data" else f"{key} ({before.get(key)} before, now {value})"
+               for key, value in now.items() if before.get(key) != value]  # fmt: skip
+    if changed:
+        raise UserError(
+            f"the run in {run.output} cannot go on exactly, these changed: {', '.join(changed)}",
+            "resume with the data, the tokenizer and the number of devices of its start, or choose another output",
+        )
+
+
+def _write_down(run: Run) -> None:
+    """Put recipe and facts into the output folder, each as a whole, and only where they are new."""
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            (FACTS_FILE, json.dumps(_facts(run)) + "\n"),
+            (RECIPE_FILE, as_yaml(run.recipe)),
+        ):
+            file = run.output / name
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                write_text(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write into {run.output}: {error}", "free some space") from error
 
 
 def schedule_for(recipe: Recipe, num_layers: int) -> Schedule:

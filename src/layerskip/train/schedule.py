@@ -127,10 +127,16 @@ class Schedule:
                 f"exits {list(self.exits)} has no early exit",
                 f"name at least one layer from 1 to {self.num_layers - 1}, or set e_scale=0 for plain training",
             )
-        if self.curriculum == "rotational" and (self.rotation or 0) > max(1, self.num_layers - 1):
+        if self.exits is not None and self.e_scale > 0 and not self.trained:
             raise UserError(
-                f"rotation {self.rotation} is longer than the {self.num_layers - 1} exits of this model",
-                f"a model of {self.num_layers} layers rotates over at most {self.num_layers - 1} exits",
+                f"exits {list(self.exits)} have no weight, so no exit would be trained",
+                "weighting=uniform counts every exit; the paper's counts all but exit 1",
+            )
+        count = len(self.candidates)
+        if self.curriculum == "rotational" and (self.rotation or 0) > max(1, count):
+            raise UserError(
+                f"rotation {self.rotation} is longer than the {count} exits it is over",
+                f"no exit would be on at some steps; rotation={max(1, count)} is one exit a step",
             )
 
     def drop_rates(self, step: int, total: int) -> list[float]:
@@ -142,10 +148,17 @@ class Schedule:
         return exit_weights(self.num_layers, enabled, self.e_scale, self.weighting)
 
     @property
+    def candidates(self) -> tuple[int, ...]:
+        """Early exits that are given, or all."""
+        every = range(1, self.num_layers)
+        return tuple(every if self.exits is None else sorted({*self.exits} - {self.num_layers}))
+
+    @property
     def trained(self) -> tuple[int, ...]:
         """Early exits that have a weight at some step."""
-        candidates = range(1, self.num_layers) if self.exits is None else sorted({*self.exits})
-        weights = exit_weights(self.num_layers, [*candidates, self.num_layers], self.e_scale, self.weighting)
+        weights = exit_weights(
+            self.num_layers, [*self.candidates, self.num_layers], self.e_scale, self.weighting
+        )
         return tuple(k for k in weights if k < self.num_layers)
 
 

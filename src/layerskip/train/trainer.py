@@ -114,10 +114,16 @@ class LayerSkipMixin:
         self.interrupted = False
         self.wants_to_stop = False  # this rank was told to; `interrupted` is what all ranks agreed on
         self._micro = (-1, 0)  # optimiser step, parts of its batch already seen
+        self._tokens = 0  # up to the last log
         self._saving: Path | None = None
         self._logged_s = time.perf_counter()
         self._interrupts = _Interrupts(self)
         self.add_callback(self._interrupts)  # type: ignore[attr-defined]
+
+    def begin_run(self) -> None:
+        """Take up what the state of a resumed run tells."""
+        self.state.best_model_checkpoint = checkpoints.best(self.state, Path(self.args.output_dir))
+        self._tokens = next((e["tokens"] for e in reversed(self.state.log_history) if "tokens" in e), 0)
 
     def _claim(self) -> None:
         """Take the model back from a later trainer of it."""
@@ -227,8 +233,8 @@ class LayerSkipMixin:
         figures = _by_exit(totals)
         figures["dropped"] = totals.dropped / max(1, totals.layer_rows)
         figures["tokens_per_s"] = totals.seen / seconds
-        before = [entry["tokens"] for entry in self.state.log_history if "tokens" in entry]
-        figures["tokens"] = (before[-1] if before else 0) + totals.seen
+        self._tokens += totals.seen
+        figures["tokens"] = self._tokens
         return figures
 
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -243,6 +249,7 @@ class LayerSkipMixin:
             resume_from_checkpoint = str(found)
         self._claim()
         self._logged_s, self._micro = time.perf_counter(), (-1, 0)
+        self.exits.drain()  # sums of a run that was refused would be refused again
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -258,6 +265,12 @@ class LayerSkipMixin:
         """Write aside and rename: a kill or a full disk leaves the previous checkpoint as it was."""
         run, options = Path(self._get_output_dir(trial)), self.args
         staging, name = run / checkpoints.STAGING, f"checkpoint-{self.state.global_step}"
+        if self.exits.totals.seen:  # of steps since the last log, which a resumed run does not make again
+            seen = torch.tensor(self.exits.totals.seen, device=options.device)
+            if options.world_size > 1:
+                dist.all_reduce(seen)
+            told = {"tokens": self._tokens + int(seen), "step": self.state.global_step}
+            self.state.log_history.append(told)
         try:
             if options.should_save:
                 checkpoints.clear_staging(run)
@@ -319,6 +332,7 @@ class _Interrupts(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.interrupted = self.trainer.wants_to_stop = False
+        self.trainer.begin_run()
         self.restore()  # a run that starts over with smaller batches begins twice
         if threading.current_thread() is threading.main_thread():
             self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
