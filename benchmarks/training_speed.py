@@ -28,6 +28,7 @@ from layerskip.measure.card import synchronise
 from layerskip.measure.intervals import Interval, interval
 from layerskip.model import hub
 from layerskip.train.exits import ExitTraining
+from layerskip.train.figures import head_layers
 from layerskip.train.schedule import Schedule
 
 P_MAX, WANTED_SAVING, ALLOWANCE = 0.5, 0.28, 1.1
@@ -58,11 +59,6 @@ def random_rows(hf: Any, rows: int, length: int, device: torch.device) -> dict[s
         "labels": ids,
         "num_items_in_batch": torch.tensor(rows * (length - 1), device=device),
     }
-
-
-def head_layers(exits: ExitTraining) -> float:
-    """h: parameters of the head over those of a layer."""
-    return exits.head.weight.numel() / sum(p.numel() for p in exits.layers[0].parameters())
 
 
 def spread(num_layers: int, count: int) -> tuple[int, ...]:

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import tiny
-from layerskip.model.huggingface import FAMILIES, parts_of
+from layerskip.model.huggingface import parts_of
 from layerskip.train.dropout import LayerDropout, keep_masks, sliced
 
 ROWS = 6
 
 
 def layers_of(model):
-    return parts_of(model, FAMILIES[model.config.model_type])[1]
+    return parts_of(model)[1]
 
 
 def dropped(model, kept, rates=None, **options):

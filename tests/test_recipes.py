@@ -29,21 +29,6 @@ PUBLISHED = {
 }
 
 
-def schedule_of(recipe, num_layers):
-    exits = None if recipe.exits is None else tuple(recipe.exits)
-    return Schedule(
-        num_layers,
-        recipe.p_max,
-        recipe.drop_depth,
-        recipe.drop_time,
-        recipe.e_scale,
-        recipe.weighting,
-        recipe.curriculum,
-        recipe.rotation,
-        exits,
-    )
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_are_those_of_the_paper(name):
     layers, p_max, time, e_scale, curriculum, rotation, learning_rate, rows, steps = PUBLISHED[name]
@@ -54,7 +39,7 @@ def test_published_settings_are_those_of_the_paper(name):
     assert (recipe.residual_scale, recipe.lora) == ("none", None)
     if learning_rate is not None:
         assert (recipe.learning_rate, recipe.global_batch, recipe.steps) == (learning_rate, rows, steps)
-    schedule = schedule_of(recipe, layers)
+    schedule = Schedule.of(layers, recipe, recipe.exits)
     rates = schedule.drop_rates(
         (steps and steps - 1) or 0, steps or 1
     )  # at the end, where S is 1 in any case
@@ -78,7 +63,7 @@ def test_every_recipe_is_read_and_reads_back_the_same(tmp_path):
 def test_the_revised_dropout_fades_out_and_scales_up():
     recipe = read_recipe("revised-dropout")
     assert (recipe.drop_time, recipe.residual_scale) == ("linear_down", "inverse")
-    schedule = schedule_of(recipe, 32)
+    schedule = Schedule.of(32, recipe, recipe.exits)
     assert schedule.drop_rates(0, 100)[-1] == recipe.p_max
     assert schedule.drop_rates(99, 100)[-1] == 0.0
 
@@ -154,3 +139,8 @@ def test_every_key_and_its_explanation_stand_in_the_documents():
     for key, field in Recipe.model_fields.items():
         assert f"| `{key}` |" in text, key
         assert field.description in text, key
+
+
+def test_recipes_fit_the_context_of_their_model_and_the_batches_of_their_paper():
+    assert read_recipe("code-llama1-7b").length == 2048
+    assert not read_recipe("task-topv2-llama-1.5b").pack, "32 x 8 are examples, not rows full of them"

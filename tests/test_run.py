@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig
 
 from layerskip.decode.options import Options
 from layerskip.display_train import print_result
@@ -16,8 +16,9 @@ from layerskip.errors import UserError
 from layerskip.model.checkpoint import Facts, facts_of
 from layerskip.train import loading
 from layerskip.train import run as runs
+from layerskip.train.lora import adapted_modules
 from layerskip.train.plan import REFUSED
-from layerskip.train.recipe import read_recipe
+from layerskip.train.recipe import Lora, read_recipe
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_full_disk_at_a_resume_leaves_the_recipe_as_it_was(recipe, monkeypatch
 
 def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monkeypatch):
     """Default E and K were exported even where drafting with them was predicted to be slower."""
-    monkeypatch.setattr("layerskip.train.trainer.predicted", lambda *_: (2, 1, 0.8))
+    monkeypatch.setattr("layerskip.train.figures.predicted", lambda *_: (2, 1, 0.8))
     result = runs.train(recipe())
     assert (result["exit_layer"], result["draft_length"], result["predicted_speedup"]) == (None, None, 0.8)
     folder = Path(result["output"])
@@ -123,3 +124,10 @@ def test_arguments_that_would_be_overwritten_or_break_a_resume_are_refused(refus
 
 def test_adapters_above_an_exit_are_refused_for_it_would_learn_nothing(refused):
     assert "exit 2 would learn nothing" in refused("lora.layers=[3, 5]")
+
+
+def test_adapters_of_an_unknown_type_of_model_are_a_users_mistake():
+    """It was an AttributeError."""
+    config = RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=16)
+    with pytest.raises(UserError, match="'rwkv' is not supported"):
+        adapted_modules(AutoModelForCausalLM.from_config(config), Lora())

@@ -128,6 +128,14 @@ def test_a_second_trainer_of_a_model_replaces_the_first(tmp_path, recipe):
     assert first.exits.attached
 
 
+def test_more_tensors_by_position_are_a_type_error():
+    with (
+        ExitTraining(training.model(), Schedule(tiny.NUM_LAYERS)) as exits,
+        pytest.raises(TypeError, match="by name"),
+    ):
+        exits.hf(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4))
+
+
 def test_a_model_keeps_its_logits_beside_the_trainer(tmp_path):
     """In evaluation mode with labels it used to return a loss alone, also long after training."""
     run = training.trainer(tmp_path, max_steps=1)

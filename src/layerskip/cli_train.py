@@ -164,7 +164,7 @@ def _trained(recipe: Recipe, resume: bool, console: Console, first: bool) -> dic
             print_recipe(console, recipe)
         prepared = run.prepare(recipe, resume, watch)
     if first:
-        print_plan(console, prepared.plan)
+        print_plan(console, prepared.plan, prepared.warnings)
     report = Report(console) if first else None
     try:
         return run.finish(prepared, [] if report is None else [report])

@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from layerskip.train.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
 PREDICT_AFTER = 20  # steps
@@ -33,7 +35,7 @@ def print_recipe(console: Console, recipe: Recipe) -> None:
     console.print(text, soft_wrap=False)
 
 
-def print_plan(console: Console, plan: dict[str, Any]) -> None:
+def print_plan(console: Console, plan: dict[str, Any], warnings: Sequence[str]) -> None:
     """Print what the run will do, before it does it."""
     n = f"{plan['parameters'] / 1e6:,.1f} M parameters"
     if plan["trainable"] != plan["parameters"]:
@@ -49,7 +51,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         f"about {plan['memory_bytes'] / 1e9:.1f} GB of memory per device; {devices}",
     ]
     console.print(Text("plan", style="bold") + Text("  " + "\n      ".join(lines)))
-    for warning in plan["warnings"]:
+    for warning in warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 

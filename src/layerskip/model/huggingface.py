@@ -98,12 +98,7 @@ class HuggingFaceStack(Stack):
         refuse_unsupported(hf)
         self.model_type = config.model_type
         self.family = FAMILIES.get(config.model_type, Family())
-        try:
-            self.decoder, self.layers, self.rotary, self.finish = parts_of(hf, self.family)
-        except AttributeError as error:
-            raise UserError(
-                f"model type {config.model_type!r} is not supported: {error}", ADDING_A_MODEL
-            ) from None
+        self.decoder, self.layers, self.rotary, self.finish = parts_of(hf)
         self.table, self.head = hf.get_input_embeddings(), hf.get_output_embeddings()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.num_layers = len(self.layers)
@@ -127,7 +122,7 @@ class HuggingFaceStack(Stack):
 
     def fits(self, hf: Any) -> bool:
         """Whether this is still the stack of `hf`: nothing moved, cast, replaced or reconfigured since."""
-        _, layers, rotary, finish = parts_of(hf, self.family)
+        _, layers, rotary, finish = parts_of(hf)
         ours = [self.table, self.head, self.rotary, *self.finish, *self.layers]
         theirs = [hf.get_input_embeddings(), hf.get_output_embeddings(), rotary, *finish, *layers]
         same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
@@ -206,12 +201,17 @@ class HuggingFaceStack(Stack):
         return Cache(self.kv_shapes, rows, capacity)
 
 
-def parts_of(hf: Any, family: Family) -> tuple[Any, list[Any], Any, list[Any]]:
-    """Find decoder, layers, rotary module and finishing modules by the family's paths."""
-    decoder = hf.get_submodule(family.decoder)
-    rotary = getattr(decoder, family.rotary) if family.rotary else None
-    finish = [module for name in family.finish if (module := getattr(decoder, name)) is not None]
-    return decoder, list(getattr(decoder, family.layers)), rotary, finish
+def parts_of(hf: Any) -> tuple[Any, list[Any], Any, list[Any]]:
+    """Find decoder, layers, rotary module and finishing modules by the family's paths. Raises: UserError."""
+    kind = hf.config.get_text_config().model_type
+    family = FAMILIES.get(kind, Family())
+    try:
+        decoder = hf.get_submodule(family.decoder)
+        rotary = getattr(decoder, family.rotary) if family.rotary else None
+        finish = [module for name in family.finish if (module := getattr(decoder, name)) is not None]
+        return decoder, list(getattr(decoder, family.layers)), rotary, finish
+    except AttributeError as error:
+        raise UserError(f"model type {kind!r} is not supported: {error}", ADDING_A_MODEL) from None
 
 
 def _num_bytes(*modules: Any) -> int:

@@ -42,7 +42,7 @@ class NativeStack(Stack):
     ) -> None:
         config = hf.config.get_text_config()
         family = hfs.FAMILIES[config.model_type]
-        _, modules, rotary, finish = hfs.parts_of(hf, family)
+        _, modules, rotary, finish = hfs.parts_of(hf)
         self.model_type, self.num_layers, self.width = config.model_type, len(modules), config.hidden_size
         self.dtype, self.device = hf.dtype, hfs.device_of(hf)
         self.context = hfs.context_of(config)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerskip.errors import UserError, nearest
-from layerskip.train.sources import Columns, Example
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from layerskip.train.sources import Example
 
     Tokens = NDArray[np.int32]
     Pieces = list[tuple[Sequence[int] | Tokens, bool]]  # tokens, and whether they are learnt
@@ -38,7 +39,6 @@ class DataOptions:
     """How examples become rows of at most `length` tokens."""
 
     length: int
-    columns: Columns = Columns()
     template: str = (
         "auto"  # auto: wrap prompt/completion as a chat where the tokenizer can, as `generate` does
     )

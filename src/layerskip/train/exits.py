@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.errors import UserError
+from layerskip.errors import UserError, nearest
 from layerskip.model.huggingface import (
     ADDING_A_MODEL,
-    FAMILIES,
     PARITY,
-    Family,
     parts_of,
     probe_tokens,
     refuse_architecture,
 )
 from layerskip.train.dropout import LayerDropout, keep_masks
+from layerskip.train.encoding import IGNORED
 from layerskip.train.loss import EXIT_LOSSES, Sums, multi_exit_loss
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerskip.train.schedule import Schedule
-
-IGNORE = -100  # Hugging Face's label of tokens without loss
 
 
 @dataclass
@@ -84,14 +81,8 @@ class ExitTraining:
         config = hf.config.get_text_config()
         self.hf, self.schedule, self.exit_loss, self.seed = hf, schedule, exit_loss, seed
         if exit_loss not in EXIT_LOSSES:
-            raise UserError(f"unknown exit_loss {exit_loss!r}", "one of " + ", ".join(EXIT_LOSSES))
-        try:
-            family = FAMILIES.get(config.model_type, Family())
-            _, layers, _, self.finish = parts_of(hf, family)
-        except AttributeError as error:
-            raise UserError(
-                f"model type {config.model_type!r} is not supported: {error}", ADDING_A_MODEL
-            ) from None
+            raise UserError(f"unknown exit_loss {exit_loss!r}", nearest(str(exit_loss), EXIT_LOSSES))
+        _, layers, _, self.finish = parts_of(hf)
         if len(layers) != schedule.num_layers:
             raise UserError(f"the schedule is for {schedule.num_layers} layers, the model has {len(layers)}")
         self.layers, self.head = layers, hf.get_output_embeddings()
@@ -179,8 +170,11 @@ class ExitTraining:
         hf = self.hf
         labels = kwargs.get("labels")
         if args:  # by position: input ids first, in every causal model
+            if len(args) > 1:
+                raise TypeError(
+                    "a model whose exits are trained takes input_ids alone by position, the rest by name"
+                )
             kwargs = {**kwargs, "input_ids": args[0]}
-            assert len(args) == 1, "give tensors by name"
         if labels is None or not (hf.training or self.measuring):
             self.dropout.set([], None, hf.device)
             return original(**kwargs)
@@ -219,7 +213,7 @@ class ExitTraining:
 
     def _note(self, loss: Tensor, labels: Tensor, divisor: Tensor | int | None) -> None:
         """Add a loss that the model worked out itself to the totals."""
-        tokens = int((labels[:, 1:] != IGNORE).sum())
+        tokens = int((labels[:, 1:] != IGNORED).sum())
         ce = loss.float() * (tokens if divisor is None else divisor)
         zero, agreed = torch.zeros_like(ce)[None], torch.full_like(ce, tokens)[None]
         self.totals.add(Sums((self.schedule.num_layers,), ce[None], zero, agreed, tokens))
@@ -235,7 +229,7 @@ class ExitTraining:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         wanted = labels[:, 1:].reshape(-1)
-        places = (wanted != IGNORE).nonzero()[:, 0]  # the one wait for the device of a call
+        places = (wanted != IGNORED).nonzero()[:, 0]  # the one wait for the device of a call
         states = {self.schedule.num_layers: _picked(final, places)}
         for k in sorted(caught, reverse=True):
             states[k] = self._finished(_picked(caught[k], places))

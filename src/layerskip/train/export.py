@@ -75,7 +75,7 @@ def entry(facts: Facts) -> dict[str, Any]:
 
 def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     """Write the model card: how to use it, what each exit knows, how it was trained."""
-    base = _last_name(recipe.model) if recipe.from_config is None else None
+    base = Path(recipe.model).name if recipe.model and recipe.from_config is None else None
     header = [
         "---",
         "library_name: transformers",
@@ -169,10 +169,6 @@ def _move(making: Path, output: Path) -> None:
     for file in sorted(making.iterdir(), key=lambda path: path.name == "config.json"):
         file.chmod(weights_mode)  # safetensors writes files that only their owner reads
         os.replace(file, output / file.name)
-
-
-def _last_name(name: str | None) -> str | None:
-    return None if name is None else Path(name).name
 
 
 def _number(value: float | None, style: str) -> str:

@@ -93,7 +93,6 @@ def rows_of(
     columns = data.Columns(**recipe.columns.model_dump())
     options = data.DataOptions(
         length=recipe.length,
-        columns=columns,
         template=recipe.template,
         separator=recipe.separator,
         loss_on=recipe.loss_on,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def with_adapters(hf: Any, lora: Lora) -> Any:
     """Wrap a model in adapters; everything else is frozen.
 
-    Raises: UserError for layers or module names the model does not have.
+    Raises: UserError for layers or module names the model does not have, and for a model type that is not known.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -32,9 +32,9 @@ def adapted_modules(hf: Any, lora: Lora) -> list[str]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    from layerskip.model.huggingface import FAMILIES, Family, parts_of
+    from layerskip.model.huggingface import parts_of
 
-    _, layers, _, _ = parts_of(hf, FAMILIES.get(hf.config.get_text_config().model_type, Family()))
+    _, layers, _, _ = parts_of(hf)
     chosen = range(1, len(layers) + 1) if lora.layers is None else lora.layers
     if strange := [number for number in chosen if number > len(layers)]:
         raise UserError(

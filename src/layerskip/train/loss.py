@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from layerskip.errors import UserError, nearest
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -46,7 +44,6 @@ def multi_exit_loss(
     head: Tensor,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
     exit_loss: str = "ce",
     divisor: Tensor | int | None = None,
 ) -> tuple[Tensor, Sums]:
@@ -56,13 +53,10 @@ def multi_exit_loss(
     it is trained by cross entropy and teaches the others, detached, where `exit_loss` has `kl`.
     Shapes: states [N, D], labels [N] of valid token ids, head [V, D], bias [V].
     Units: nats; the sum over tokens divided by `divisor` (N without one), times the weights.
-    Raises: UserError for an unknown `exit_loss`.
     """
-    if exit_loss not in EXIT_LOSSES:
-        raise UserError(f"unknown exit_loss {exit_loss!r}", nearest(str(exit_loss), EXIT_LOSSES))
     order = sorted(states, reverse=True)  # the final layer first: the others are compared with it
     num = max(1, len(labels)) if divisor is None else divisor
-    config = _Config(tuple(weights.get(k, 0.0) for k in order), softcap, logit_scale, exit_loss)
+    config = _Config(tuple(weights.get(k, 0.0) for k in order), softcap, exit_loss)
     apply: Any = _MultiExit.apply
     loss, figures = apply(config, labels, num, head, bias, *(states[k] for k in order))
     back = [order.index(k) for k in sorted(order)]
@@ -74,7 +68,6 @@ def multi_exit_loss(
 class _Config:
     weights: tuple[float, ...]
     softcap: float | None
-    logit_scale: float
     exit_loss: str
 
 
@@ -187,8 +180,6 @@ class _Work:
         z = (x @ self.head.T).float()
         if self.bias is not None:
             z += self.bias
-        if self.config.logit_scale != 1.0:
-            z *= self.config.logit_scale
         if (cap := self.config.softcap) is None:
             return z, None
         bent = torch.tanh(z / cap)
@@ -215,7 +206,7 @@ class _Work:
             p.scatter_add_(-1, labels[:, None], torch.full_like(p[:, :1], -1.0))
         if slope is not None:
             p *= slope
-        p *= weight * self.config.logit_scale
+        p *= weight
         d = p.to(self.head.dtype)
         if d_state is not None:
             d_state.copy_(d @ self.head)

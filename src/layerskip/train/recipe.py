@@ -117,7 +117,7 @@ class Recipe(_Strict):
     e_scale: Share = 1.0
     """Weight of the early exits against the last layer; 0 is plain training."""
     weighting: Literal["paper", "uniform"] | dict[int, Annotated[float, Field(ge=0)]] = "paper"
-    """paper grows with the square of depth, uniform is equal, {exit: weight} is your own."""
+    """paper grows with the square of depth, uniform is equal, {exit: weight} is your own, 1 for exits not named."""
     curriculum: Literal["rotational", "gradual", "all", "fixed"] = "rotational"
     """Which exits are on at a step: in turn, from the last down, all, or those in exits."""
     rotation: Count | None = None

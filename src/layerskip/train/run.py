@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,11 @@ class Run:
     eval_rows: Rows | None
     checkpoint: Path | None
     """Where training goes on."""
-    plan: dict[str, Any]
+    use_cache: bool
+    """The configuration's, which the trainer turns off and the export gives back."""
+    warnings: list[str]
+    """What was noticed while the data were read."""
+    plan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -121,7 +125,8 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     model = model_for(recipe, folder, config)
     run = Run(
         recipe, schedule, model, tokenizer, folder, arguments, train_rows, eval_rows,
-        checkpoints.latest(output) if resume else None, {},
+        checkpoints.latest(output) if resume else None,
+        getattr(config, "use_cache", True), [str(warning.message) for warning in caught],
     )  # fmt: skip
     check_packing(recipe, model)
     if recipe.lora is not None:
@@ -134,11 +139,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
                 f"exit {above[0]} would learn nothing: no layer up to it has adapters, the lowest is {lowest}",
                 f"lora.layers=[...] from {above[0]} down, or exits=[...] from {lowest} up",
             )
-    run.plan = (
-        plan_of(run)
-        | {"use_cache": getattr(config, "use_cache", True)}
-        | {"warnings": [str(warning.message) for warning in caught]}
-    )
+    run.plan = plan_of(run)
     if run.checkpoint is not None:
         _check_unchanged(run)
     return run
@@ -151,7 +152,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """
     from transformers import PrinterCallback
 
-    from layerskip.train.trainer import LayerSkipTrainer, predicted
+    from layerskip.train import figures
+    from layerskip.train.trainer import LayerSkipTrainer
 
     main = run.arguments.process_index == 0
     if main:
@@ -192,7 +194,9 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     agreement = {
         int(k): told["agreement"] for k, told in result["exits"].items() if told["agreement"] is not None
     }
-    chosen = predicted(trainer.exits, {k: agreement[k] for k in run.schedule.trained if k in agreement})
+    chosen = figures.predicted(
+        trainer.exits, {k: agreement[k] for k in run.schedule.trained if k in agreement}
+    )
     exit_layer, draft_length, speedup = chosen or (None, None, None)
     if speedup is not None and speedup < 1.0:
         exit_layer = draft_length = None  # decoding stays plain until it is asked for more
@@ -200,7 +204,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     if trainer.state.best_model_checkpoint and run.recipe.best_by != "none":
         result["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     facts = Facts(run.schedule.trained, exit_layer, draft_length, recipe=run.recipe.name or None)
-    run.model.config.use_cache = run.plan["use_cache"]  # the trainer turns it off
+    run.model.config.use_cache = run.use_cache
     export(trainer, run.folder, run.output, facts, run.recipe, result)
     return result
 
@@ -321,14 +325,4 @@ def schedule_for(recipe: Recipe, num_layers: int) -> Schedule:
         )
     if not isinstance(recipe.weighting, str) and (strange := [k for k in recipe.weighting if k > num_layers]):
         raise UserError(f"the recipe weighs exit {strange[0]}, the model has {num_layers} layers")
-    return Schedule(
-        num_layers,
-        recipe.p_max,
-        recipe.drop_depth,
-        recipe.drop_time,
-        recipe.e_scale,
-        recipe.weighting,
-        recipe.curriculum,
-        recipe.rotation,
-        None if exits is None else tuple(exits),
-    )
+    return Schedule.of(num_layers, recipe, exits)

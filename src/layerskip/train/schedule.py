@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from layerskip.errors import UserError, nearest
 
@@ -138,6 +139,14 @@ class Schedule:
                 f"rotation {self.rotation} is longer than the {count} exits it is over",
                 f"no exit would be on at some steps; rotation={max(1, count)} is one exit a step",
             )
+
+    @classmethod
+    def of(cls, num_layers: int, settings: Any, exits: Sequence[int] | None) -> Schedule:
+        """Take the fields from a recipe or from arguments, which call them the same."""
+        named = {
+            f.name: getattr(settings, f.name) for f in fields(cls) if f.name not in ("num_layers", "exits")
+        }
+        return cls(num_layers, **named, exits=None if exits is None else tuple(exits))
 
     def drop_rates(self, step: int, total: int) -> list[float]:
         return drop_rates(self.num_layers, self.p_max, self.drop_depth, self.drop_time, step, total)

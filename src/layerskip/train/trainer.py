@@ -23,18 +23,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.errors import UserError
-from layerskip.model.cost import Cost, expected_tokens
 from layerskip.train import checkpoints
-from layerskip.train.exits import IGNORE, ExitTraining, Totals
+from layerskip.train.encoding import IGNORED
+from layerskip.train.exits import ExitTraining
+from layerskip.train.figures import by_exit, predicted, reduced
 from layerskip.train.schedule import Schedule
 from layerskip.train.supported import refuse_unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DRAFT_LENGTHS = range(1, 13)
-DRAFT_VOCABULARY = 8192
-"""What predictions assume: the engine drafts with a head of the most frequent tokens."""
+    from layerskip.train.exits import Totals
 
 
 @dataclass
@@ -64,17 +63,7 @@ class LayerSkipFields:
 
     def schedule(self, num_layers: int) -> Schedule:
         """Bind these settings to a model of `num_layers` layers. Raises: UserError where they do not fit it."""
-        return Schedule(
-            num_layers,
-            self.p_max,
-            self.drop_depth,
-            self.drop_time,
-            self.e_scale,
-            self.weighting,
-            self.curriculum,
-            self.rotation,
-            None if self.exits is None else tuple(self.exits),
-        )
+        return Schedule.of(num_layers, self, self.exits)
 
 
 @dataclass
@@ -202,7 +191,7 @@ class LayerSkipMixin:
         self._logged_s += time.perf_counter() - began  # not a part of training's tokens per second
         if not totals.ce:  # nothing had labels
             return output
-        figures = _by_exit(_reduced(totals, self.args.world_size))
+        figures = by_exit(reduced(totals, self.args.world_size))
         last = self.exits.schedule.num_layers
         figures["loss"] = figures[f"exit_{last}_loss"]  # Trainer's own averages batches, not tokens
         agreement = {k: figures[f"exit_{k}_agreement"] for k in self.exits.eval_exits}
@@ -222,15 +211,15 @@ class LayerSkipMixin:
             and "labels" in inputs
         ):
             labels = inputs["labels"].clone()
-            labels[max(0, loader.remainder - options.process_index * len(labels)) :] = IGNORE
+            labels[max(0, loader.remainder - options.process_index * len(labels)) :] = IGNORED
             inputs = {**inputs, "labels": labels}
         return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _figures(self, totals: Totals) -> dict[str, float]:
-        totals = _reduced(totals, self.args.world_size)
+        totals = reduced(totals, self.args.world_size)
         now = time.perf_counter()
         seconds, self._logged_s = now - self._logged_s, now
-        figures = _by_exit(totals)
+        figures = by_exit(totals)
         figures["dropped"] = totals.dropped / max(1, totals.layer_rows)
         figures["tokens_per_s"] = totals.seen / seconds
         self._tokens += totals.seen
@@ -353,64 +342,3 @@ class _Interrupts(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()
-
-
-def predicted(exits: ExitTraining, agreement: dict[int, float]) -> tuple[int, int, float] | None:
-    """Best (E, K, speed-up) by the cost model in layers, from each exit's agreement per token.
-
-    Source: the cost model of `model/cost.py`; a device's step times tell more.
-    """
-    layers = len(exits.layers)
-    per_layer = sum(p.numel() for layer in exits.layers for p in layer.parameters()) / layers
-    head = exits.head.weight.numel() / per_layer
-    draft_head = head * min(1.0, DRAFT_VOCABULARY / exits.head.weight.shape[0])
-    cells = [
-        (Cost(layers, k, head, draft_head).speedup(n, expected_tokens(n, alpha)), k, n)
-        for k, alpha in agreement.items()
-        if k < layers
-        for n in DRAFT_LENGTHS
-    ]
-    if not cells:
-        return None
-    best, k, n = max(cells)
-    return k, n, best
-
-
-def _by_exit(totals: Totals) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for k in sorted(totals.ce):
-        count = max(1, totals.tokens[k])
-        figures[f"exit_{k}_loss"] = float(totals.ce[k]) / count
-        if float(totals.kl[k]):
-            figures[f"exit_{k}_kl"] = float(totals.kl[k]) / count
-        figures[f"exit_{k}_agreement"] = float(totals.agreement[k]) / count
-    return figures
-
-
-def _reduced(totals: Totals, world_size: int) -> Totals:
-    """Sum over ranks; the schedule gives all of them the same exits."""
-    if world_size == 1:
-        return totals
-    order = sorted(totals.ce)
-    device = totals.ce[order[0]].device
-    counts = [totals.layer_rows, totals.dropped, totals.seen, *(totals.tokens[k] for k in order)]
-    sums = torch.cat([torch.stack([d[k] for k in order]) for d in (totals.ce, totals.kl, totals.agreement)])
-    flat = torch.cat([sums.double(), torch.tensor(counts, device=device, dtype=torch.float64)])
-    dist.all_reduce(flat)
-    n = len(order)
-    ce, kl, agreement, (rows, dropped, seen), tokens = (
-        flat[:n],
-        flat[n : 2 * n],
-        flat[2 * n : 3 * n],
-        [int(v) for v in flat[3 * n : 3 * n + 3]],
-        [int(v) for v in flat[3 * n + 3 :]],
-    )
-    return Totals(
-        dict(zip(order, ce, strict=True)),
-        dict(zip(order, kl, strict=True)),
-        dict(zip(order, agreement, strict=True)),
-        dict(zip(order, tokens, strict=True)),
-        rows,
-        dropped,
-        seen,
-    )
