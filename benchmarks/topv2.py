@@ -115,8 +115,8 @@ def main() -> None:
     methods = [full, *(grid[e, chosen[e]] for e in exits), *early.values()]
     if other is not None:
         methods.append(Method(BASELINE, other, {"mode": "ar", **common, "eos_token_id": ends(other)}))
-    found = run(reported, methods, arguments, "items.jsonl", arguments.batch)
     timed = run(reported[: arguments.timed], methods, arguments, "timed.jsonl")
+    found = run(reported, methods, arguments, "items.jsonl", arguments.batch)
 
     table = {FULL: summary(found, FULL, timed)}
     if other is not None:
