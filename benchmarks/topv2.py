@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=60, help="items to choose K on, the last of the file")
     parser.add_argument("--exits", default="4,6,8,12", help="E, comma-separated")
     parser.add_argument("--draft-length", default="3,4,6,8,12", help="K to choose from, comma-separated")
+    parser.add_argument("--cells", default="", help="further cells to report, ExK, comma-separated")
     parser.add_argument(
         "--draft-vocab", default="auto", help="tokens of the draft head: a number, auto or off"
     )
@@ -112,7 +113,10 @@ def main() -> None:
     # Unverified exits use the whole head: a reduced one would cut their quality, and nothing would mend it.
     alone = {"mode": "early-exit", "draft_vocab": "off", **common}
     early = {e: Method(f"early-exit {e}", lm, {**alone, "exit_layer": e}) for e in exits}
-    methods = [full, *(grid[e, chosen[e]] for e in exits), *early.values()]
+    given = [tuple(map(int, cell.split("x"))) for cell in arguments.cells.split(",") if cell]
+    grid |= {cell: speculative(*cell) for cell in given}
+    cells = sorted({*chosen.items(), *given})
+    methods = [full, *(grid[cell] for cell in cells), *early.values()]
     if other is not None:
         methods.append(Method(BASELINE, other, {"mode": "ar", **common, "eos_token_id": ends(other)}))
     timed = run(reported[: arguments.timed], methods, arguments, "timed.jsonl")
@@ -122,14 +126,13 @@ def main() -> None:
     if other is not None:
         table[BASELINE] = summary(found, BASELINE, timed)
     vocabulary = lm.draft_head(Options.parse(grid[exits[0], chosen[exits[0]]].options))
-    for e in exits:
-        told = summary(found, grid[e, chosen[e]].name, timed)
-        predicted = cost(lm, e, vocabulary and vocabulary.size).speedup(
-            chosen[e], told["tokens_per_round"] or 1.0
-        )
-        table[f"self-speculative {e}"] = {
-            "exit_layer": e, "draft_length": chosen[e], **told, "predicted_speedup": predicted,
+    for e, k in cells:
+        told = summary(found, grid[e, k].name, timed)
+        predicted = cost(lm, e, vocabulary and vocabulary.size).speedup(k, told["tokens_per_round"] or 1.0)
+        table[f"self-speculative {e}x{k}"] = {
+            "exit_layer": e, "draft_length": k, **told, "predicted_speedup": predicted,
         }  # fmt: skip
+    for e in exits:
         table[f"early-exit {e}"] = {"exit_layer": e, **summary(found, early[e].name, timed)}
     result: dict[str, Any] = {
         "items": len(found),
@@ -216,11 +219,8 @@ def recipe_of(lm: LanguageModel) -> dict[str, Any] | None:
         return None
     recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     kept = {k: v for k, v in recipe.items() if k not in ("output", "description", "source") and v is not None}
-    return {k: [last_name(x) for x in v] if isinstance(v, list) else last_name(v) for k, v in kept.items()}
-
-
-def last_name(value: Any) -> Any:
-    return value.rsplit("/", 1)[-1] if isinstance(value, str) else value
+    last = lambda value: value.rsplit("/", 1)[-1] if isinstance(value, str) else value  # noqa: E731
+    return {k: [last(x) for x in v] if isinstance(v, list) else last(v) for k, v in kept.items()}
 
 
 def differing(a: dict[str, Any] | None, b: dict[str, Any] | None) -> list[str] | None:
