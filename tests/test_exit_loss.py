@@ -126,7 +126,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(UserError, match="ce\\+kl|'kl'"):
+    with pytest.raises(UserError, match=r"ce\+kl|'kl'"):
         ExitTraining(tiny.random_model("llama"), Schedule(tiny.NUM_LAYERS), exit_loss="kll")
 
 

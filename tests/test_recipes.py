@@ -92,7 +92,8 @@ def test_overrides_are_yaml_with_dotted_keys():
     ("override", "says"),
     [
         ("learning_rat=1", "unknown key 'learning_rat' in the recipe\n  did you mean 'learning_rate'"),
-        ("lora.rnk=1", "unknown key 'lora.rnk' in the recipe\n  did you mean 'rank'?"),
+        ("lora.rnk=1", "unknown key 'lora.rnk' in the recipe\n  did you mean 'lora.rank'?"),
+        ("columns.promt=x", "did you mean 'columns.prompt'?"),
         ("learning_rate=fast", "learning_rate is 'fast': it should be a valid number"),
         ("lora.rank=0", "lora.rank is 0: it should be greater than or equal to 1\n  lora.rank: Rank"),
         ("curriculum=spiral", "curriculum is 'spiral': it should be 'rotational', 'gradual', 'all' or 'fixed'"),

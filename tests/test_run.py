@@ -107,6 +107,16 @@ def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monk
     assert "drafting does not pay yet: 0.80 x" in console.file.getvalue()
 
 
+def test_a_run_that_measured_nothing_says_so_and_decodes_plainly(recipe):
+    result = runs.train(recipe("arguments.logging_strategy=no", "arguments.logging_first_step=false"))
+    assert (result["exits"], result["exit_layer"], result["predicted_speedup"]) == ({}, None, None)
+    folder = Path(result["output"])
+    card = (folder / "README.md").read_text()
+    assert "Nothing was measured." in card
+    assert "No exit was measured, so plain decoding is the default" in card
+    assert Options().plan(facts_of(AutoConfig.from_pretrained(folder)), 5).mode == "ar"
+
+
 def test_all_ends_of_the_generation_config_end_a_turn(folder, tmp_path):
     config = AutoConfig.from_pretrained(folder)
     assert loading.ends_of(folder, config) == {2}

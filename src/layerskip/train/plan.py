@@ -85,8 +85,9 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             raise UserError(f"arguments.{key} cannot be set: {REFUSED[key]}", "leave it out")
         if key not in known:
             raise UserError(f"unknown key arguments.{key}", nearest(key, known))
+    defaults = {"ddp_find_unused_parameters": False, "logging_first_step": True}
     try:
-        arguments = LayerSkipArguments(**settings, **{"ddp_find_unused_parameters": False} | recipe.arguments)
+        arguments = LayerSkipArguments(**settings, **defaults | recipe.arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"the recipe's settings do not fit this machine: {error}") from error
     if recipe.global_batch is not None:

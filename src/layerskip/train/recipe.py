@@ -125,7 +125,7 @@ class Recipe(_Strict):
     exits: list[Count] | Literal["auto"] | None = None
     """Exit layers (layers executed) to train; auto is 1/8, 1/4, 3/8 and 1/2 of the depth, null every layer."""
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
-    """Exits learn the data (ce), the last layer's distribution (kl), or both; the last layer always ce."""
+    """Exits learn the data (ce), the last layer's distribution (kl), or both (ce+kl); the last layer always ce."""
 
     # optimisation
     steps: Count | None = None
@@ -308,8 +308,9 @@ def _user_error(error: ValidationError) -> UserError:
     path = [str(part) for part in first["loc"]]
     names = Recipe.model_fields
     if first["type"] == "extra_forbidden":
-        known = NESTED[path[0]].model_fields if len(path) > 1 and path[0] in NESTED else names
-        return UserError(f"unknown key {'.'.join(path)!r} in the recipe", nearest(path[-1], known))
+        inside = len(path) > 1 and path[0] in NESTED
+        known, prefix = (NESTED[path[0]].model_fields, f"{path[0]}.") if inside else (names, "")
+        return UserError(f"unknown key {'.'.join(path)!r} in the recipe", nearest(path[-1], known, prefix))
     reason = str(first["msg"]).removeprefix("Value error, ")
     if not path:
         return UserError(
