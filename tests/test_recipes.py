@@ -10,6 +10,7 @@ from layerskip.train.recipe import (
     FSDP_SETTINGS,
     Recipe,
     as_yaml,
+    changed,
     differing_keys,
     read_recipe,
     recipe_names,
@@ -110,6 +111,14 @@ def test_a_wrong_override_says_which_key_and_what_is_allowed(override, says):
     with pytest.raises(UserError) as error:
         read_recipe("topv2", [override])
     assert says in str(error.value)
+
+
+def test_what_differs_from_the_defaults_is_told_in_yaml():
+    told = changed(
+        read_recipe("tiny", ["template=off", "lora.rank=16", "columns.text=t", "exits=null", "p_max=0.1"])
+    )
+    assert (told["template"], told["lora.rank"], told["columns.text"]) == ("'off'", "16", "t")
+    assert not {"exits", "p_max", "columns.prompt", "lora.layers"} & {*told}, "those are defaults"
 
 
 def test_an_unknown_recipe_suggests_the_nearest(tmp_path):

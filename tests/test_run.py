@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig
 
 from layerskip.decode.options import Options
-from layerskip.display_train import print_result
+from layerskip.display_train import print_plan, print_result
 from layerskip.errors import UserError
 from layerskip.model.checkpoint import Facts, facts_of
 from layerskip.train import loading
@@ -51,6 +51,24 @@ def refused(recipe):
         return str(error.value)
 
     return call
+
+
+# -- the plan ------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_global_batch_set_the_accumulation_and_the_plan_tells_it(recipe):
+    prepared = runs.prepare(recipe("batch_size=2", "global_batch=6"))
+    assert prepared.arguments.gradient_accumulation_steps == 3
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(console, prepared.plan, prepared.warnings)
+    assert "4 steps of 6 rows (2 x 3 passes)" in console.file.getvalue()
+
+
+def test_automatic_exits_are_eighths_of_the_depth():
+    recipe = read_recipe("finetune")
+    assert runs.schedule_for(recipe, 32).trained == (4, 8, 12, 16)
+    assert runs.schedule_for(recipe, 5).trained == (1, 2)
+    assert runs.schedule_for(read_recipe("finetune", ["weighting=paper"]), 8).trained == (2, 3, 4)
 
 
 # -- going on ------------------------------------------------------------------------------------------------

@@ -122,6 +122,8 @@ def plan_of(run: Run) -> dict[str, Any]:
         "rows": len(rows),
         "examples": rows.num_examples,
         "rows_per_step": rows_per_step,
+        "rows_per_pass": batch,
+        "passes": arguments.gradient_accumulation_steps,
         "tokens": round(steps * rows_per_step * mean),
         "tokens_per_epoch": rows.num_tokens,
         "learnt_share": round(rows.num_targets / rows.num_tokens, 3),
