@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip
 from layerskip.model.checkpoint import facts_of
-from layerskip.train import run as runs
 from layerskip.train.export import MAKING
 from layerskip.train.recipe import read_recipe
 
@@ -68,6 +67,10 @@ def test_the_last_line_holds_every_exit_and_the_folder_is_a_plain_checkpoint(tra
     assert result["tokens"] > 0
     for word in (
         "recipe",
+        "exits: [2, 3]",
+        "dtype: float32",
+        "recipes show",
+        "may be deleted",
         "plan",
         "4 steps of 2 rows",
         "exits 2, 3",
@@ -112,6 +115,15 @@ def test_without_evaluation_data_the_figures_are_those_of_training(train):
     assert "eval_loss" not in result
 
 
+def test_a_run_shorter_than_its_reports_tells_its_first_and_last_step(train):
+    """It was silent, and its table of exits empty."""
+    code, result, printed, _ = train("log_every=50", "steps=3")
+    assert code == 0
+    assert [*result["exits"]] == ["2", "3", "5"]
+    assert "step 1/3" in printed
+    assert "step 3/3" in printed
+
+
 def test_adapters_are_merged_into_the_plain_folder(train, folder, tmp_path):
     code, _, _, message = train("lora.rank=2", "lora.layers=[2]", "learning_rate=0.01")
     assert code == 0, message
@@ -123,11 +135,17 @@ def test_adapters_are_merged_into_the_plain_folder(train, folder, tmp_path):
     assert all(name.startswith("model.layers.1.") for name in changed), "layer 2, counted from 1, and no head"
 
 
-def test_a_model_starts_from_its_configuration_alone(train, folder, tmp_path):
+def test_a_model_starts_from_its_configuration_alone(train, folder, tmp_path, recwarn):
     code, result, _, message = train(f"from_config={folder / 'config.json'}", model="null")
     assert code == 0, message
     assert result["steps"] == 4
     assert "random weights" in (tmp_path / "out" / "README.md").read_text()
+    recwarn.clear()
+    words = [f"from_config={folder / 'config.json'}", "model=null", "lora.rank=2"]
+    assert train(*words, output=tmp_path / "adapted")[0] == 0
+    assert [str(w.message) for w in recwarn] == [], (
+        "PEFT asked the hub for a configuration, and deprecated names"
+    )
 
 
 def test_the_best_checkpoint_by_predicted_speedup_is_the_one_exported(train, data, tmp_path):
@@ -136,19 +154,6 @@ def test_the_best_checkpoint_by_predicted_speedup_is_the_one_exported(train, dat
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / result["best_checkpoint"]).state_dict()
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(best[name], final[name]) for name in final)
-
-
-def test_rows_of_a_global_batch_set_the_accumulation(folder, data, tmp_path):
-    words = [f"model={folder}", f"data={data}", f"output={tmp_path / 'out'}", *SHORT]
-    prepared = runs.prepare(read_recipe("tiny", [*words, "batch_size=2", "global_batch=6"]))
-    assert prepared.arguments.gradient_accumulation_steps == 3
-    assert prepared.plan["rows_per_step"] == 6
-
-
-def test_automatic_exits_are_eighths_of_the_depth():
-    recipe = read_recipe("finetune")
-    assert runs.schedule_for(recipe, 32).trained == (4, 8, 12, 16)
-    assert runs.schedule_for(recipe, 5).trained == (1, 2)
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ def test_another_recipe_does_not_resume_a_run(train):
     assert train()[0] == 0
     code, _, _, message = train("--resume", "learning_rate=0.1", "p_max=0.3", "log_every=2")
     assert code == 2
-    assert "another recipe: p_max, learning_rate differ" in message
+    assert "another recipe, it differs in p_max, learning_rate" in message
 
 
 def test_a_full_folder_needs_resume_and_a_foreign_one_is_left_alone(train, tmp_path):
@@ -222,6 +227,7 @@ def test_an_interrupt_saves_says_how_to_go_on_and_exports_nothing(train, monkeyp
     code, result, printed, _ = train()
     assert code == 130
     assert result["interrupted"]
+    assert {"exit_layer", "draft_length", "predicted_speedup"} <= {*result}
     assert f"layerskip train {tmp_path / 'out'}/recipe.yaml --resume" in printed
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
     assert not (tmp_path / "out" / "config.json").exists()
@@ -364,7 +370,7 @@ def test_a_shown_recipe_is_a_recipe_file(run, tmp_path):
 def test_a_recipe_is_drawn_as_a_picture_and_in_characters(run, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "picture.png"
-    code, printed, message = run("recipes", "plot", "scratch-llama-1.5b", "--output", file)
+    code, printed, message = run("recipes", "plot", "scratch-llama-1.5b", "-o", file)
     assert (code, printed.strip()) == (0, f"written: {file}"), message
     assert file.read_bytes().startswith(b"\x89PNG")
     code, printed, _ = run("recipes", "plot", "task-topv2-llama-1.5b", "--text")

@@ -44,6 +44,23 @@ def test_every_verb_and_option_in_the_readme_exists():
     assert {line.split()[0] for line in re.findall(r"^layerskip (.*)$", README, re.M)} == set(verbs)
 
 
+def test_the_trainer_of_the_documents_runs(folder, tmp_path, monkeypatch):
+    """On a tiny model: what it saves opens with its tokenizer, and names its exits."""
+    import layerskip
+
+    text = (ROOT / "docs" / "training.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "trainer.save_model" in b]
+    for name, ours in (("smollm2-135m", str(folder)), ("[4, 8]", "[2, 3]"), ("512", "48")):
+        assert name in block
+        block = block.replace(name, ours)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "say 1", "completion": "abc"}\n' * 4)
+    exec(compile(block, "training.md", "exec"), {})
+    lm = layerskip.load("./my-model")
+    assert lm.facts.exits == (2, 3)
+    assert lm.generate("say 1", max_new_tokens=2).stats["mode"] == "ar"
+
+
 def test_the_python_blocks_of_the_readme_run(monkeypatch, tmp_path):
     """On a tiny model in place of the built-in one."""
     import layerskip

@@ -11,6 +11,7 @@ from layerskip.train.recipe import (
     FSDP_SETTINGS,
     Recipe,
     as_yaml,
+    changed,
     differing_keys,
     read_recipe,
     recipe_names,
@@ -99,7 +100,8 @@ def test_overrides_are_yaml_with_dotted_keys():
     ("override", "says"),
     [
         ("learning_rat=1", "unknown key 'learning_rat' in the recipe\n  did you mean 'learning_rate'"),
-        ("lora.rnk=1", "unknown key 'lora.rnk' in the recipe\n  did you mean 'rank'?"),
+        ("lora.rnk=1", "unknown key 'lora.rnk' in the recipe\n  did you mean 'lora.rank'?"),
+        ("columns.promt=x", "did you mean 'columns.prompt'?"),
         ("learning_rate=fast", "learning_rate is 'fast': it should be a valid number"),
         ("lora.rank=0", "lora.rank is 0: it should be greater than or equal to 1\n  lora.rank: Rank"),
         ("curriculum=spiral", "curriculum is 'spiral': it should be 'rotational', 'gradual', 'all' or 'fixed'"),
@@ -116,6 +118,14 @@ def test_a_wrong_override_says_which_key_and_what_is_allowed(override, says):
     with pytest.raises(UserError) as error:
         read_recipe("topv2", [override])
     assert says in str(error.value)
+
+
+def test_what_differs_from_the_defaults_is_told_in_yaml():
+    told = changed(
+        read_recipe("tiny", ["template=off", "lora.rank=16", "columns.text=t", "exits=null", "p_max=0.1"])
+    )
+    assert (told["template"], told["lora.rank"], told["columns.text"]) == ("'off'", "16", "t")
+    assert not {"exits", "p_max", "columns.prompt", "lora.layers"} & {*told}, "those are defaults"
 
 
 def test_an_unknown_recipe_suggests_the_nearest(tmp_path):

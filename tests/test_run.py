@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig
 
 from layerskip.decode.options import Options
-from layerskip.display_train import print_result
+from layerskip.display_train import print_plan, print_result
 from layerskip.errors import UserError
 from layerskip.model.checkpoint import Facts, facts_of
 from layerskip.train import loading
@@ -51,6 +51,24 @@ def refused(recipe):
         return str(error.value)
 
     return call
+
+
+# -- the plan ------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_global_batch_set_the_accumulation_and_the_plan_tells_it(recipe):
+    prepared = runs.prepare(recipe("batch_size=2", "global_batch=6"))
+    assert prepared.arguments.gradient_accumulation_steps == 3
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(console, prepared.plan, prepared.warnings)
+    assert "4 steps of 6 rows (2 x 3 passes)" in console.file.getvalue()
+
+
+def test_automatic_exits_are_eighths_of_the_depth():
+    recipe = read_recipe("finetune")
+    assert runs.schedule_for(recipe, 32).trained == (4, 8, 12, 16)
+    assert runs.schedule_for(recipe, 5).trained == (1, 2)
+    assert runs.schedule_for(read_recipe("finetune", ["weighting=paper"]), 8).trained == (2, 3, 4)
 
 
 # -- going on ------------------------------------------------------------------------------------------------
@@ -105,6 +123,16 @@ def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monk
     console = Console(file=io.StringIO(), width=200)
     print_result(console, result)
     assert "drafting does not pay yet: 0.80 x" in console.file.getvalue()
+
+
+def test_a_run_that_measured_nothing_says_so_and_decodes_plainly(recipe):
+    result = runs.train(recipe("arguments.logging_strategy=no", "arguments.logging_first_step=false"))
+    assert (result["exits"], result["exit_layer"], result["predicted_speedup"]) == ({}, None, None)
+    folder = Path(result["output"])
+    card = (folder / "README.md").read_text()
+    assert "Nothing was measured." in card
+    assert "No exit was measured, so plain decoding is the default" in card
+    assert Options().plan(facts_of(AutoConfig.from_pretrained(folder)), 5).mode == "ar"
 
 
 def test_all_ends_of_the_generation_config_end_a_turn(folder, tmp_path):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import training
 import training_kills
 from layerskip.errors import UserError
+from layerskip.model.checkpoint import Facts, facts_of
 from layerskip.train import checkpoints
 
 
@@ -83,6 +84,23 @@ def test_one_signal_finishes_the_step_saves_and_stops(tmp_path, straight, number
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-3"
     assert signal.getsignal(number) == before
     same(resumed(tmp_path), straight)
+
+
+def test_what_the_trainer_saves_tells_its_exits_and_of_a_plain_run_nothing(tmp_path):
+    run = training_kills.run(
+        tmp_path / "exits", logging_steps=50, exits=[2, 3], curriculum="all", max_steps=2
+    )
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    for folder in (checkpoints.latest(tmp_path / "exits"), tmp_path / "model"):
+        facts = facts_of(AutoConfig.from_pretrained(folder))
+        assert (facts.exits, facts.exit_layer) == ((2, 3), None)
+        assert "layerskip" in facts.versions
+    [last] = [line["step"] for line in run.state.log_history if "exit_2_loss" in line]
+    assert last == 2, "the last step is always reported"
+    assert not run.args.dataloader_pin_memory, "no accelerator, torch would warn"
+    training_kills.run(tmp_path / "plain", e_scale=0.0, p_max=0.0, max_steps=2).train()
+    assert facts_of(AutoConfig.from_pretrained(checkpoints.latest(tmp_path / "plain"))) == Facts()
 
 
 def test_an_interrupt_where_an_epoch_ends_saves_once_and_resumes(tmp_path, straight):

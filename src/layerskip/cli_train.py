@@ -117,7 +117,7 @@ def plot(
         int | None, typer.Option(help="Depth of the model.", show_default="the recipe's, else 30")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Picture to write.", show_default="recipe-NAME.png")
+        Path | None, typer.Option("--output", "-o", help="Picture to write.", show_default="recipe-NAME.png")
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Draw with characters.")] = False,
 ) -> None:

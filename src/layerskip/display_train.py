@@ -5,34 +5,34 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from rich.columns import Columns
 from rich.console import Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from layerskip.train.recipe import Recipe
+from layerskip.train.recipe import changed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
+    from layerskip.train.recipe import Recipe
+
 PREDICT_AFTER = 20  # steps
 
 
 def print_recipe(console: Console, recipe: Recipe) -> None:
-    """Print every key; those that differ from the default stand out."""
-    text = Text("recipe", style="bold")
-    for key, field in Recipe.model_fields.items():
-        value = getattr(recipe, key)
-        if key in ("description", "source"):
-            continue
-        told = str(value.model_dump() if hasattr(value, "model_dump") else value)
-        told = repr(told) if not told or "\n" in told else told
-        text.append(f"  {key} ", style="dim")
-        text.append(told, style="dim" if value == field.default else "")
-    console.print(text, soft_wrap=False)
+    """Print what differs from the keys' defaults, as a recipe file would have it."""
+    told = {key: value for key, value in changed(recipe).items() if key not in ("description", "source")}
+    texts = [Text(f"{key}: ", style="dim") + Text(value, style="not dim") for key, value in told.items()]
+    console.print(
+        Text("recipe", style="bold") + Text("  all other keys are as `layerskip recipes show` prints them")
+    )
+    console.print(Padding(Columns(texts, column_first=True, padding=(0, 3)), (0, 0, 0, 6)))
 
 
 def print_plan(console: Console, plan: dict[str, Any], warnings: Sequence[str]) -> None:
@@ -42,8 +42,9 @@ def print_plan(console: Console, plan: dict[str, Any], warnings: Sequence[str]) 
         n += f", {plan['trainable'] / 1e6:,.2f} M of them trained"
     resumes = "" if plan["resumes_at"] is None else f", from step {plan['resumes_at']} on"
     devices = f"{plan['devices']} x {plan['device']}" if plan["devices"] > 1 else plan["device"]
+    passes = f" ({plan['rows_per_pass']} x {plan['passes']} passes)" if plan["passes"] > 1 else ""
     lines = [
-        f"{plan['steps']:,} steps of {plan['rows_per_step']} rows, {plan['epochs']:g} epochs, "
+        f"{plan['steps']:,} steps of {plan['rows_per_step']} rows{passes}, {plan['epochs']:g} epochs, "
         f"{quantity(plan['tokens'])} tokens{resumes}",
         f"{plan['examples']:,} examples in {plan['rows']:,} rows, {100 * plan['learnt_share']:.0f}% of the tokens "
         f"are learned; {plan['eval_rows']:,} rows to evaluate on",
@@ -72,6 +73,7 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         told = f"drafting does not pay yet: {result['predicted_speedup']:.2f} x at best by the cost model"
         console.print(Text(f"{told}; decoding is plain by default, train longer", style="yellow"))
     console.print(Text(f"written: {result['output']}", style="bold"))
+    console.print(Text("its checkpoints are needed for --resume only and may be deleted", style="dim"))
 
 
 def quantity(count: float) -> str:

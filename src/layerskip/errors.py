@@ -19,10 +19,10 @@ class UserError(Exception):
         self.hint = hint
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Phrase the closest known names as a suggestion, or list them all when none is close."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Phrase the closest known names as a suggestion, or list them all when none is close, each behind `prefix`."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
-        return "did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
-    return "known: " + ", ".join(names)
+        return "did you mean " + " or ".join(repr(prefix + candidate) for candidate in close) + "?"
+    return "known: " + ", ".join(prefix + known_name for known_name in names)

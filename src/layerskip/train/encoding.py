@@ -121,7 +121,12 @@ def _report_long(over: Sequence[int], num_dropped: int, num_examples: int, optio
     if options.long == "error":
         raise UserError(f"{told} tokens", f"set length={max(over)}, or long=drop, or long=cut")
     num_cut = len(over) - num_dropped
-    warnings.warn(f"{told}: {num_cut} cut at their end, {num_dropped} left out", stacklevel=3)
+    why = (
+        f": nothing to learn within the first {options.length} tokens"
+        if options.long == "cut" and num_dropped
+        else ""
+    )
+    warnings.warn(f"{told}: {num_cut} cut at their end, {num_dropped} left out{why}", stacklevel=3)
 
 
 def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:

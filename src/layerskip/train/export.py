@@ -101,14 +101,13 @@ def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     for k, figures in result["exits"].items():
         lines.append(f"| {k} | {_number(figures['loss'], '.3f')} | {_number(figures['agreement'], '.1%')} |")
     measured = "held-out data" if recipe.eval_data else "the last training batches"
-    lines += ["", f"Measured on {measured}: per token, with the right text before it."]
+    told = f"Measured on {measured}: per token, with the right text before it."
+    lines += ["", told if result["exits"] else "Nothing was measured."]
     speedup = _number(result.get("predicted_speedup"), ".2f")
     if facts.exit_layer is None and facts.trained:
-        lines += [
-            "",
-            f"Drafting does not pay yet: the cost model predicts {speedup} x at best, so plain decoding is the "
-            "default.",
-        ]
+        why = f"Drafting does not pay yet: the cost model predicts {speedup} x at best"
+        why = "No exit was measured" if result.get("predicted_speedup") is None else why
+        lines += ["", f"{why}, so plain decoding is the default."]
     if facts.exit_layer is not None:
         lines += [
             "",

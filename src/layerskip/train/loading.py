@@ -120,6 +120,7 @@ def model_for(recipe: Recipe, folder: Path, config: Any) -> Any:
 
         torch.manual_seed(recipe.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.name_or_path = ""  # PEFT would look for a checkpoint there, then on the hub
     generation = model.generation_config
     try:
         generation.validate(strict=True)

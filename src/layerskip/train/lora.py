@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError, nearest
@@ -24,7 +25,9 @@ def with_adapters(hf: Any, lora: Lora) -> Any:
         target_modules=adapted_modules(hf, lora),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(hf, settings)
+    with warnings.catch_warnings():  # PEFT 0.21 asks for a name that transformers 5 renames
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(hf, settings)
 
 
 def adapted_modules(hf: Any, lora: Lora) -> list[str]:

@@ -85,8 +85,9 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             raise UserError(f"arguments.{key} cannot be set: {REFUSED[key]}", "leave it out")
         if key not in known:
             raise UserError(f"unknown key arguments.{key}", nearest(key, known))
+    defaults = {"ddp_find_unused_parameters": False, "logging_first_step": True}
     try:
-        arguments = LayerSkipArguments(**settings, **{"ddp_find_unused_parameters": False} | recipe.arguments)
+        arguments = LayerSkipArguments(**settings, **defaults | recipe.arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"the recipe's settings do not fit this machine: {error}") from error
     if recipe.global_batch is not None:
@@ -121,6 +122,8 @@ def plan_of(run: Run) -> dict[str, Any]:
         "rows": len(rows),
         "examples": rows.num_examples,
         "rows_per_step": rows_per_step,
+        "rows_per_pass": batch,
+        "passes": arguments.gradient_accumulation_steps,
         "tokens": round(steps * rows_per_step * mean),
         "tokens_per_epoch": rows.num_tokens,
         "learnt_share": round(rows.num_targets / rows.num_tokens, 3),

@@ -123,9 +123,9 @@ class Recipe(_Strict):
     rotation: Count | None = None
     """R: each exit is on once in R steps (rotational curriculum only); null is one exit a step."""
     exits: list[Count] | Literal["auto"] | None = None
-    """Exit layers (layers executed) to train; auto is 1/8, 1/4, 3/8 and 1/2 of the depth, null every layer."""
+    """Exit layers to train: null all, auto 1/8, 1/4, 3/8, 1/2 of the depth rounded down; paper leaves 1 out."""
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
-    """Exits learn the data (ce), the last layer's distribution (kl), or both; the last layer always ce."""
+    """Exits learn the data (ce), the last layer's distribution (kl), or both (ce+kl); the last layer always ce."""
 
     # optimisation
     steps: Count | None = None
@@ -133,7 +133,7 @@ class Recipe(_Strict):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data, unless steps is given."""
     batch_size: Count = 4
-    """Rows per device in a forward pass."""
+    """Rows per device in a forward pass; where global_batch is set, fewer rows are more passes a step."""
     accumulation: Count = 1
     """Forward passes per optimiser step."""
     global_batch: Count | None = None
@@ -267,6 +267,19 @@ def as_yaml(recipe: Recipe, explain: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
+def changed(recipe: Recipe) -> dict[str, str]:
+    """Give the settings that are not their key's default, in YAML; keys inside others are dotted."""
+    found: dict[str, str] = {}
+    for key, field in Recipe.model_fields.items():
+        value, default = getattr(recipe, key), field.default
+        inner = NESTED[key].model_fields if key in NESTED and value is not None else ()
+        pairs = {f"{key}.{name}": (getattr(value, name), getattr(default, name, None)) for name in inner}
+        for name, (one, other) in (pairs or {key: (value, default)}).items():
+            if one != other:
+                found[name] = _scalar(one)
+    return found
+
+
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """Name the keys in which two recipes differ."""
     return [key for key in Recipe.model_fields if getattr(one, key) != getattr(other, key)]
@@ -308,8 +321,9 @@ def _user_error(error: ValidationError) -> UserError:
     path = [str(part) for part in first["loc"]]
     names = Recipe.model_fields
     if first["type"] == "extra_forbidden":
-        known = NESTED[path[0]].model_fields if len(path) > 1 and path[0] in NESTED else names
-        return UserError(f"unknown key {'.'.join(path)!r} in the recipe", nearest(path[-1], known))
+        inside = len(path) > 1 and path[0] in NESTED
+        known, prefix = (NESTED[path[0]].model_fields, f"{path[0]}.") if inside else (names, "")
+        return UserError(f"unknown key {'.'.join(path)!r} in the recipe", nearest(path[-1], known, prefix))
     reason = str(first["msg"]).removeprefix("Value error, ")
     if not path:
         return UserError(

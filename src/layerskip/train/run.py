@@ -180,6 +180,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         "train_s": time.perf_counter() - began,
         "interrupted": trainer.interrupted,
         "output": str(run.output),
+        **dict.fromkeys(("exit_layer", "draft_length", "predicted_speedup")),
     }
     history = trainer.state.log_history
     if not result["interrupted"] and run.eval_rows is not None:
@@ -262,7 +263,7 @@ def checked_output(recipe: Recipe, resume: bool) -> Path:
         keys = [key for key in differing_keys(read_recipe(str(before)), recipe) if key not in MAY_DIFFER]
         if keys:
             raise UserError(
-                f"the run in {output} has another recipe: {', '.join(keys)} differ",
+                f"the run in {output} has another recipe, it differs in {', '.join(keys)}",
                 f"resume with the same settings (`layerskip train {before} --resume`), or choose another output",
             )
     elif output.is_dir() and any(output.iterdir()):

@@ -23,9 +23,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.errors import UserError
+from layerskip.model.checkpoint import Facts
 from layerskip.train import checkpoints
 from layerskip.train.encoding import IGNORED
 from layerskip.train.exits import ExitTraining
+from layerskip.train.export import entry
 from layerskip.train.figures import by_exit, predicted, reduced
 from layerskip.train.schedule import Schedule
 from layerskip.train.supported import refuse_unsupported
@@ -88,6 +90,8 @@ class LayerSkipMixin:
         super().__init__(*args, **kwargs)
         refuse_unsupported(self)
         options = self.args
+        if options.device.type == "cpu":
+            options.dataloader_pin_memory = False  # there is nothing to pin for, torch would warn
         options.prediction_loss_only = True  # the logits of all exits are never made at once
         hf = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.exits = ExitTraining(
@@ -237,6 +241,8 @@ class LayerSkipMixin:
                 )
             resume_from_checkpoint = str(found)
         self._claim()
+        if trained := self.exits.schedule.trained:  # every folder saved from here on tells them
+            self.exits.hf.config.layerskip = entry(Facts(trained))
         self._logged_s, self._micro = time.perf_counter(), (-1, 0)
         self.exits.drain()  # sums of a run that was refused would be refused again
         try:
@@ -338,6 +344,8 @@ class _Interrupts(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.trainer.interrupted:
             control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # what came after the last report, all of it in a short run
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
