@@ -65,7 +65,7 @@ def exit_weights(
     total = sum(raw.values())
     if total == 0.0:  # a model of one layer, or weights that leave nothing: the last layer is what there is
         return {num_layers: 1.0}
-    return {k: weight / total for k, weight in raw.items() if weight > 0.0}
+    return {k: share for k, weight in raw.items() if (share := weight / total) > 0.0}
 
 
 def enabled_exits(
