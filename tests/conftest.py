@@ -1,6 +1,7 @@
 """Shared by all tests: one thread each (two processes run side by side), the sizes of the matrix, tolerances."""
 
 import io
+import json
 import os
 import sys
 
@@ -100,3 +101,12 @@ def fails(run):
         return message
 
     return call
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Forty short prompts with completions to train on, a .jsonl file."""
+    file = tmp_path / "data.jsonl"
+    lines = ({"prompt": f"say {i % 5}", "completion": "abc " * (1 + i % 4)} for i in range(40))
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file

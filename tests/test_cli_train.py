@@ -33,14 +33,6 @@ def quiet(monkeypatch):
 
 
 @pytest.fixture
-def data(tmp_path):
-    file = tmp_path / "data.jsonl"
-    lines = ({"prompt": f"say {i % 5}", "completion": "abc " * (1 + i % 4)} for i in range(40))
-    file.write_text("\n".join(map(json.dumps, lines)))
-    return file
-
-
-@pytest.fixture
 def train(run, folder, data, tmp_path):
     """Run `layerskip train tiny` on the tiny checkpoint; returns exit code, JSON of the last line, both outputs."""
 

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +18,6 @@ from layerskip.train import run as runs
 from layerskip.train.lora import adapted_modules
 from layerskip.train.plan import REFUSED
 from layerskip.train.recipe import Lora, read_recipe
-
-
-@pytest.fixture
-def data(tmp_path):
-    file = tmp_path / "data.jsonl"
-    lines = ({"prompt": f"say {i % 5}", "completion": "abc " * (1 + i % 4)} for i in range(40))
-    file.write_text("\n".join(map(json.dumps, lines)))
-    return file
 
 
 @pytest.fixture

@@ -75,9 +75,8 @@ class ExitTraining:
         distributed: bool = False,
         eval_exits: tuple[int, ...] | None = None,
     ) -> None:
-        refuse_architecture(
-            hf
-        )  # a router's loss, an encoder: what is not seen here would be left out silently
+        # A router's loss, an encoder: what is not seen here would be left out silently.
+        refuse_architecture(hf)
         config = hf.config.get_text_config()
         self.hf, self.schedule, self.exit_loss, self.seed = hf, schedule, exit_loss, seed
         if exit_loss not in EXIT_LOSSES:

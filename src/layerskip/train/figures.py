@@ -66,13 +66,8 @@ def reduced(totals: Totals, world_size: int) -> Totals:
     flat = torch.cat([sums.double(), torch.tensor(counts, device=device, dtype=torch.float64)])
     dist.all_reduce(flat)
     n = len(order)
-    ce, kl, agreement, (rows, dropped, seen), tokens = (
-        flat[:n],
-        flat[n : 2 * n],
-        flat[2 * n : 3 * n],
-        [int(v) for v in flat[3 * n : 3 * n + 3]],
-        [int(v) for v in flat[3 * n + 3 :]],
-    )
+    ce, kl, agreement, whole = flat.split([n, n, n, 3 + n])  # type: ignore[no-untyped-call]
+    rows, dropped, seen, *tokens = (int(count) for count in whole.tolist())
     return Totals(
         dict(zip(order, ce, strict=True)),
         dict(zip(order, kl, strict=True)),

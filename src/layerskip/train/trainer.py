@@ -144,23 +144,20 @@ class LayerSkipMixin:
         """Refuse what is not finite, on all ranks alike; note a wish to stop; then go on as Trainer does."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         ce = self.exits.totals.ce
-        parts = [torch.stack([ce[k] for k in sorted(ce)]).isfinite().logical_not().float()]
+        losses = torch.stack([ce[k] for k in sorted(ce)]).isfinite().logical_not().float()
         scaled = getattr(self.accelerator, "scaler", None) is not None  # its first steps overflow by design
-        value = torch.as_tensor(0.0 if norm is None or scaled else float(norm), device=parts[0].device)
-        flags = torch.cat(
-            [*parts, value.isfinite().logical_not().float()[None], torch.zeros_like(value)[None]]
-        )
-        flags[-1] = float(self.wants_to_stop)
+        value = torch.as_tensor(0.0 if norm is None or scaled else float(norm), device=losses.device)
+        stop = torch.full_like(value, float(self.wants_to_stop))
+        flags = torch.cat([losses, torch.stack([value.isfinite().logical_not().float(), stop])])
         if self.args.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        *losses, gradient, stop = flags.tolist()
-        self.interrupted = bool(stop)
-        if any(losses) or gradient:
-            self._refuse([k for k, bad in zip(sorted(ce), losses, strict=True) if bad])
+        *bad_losses, bad_gradient, stopping = flags.tolist()
+        self.interrupted = bool(stopping)
+        if any(bad_losses) or bad_gradient:
+            self._refuse([k for k, bad in zip(sorted(ce), bad_losses, strict=True) if bad])
         if self.exits.dropout.kept is not None:
-            for (
-                parameter
-            ) in self.model.parameters():  # a layer all rows skipped: as if its gradient were zero
+            # A layer that all rows skipped: as if its gradient were zero.
+            for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return norm
