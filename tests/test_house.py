@@ -25,7 +25,14 @@ FLOORS = {
     "cli_measure": 4,
     "cli_distill": 4,
     "cli_train": 4,
+    "cli_results": 4,
+    "cli_eval": 4,
+    "cli_tune": 4,
+    "cli_inspect": 4,
     "display_train": 3,
+    "display_eval": 3,
+    "display_tune": 3,
+    "display_inspect": 3,
 }
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from layerskip.cli_app import (
@@ -27,6 +25,8 @@ from layerskip.cli_app import (
     load,
     vocabulary_size,
 )
+from layerskip.cli_results import check_counts, configuration, encoded, loaded, progress, prompt_lines
+from layerskip.cli_results import save as save_result
 from layerskip.display import err, out, print_bench, print_card, print_coverage
 from layerskip.errors import UserError
 
@@ -91,7 +91,7 @@ def bench(
     from layerskip.measure.settings import Prompt, Settings
 
     chosen = parsed(methods)
-    _check_counts(limit=limit, trials=trials, threads=threads)
+    check_counts(limit=limit, trials=trials, threads=threads)
     settings = Settings(
         methods=chosen,
         exit_layer=exit_layer,
@@ -105,11 +105,11 @@ def bench(
         policy=policy,
     )
     settings.options(draft_vocab=settings.draft_vocab or "auto")
-    lines = _prompt_lines(prompts, limit)
-    lm, load_s = _loaded(model, dtype, device, stack, quantize, threads)
-    items = [Prompt(line.task, _encoded(lm, line.content)) for line in lines]
+    lines = prompt_lines(prompts, limit)
+    lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
+    items = [Prompt(line.task, encoded(lm, line.content)) for line in lines]
     try:
-        with _progress() as watch:
+        with progress() as watch:
             result = benches.bench(
                 lm,
                 items,
@@ -120,7 +120,8 @@ def bench(
     except benches.NotLossless as error:
         err.print(Text(f"not lossless: {error}", style="bold red"))
         sys.exit(1)
-    result["configuration"] = _configuration(given, lm, len(items), load_s)
+    told = {"prompts": "built in" if prompts is None else prompts.name, "num_prompts": len(items)}
+    result["configuration"] = configuration(given, lm, load_s, **told)
     if simulate_acceptance is not None:
         result["simulated"] = simulate_acceptance
     if as_json:
@@ -128,7 +129,9 @@ def bench(
     else:
         print_bench(result)
     if save:
-        err.print(Text(f"written: {_save(result)}", style="dim"))
+        parts = [quantize] if quantize else []
+        parts += [] if simulate_acceptance is None else [f"sim{100 * simulate_acceptance:.0f}"]
+        err.print(Text(f"written: {save_result(result, 'bench', *parts)}", style="dim"))
 
 
 def draft_vocab(
@@ -165,7 +168,7 @@ def draft_vocab(
     if lm.tokenizer is None:
         raise UserError(f"{model} has no tokenizer, so text cannot be counted", "add its tokenizer.json")
     full = lm.stack.vocab_size
-    with _progress() as watch:
+    with progress() as watch:
         texts = _watched((text for path in data for text in vocabulary.documents(path, column)), watch)
         found = vocabulary.frequencies(lm.tokenizer, texts, full)
     ranking = vocabulary.ranked(found.counted)
@@ -197,43 +200,6 @@ def draft_vocab(
 # -- shared by the verbs -------------------------------------------------------------------------------------
 
 
-def _check_counts(**given: int | None) -> None:
-    for name, value in given.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}", f"--{name} is at least 1")
-
-
-def _prompt_lines(path: Path | None, limit: int | None) -> list[Any]:
-    from layerskip.config import read_prompts
-    from layerskip.measure import prompt_file
-
-    return read_prompts(path or prompt_file())[:limit]
-
-
-def _encoded(lm: LanguageModel, content: Any) -> list[int]:
-    return lm.encode(content, chat=lm.has_template)
-
-
-def _loaded(*arguments: Any) -> tuple[LanguageModel, float]:
-    import time
-
-    began = time.perf_counter()
-    return load(*arguments), time.perf_counter() - began
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show on stderr what is going on; a line per kind of work, drawn only while a terminal looks on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        task = bars.add_task("", total=None)
-
-        def watch(what: str, done: int, of: int) -> None:
-            bars.update(task, description=what, completed=done, total=of or None)
-
-        yield watch
-
-
 def _watched(texts: Iterator[str], watch: Callable[[str, int, int], None]) -> Iterator[str]:
     for number, text in enumerate(texts):
         if number % 100 == 0:
@@ -263,52 +229,3 @@ def _suggestion(
         "predicted_speedup": {str(n): value for n, value in speedups.items()},
         "suggested_size": best_draft_vocabulary(speedups),
     }
-
-
-def _configuration(
-    given: dict[str, Any], lm: LanguageModel, num_prompts: int, load_s: float
-) -> dict[str, Any]:
-    """Say what was measured, with what, where and when; folders appear by their last name only."""
-    import subprocess
-    import time
-
-    from layerskip.environment import environment
-    from layerskip.measure.card import device_name
-
-    facts = environment()
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a checkout
-    model, kernels = given["model"], getattr(lm.stack, "kernels", None)
-    return {
-        **{name: value for name, value in given.items() if name not in ("model", "prompts")},
-        "model": Path(model).name if Path(model).exists() else model,
-        "prompts": "built in" if given["prompts"] is None else given["prompts"].name,
-        "num_prompts": num_prompts,
-        "dtype": str(lm.stack.dtype).removeprefix("torch."),
-        "device": lm.stack.device.type,
-        "device_name": device_name(lm.stack.device),
-        "load_s": load_s,
-        "compile_s": kernels and kernels.compile_s,
-        "commit": commit,
-        "versions": {name: facts[name] for name in ("layerskip", "python", "torch", "transformers")},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _save(result: dict[str, Any]) -> Path:
-    """Write a result file under benchmarks/results where the current folder has one, else into it."""
-    told = result["configuration"]
-    parts = ["bench", told["model"].replace("/", "-"), told["dtype"]]
-    parts += [told["quantize"]] if told["quantize"] else []
-    if (simulated := told["simulate_acceptance"]) is not None:
-        parts.append(f"sim{100 * simulated:.0f}")
-    name = "_".join([*parts, told["device"], told["date"]]) + ".json"
-    folder = Path("benchmarks/results") if Path("benchmarks/results").is_dir() else Path()
-    try:
-        (folder / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {folder / name}: {error}") from error
-    return folder / name

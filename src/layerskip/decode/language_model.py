@@ -182,8 +182,7 @@ class LanguageModel:
         """Build the reduced draft head the options ask for, once per size; auto is the checkpoint's list if any."""
         size = options.draft_vocab
         if size == "auto":
-            drafting = self.plan(options).draft_length > 0
-            size = len(set((drafting and self.ranked_vocabulary) or ())) or "off"
+            size = self._default_draft_vocabulary(options) or "off"
         if size == "off":
             return None
         always = tuple(sorted(self.eos_ids(options)))
@@ -192,6 +191,11 @@ class LanguageModel:
             ids = draft_ids(int(size), self.stack.vocab_size, self.ranked_vocabulary, always)
             self._heads[key] = self.stack.reduced_head(ids)
         return self._heads[key]
+
+    def _default_draft_vocabulary(self, options: Options) -> int:
+        """How many tokens the draft head has by default: those the checkpoint lists, 0 where it lists none."""
+        ranked = self.ranked_vocabulary if self.plan(options).draft_length else None
+        return len(set((ranked or [])[: self.facts.draft_vocab_size]))
 
     def _engine(self, items: Sequence[_Item], options: Options, rows: int) -> Engine:
         wanted = max(len(item.request.prompt) + item.request.max_new_tokens - 1 for item in items)

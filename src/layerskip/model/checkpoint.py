@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+
+POLICIES = ("fixed", "confidence", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,10 @@ class Facts:
     exit_layer: int | None = None  # default E
     draft_length: int | None = None  # default K
     draft_vocab: str | None = None  # file beside config.json: token ids by falling frequency, a JSON list
+    draft_vocab_size: int | None = None  # drafting uses that many of its first ids; 0: none, None: all
+    mode: str | None = None  # default way of decoding, as measured; None: see `pays`
+    policy: str | None = None  # default policy of drafting: fixed, confidence or adaptive
+    confidence: float | None = None  # stop drafting where the exit's most probable token has less than this
     recipe: str | None = None
     versions: dict[str, str] | None = None
 
@@ -32,7 +40,12 @@ class Facts:
 
     @property
     def pays(self) -> bool:
-        """Whether drafting is the default: trained exits without a default one were predicted to be slower."""
+        """Whether drafting is the default: as measured, else with trained exits one of which is the default.
+
+        Trained exits without a default one were predicted to be slower.
+        """
+        if self.mode is not None:
+            return self.mode != "ar"
         return self.trained and self.exit_layer is not None
 
 
@@ -73,13 +86,28 @@ def facts_of(config: Any, name: str = "") -> Facts:
         raise UserError(
             f"config.json: layerskip.draft_length is {drafts!r}", "it is a whole number, 0 or more"
         )
-    if not isinstance(entry.get("draft_vocab", ""), (str, type(None))):
-        raise UserError(f"config.json: layerskip.draft_vocab is {entry['draft_vocab']!r}", "it names a file")
+    size, confidence = entry.get("draft_vocab_size"), entry.get("confidence")
+    fits = {
+        "draft_vocab": (isinstance(entry.get("draft_vocab"), (str, type(None))), "it names a file"),
+        "draft_vocab_size": (size is None or (type(size) is int and size >= 0), "a whole number, 0 or more"),
+        "mode": (entry.get("mode") in (None, "ar", "self-speculative"), "ar or self-speculative"),
+        "policy": (entry.get("policy") in (None, *POLICIES), ", ".join(POLICIES)),
+        "confidence": (
+            confidence is None or (type(confidence) in (int, float) and 0 <= confidence <= 1),
+            "a probability, from 0 to 1",
+        ),
+    }
+    for key, (fit, allowed) in fits.items():
+        if not fit:
+            raise UserError(f"config.json: layerskip.{key} is {entry[key]!r}", allowed)
     return Facts(**{**entry, "exits": tuple(exits if isinstance(exits, list) else [exits])})
 
 
 def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
-    """Read the checkpoint's draft vocabulary, ids by falling frequency; None when it has none."""
+    """Read the checkpoint's draft vocabulary, ids by falling frequency; None when it has none.
+
+    The whole list: how much of it drafting uses by default is `Facts.draft_vocab_size`.
+    """
     if path is None or facts.draft_vocab is None:
         return None
     file = path / facts.draft_vocab
@@ -93,14 +121,24 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
 
 
 def write_draft_vocabulary(folder: Path, ids: Sequence[int], facts: Facts) -> Path:
-    """Put `draft_vocab.json` into a checkpoint and name it in `config.json`; every other key stays as it is.
+    """Put `draft_vocab.json` into a checkpoint and name it in `config.json`; see `write_entry`.
 
-    `facts` are those the checkpoint is known by: a published one gets an entry only now, which must not hide
-    its default exit. Both files are replaced whole, the list before the configuration that names it.
-    Raises: UserError when the folder cannot be written.
+    The list is replaced before the configuration that names it.
     """
     file = folder / "draft_vocab.json"
-    try:
+    with _writing(folder):
+        write_json(file, list(ids))
+    write_entry(folder, facts, draft_vocab=file.name, draft_vocab_size=None)
+    return file
+
+
+def write_entry(folder: Path, facts: Facts, **changes: Any) -> None:
+    """Change keys of our entry in a checkpoint's `config.json`; None removes one, every other key stays.
+
+    `facts` are those the checkpoint is known by: a published one gets an entry only now, which must not hide
+    its default exit. The file is replaced whole. Raises: UserError when the folder cannot be written.
+    """
+    with _writing(folder):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         known = {
             "exits": list(facts.exits),
@@ -108,12 +146,17 @@ def write_draft_vocabulary(folder: Path, ids: Sequence[int], facts: Facts) -> Pa
             "draft_length": facts.draft_length,
         }
         entry = config.get("layerskip") or {key: value for key, value in known.items() if value}
-        config["layerskip"] = {**entry, "draft_vocab": file.name}
-        write_json(file, list(ids))
+        merged = {**entry, **changes}
+        config["layerskip"] = {key: value for key, value in merged.items() if value is not None}
         write_json(folder / "config.json", config, indent=2)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error}", "--output writes elsewhere") from error
-    return file
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
