@@ -9,6 +9,7 @@ not, which every kind of colour vision tells apart; what a colour says stands th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,9 +75,10 @@ def exits(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path:
         panel.set_xlim(left=0)
     for panel in panels[1:]:
         panel.set_yscale("log")
+        low, high = panel.get_ylim()
         panel.yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 5)),
-            major_formatter=FuncFormatter(lambda value, _: f"{value:g}"),
+            major_locator=LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)),
+            major_formatter=FuncFormatter(_plain_number),
             minor_formatter=NullFormatter(),
         )
     signs = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
@@ -295,6 +297,10 @@ def _dress(panel: Any, title: str, across: str, up: str, grid: str | None = "y")
     if grid is not None:
         panel.grid(axis=grid, color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
+
+
+def _plain_number(value: float, _: int) -> str:
+    return f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):.0f}}}$"
 
 
 def _by_cell(rated: Iterable[tuple[Mapping[str, Any], float]]) -> dict[tuple[int, int], float]:
