@@ -115,6 +115,8 @@ def run(program: str, test: str = "", limits: Limits = Limits(), layers: Sequenc
                         with suppress(ProcessLookupError, PermissionError):
                             os.killpg(process.pid, signal.SIGKILL)
                         process.kill()
+    except OSError as error:
+        raise UserError(f"programs cannot be run here: {error}", "is there a Python to start?") from error
     finally:
         _remove(folder)
 
@@ -135,7 +137,7 @@ def _outcome(process: subprocess.Popen[bytes], word: str, seconds: float) -> Out
     if ready != "ready":
         raise UserError(
             f"programs cannot be run safely here: {' '.join([ready, *layers])}",
-            "this needs a Linux or macOS that starts Python",
+            "nothing was run",
         )
     began = time.monotonic()
     line = _line(pipe, seconds)
