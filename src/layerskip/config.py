@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +55,12 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
 
     Raises: UserError naming the line that cannot be used, or when there is none.
     """
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        lines = content.decode("utf-8-sig").split("\n")  # splitlines cuts inside JSON strings too
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, record in json_lines(path):
         try:
-            record = json.loads(line)
             if column is not None:
                 record = _named(record, column, f"{path}, line {number}")
             items.append(PromptLine.model_validate(record))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not JSON: {error}", "one JSON object per line"
-            ) from error
         except ValidationError as error:
             raise UserError(
                 f"{path}, line {number}: {_first(error)}", "objects need prompt or messages"
@@ -80,6 +68,28 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
     if not items:
         raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
     return items
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, what it holds) of a JSON-lines file, possibly .gz; blank lines are skipped.
+
+    Raises: UserError naming the line that is not JSON.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        lines = content.decode("utf-8-sig").split("\n")  # splitlines cuts inside JSON strings too
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number} is not JSON: {error}", "one JSON object per line"
+            ) from error
 
 
 def _named(record: Any, column: str, where: str) -> dict[str, Any]:
