@@ -51,7 +51,7 @@ def inspect(
     exit_layer: ExitLayer = None,
     draft_length: DraftLength = None,
     draft_vocab: DraftVocab = "auto",
-    policy: Policy = "fixed",
+    policy: Policy = None,
     chat: Annotated[
         bool | None,
         typer.Option(

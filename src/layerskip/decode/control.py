@@ -32,7 +32,7 @@ WINDOW = 192  # tokens after which an observation counts 1/e: a paragraph or two
 PRIOR = 4.0  # rounds, or judged positions, that a first guess weighs
 TRAINED, UNTRAINED = 0.8, 0.05  # agreement guessed before anything was seen
 MARGIN = 1.03  # another way must look this much faster to be taken
-PROBE_SHARE = 0.015  # of the time may go into probes
+PROBE_SHARE = 0.01  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
 FEWEST = 2  # plain steps to know their pace
 LONGEST = 16  # tokens drafted at most by a controller's own choice
@@ -179,7 +179,7 @@ class Controller:
             drafting = self._current in self.arms
             bar = self.tokens_per_s(self.plain, num_rows) * (1.0 if drafting else MARGIN)
             if rates[best] < bar:
-                due = self._since_probe >= min(self._num_probes, self._probe_every(self.plain))
+                due = self._since_probe >= min(2 * self._num_probes, self._probe_every(self.plain))
                 return replace(self.plain, probes=self.exits) if due else self.plain
             if self._since_plain >= PLAIN_EVERY:
                 return self.plain

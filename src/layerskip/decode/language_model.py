@@ -69,7 +69,7 @@ class LanguageModel:
             checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
         )
         self._heads: dict[tuple[int, tuple[int, ...]], Head] = {}
-        self._controllers: dict[tuple[Plan, int | None], Controller] = {}
+        self.controllers: dict[tuple[Plan, int | None], Controller] = {}
         self.keep_engine = stack.device.type == "cuda"
         self._last_engine: Engine | None = None
 
@@ -201,9 +201,9 @@ class LanguageModel:
         """Find the controller of a plan: what it has learnt serves later calls too."""
         plan, head, stack = self.plan(options), self.draft_head(options), self.stack
         key = (plan, None if head is None else head.size)
-        if key not in self._controllers:
+        if key not in self.controllers:
             exits = self.facts.exits or range(1, stack.num_layers)
-            self._controllers[key] = Controller(
+            self.controllers[key] = Controller(
                 control.Prices.of(stack, head),
                 control.arms(
                     plan.exit_layer, plan.draft_length, plan.confidence, exits, plan.policy == "adaptive"
@@ -211,7 +211,7 @@ class LanguageModel:
                 trained=plan.exit_layer in self.facts.exits,
                 guard=plan.guard,
             )
-        return self._controllers[key]
+        return self.controllers[key]
 
     def _default_draft_vocabulary(self, options: Options) -> int:
         """How many tokens the draft head has by default: those the checkpoint lists, 0 where it lists none."""
