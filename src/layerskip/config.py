@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from layerskip.errors import UserError, nearest
+
+Line = TypeVar("Line", bound=BaseModel)
 
 
 class Message(BaseModel):
@@ -47,6 +50,42 @@ class PromptLine(BaseModel):
         return self.prompt
 
 
+class LikelihoodLine(BaseModel):
+    """A line to score: `prompt` or `context`, and `response`, or `choices` and the right one's place: `answer`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str | None = None
+    context: str | None = None
+    response: str | None = None
+    choices: list[str] | None = None
+    answer: Any = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> LikelihoodLine:
+        if (self.prompt is None) == (self.context is None):
+            raise ValueError("give either prompt or context")
+        if (self.response is None) == (self.choices is None):
+            raise ValueError("give either response or choices")
+        if not all(self.continuations):
+            raise ValueError("there is nothing to score: an empty response or choice")
+        if self.choices is not None:
+            last = len(self.choices) - 1
+            if last < 1:
+                raise ValueError("a choice needs at least two choices")
+            if type(self.answer) is not int or not 0 <= self.answer <= last:
+                raise ValueError(f"answer is {self.answer!r}, not the place of a choice, 0 to {last}")
+        return self
+
+    @property
+    def before(self) -> str:
+        return (self.prompt if self.prompt is not None else self.context) or ""
+
+    @property
+    def continuations(self) -> list[str]:
+        return self.choices if self.choices is not None else [self.response or ""]
+
+
 def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
     """Read a JSON-lines file of prompts, possibly .gz; blank lines are skipped.
 
@@ -54,32 +93,50 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
 
     Raises: UserError naming the line that cannot be used, or when there is none.
     """
+    records = ((w, r if column is None else _named(r, column, w)) for w, r in _records(path))
+    items = [_validated(PromptLine, r, w, "objects need prompt or messages") for w, r in records]
+    if not items:
+        raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
+    return items
+
+
+def read_likelihoods(path: Path) -> list[LikelihoodLine]:
+    """Read a JSON-lines file of responses or choices to score, as `read_prompts` does.
+
+    Raises: UserError naming the line that cannot be used, or when there is none.
+    """
+    shape = "objects need prompt or context, and response, or choices and answer"
+    items = [_validated(LikelihoodLine, record, where, shape) for where, record in _records(path)]
+    if not items:
+        raise UserError(
+            f"{path} has nothing to score", 'one JSON object per line: {"prompt": "...", "response": "..."}'
+        )
+    return items
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read the JSON value of each line that is not blank, with what to call that line."""
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
         lines = content.decode("utf-8-sig").split("\n")  # splitlines cuts inside JSON strings too
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-            if column is not None:
-                record = _named(record, column, f"{path}, line {number}")
-            items.append(PromptLine.model_validate(record))
+            yield where, json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not JSON: {error}", "one JSON object per line"
-            ) from error
-        except ValidationError as error:
-            raise UserError(
-                f"{path}, line {number}: {_first(error)}", "objects need prompt or messages"
-            ) from error
-    if not items:
-        raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
-    return items
+            raise UserError(f"{where} is not JSON: {error}", "one JSON object per line") from error
+
+
+def _validated(kind: type[Line], record: Any, where: str, shape: str) -> Line:
+    try:
+        return kind.model_validate(record)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first(error)}", shape) from error
 
 
 def _named(record: Any, column: str, where: str) -> dict[str, Any]:
