@@ -292,7 +292,7 @@ class _Run:
 
         assert self.exits is not None
         left = [i for i in range(len(texts)) if i not in records.found]
-        advance = self._advance("judging, tokens", [len(text.tokens) for text in texts], left)
+        advance = self._advance("judging, tokens", [max(1, len(text.tokens) - 1) for text in texts], left)
         for i, sums in zip(
             left, judged(self.lm.stack, [texts[i] for i in left], self.exits, advance), strict=True
         ):

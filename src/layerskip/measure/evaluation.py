@@ -75,10 +75,11 @@ def judged(
     Raises: UserError for exits or texts the model cannot take, and for logits that are not numbers.
     """
     sums = _nothing(texts[0], exits) if texts else {}
-    for chunk in chunks(stack, [text.tokens for text in texts], exits):
+    read = [text.tokens[: max(1, len(text.tokens) - 1)] for text in texts]  # the last token is only predicted
+    for chunk in chunks(stack, read, exits):
         text = texts[chunk.sequence]
         following = text.tokens[chunk.positions.start + 1 : chunk.positions.stop + 1]
-        if following:
+        if following:  # a text of one token has none
             found = measured(chunk, torch.tensor(following, device=stack.device))
             for source, part in text.parts.items():
                 start = max(part.start - chunk.positions.start, 0)
@@ -89,7 +90,7 @@ def judged(
                     for name, value in zip(SUMS, values[:, start:stop].sum(-1).tolist(), strict=True):
                         at[name] += value
         watch(len(chunk.positions))
-        if chunk.positions.stop == len(text.tokens):
+        if chunk.positions.stop == len(read[chunk.sequence]):
             yield sums
             if chunk.sequence + 1 < len(texts):
                 sums = _nothing(texts[chunk.sequence + 1], exits)
@@ -102,20 +103,18 @@ def _nothing(text: Text, exits: Iterable[int]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measured(chunk: Chunk, following: Tensor) -> dict[int, Tensor]:
-    """Compare every exit with the full model at the positions of a chunk that a token follows.
+    """Compare every exit with the full model at the positions of a chunk, which tokens follow.
 
     Shapes: following int64 [N] -> by exit float64 [4, N], in the order of `SUMS`: whether the most probable tokens
     are the same, KL(full || exit) in nats, total variation, negative log-likelihood of what follows.
     Exact: 1, 0 and 0 at the last layer (test_the_last_layer_agrees_with_itself_exactly).
     """
-    live = len(following)
-    full = chunk.full[:live]  # [N, V]
-    log_p, best = full.log_softmax(-1), full.argmax(-1)
+    log_p, best = chunk.full.log_softmax(-1), chunk.full.argmax(-1)  # [N, V], [N]
     p = log_p.exp()
     negative_entropy = _dot(p, log_p)  # [N]
     found = {}
     for exit_layer, logits in chunk.exits():
-        log_q, agreed = logits[:live].log_softmax(-1), logits[:live].argmax(-1) == best
+        log_q, agreed = logits.log_softmax(-1), logits.argmax(-1) == best
         kl = (negative_entropy - _dot(p, log_q)).clamp_(min=0.0)  # a rounding error may be below zero
         nll = -log_q.gather(-1, following[:, None])[:, 0]
         tv = 0.5 * torch.linalg.vector_norm(log_q.exp_().sub_(p), ord=1, dim=-1)

@@ -67,11 +67,11 @@ def encoded(lm: LanguageModel, item: Item, separator: str = "", chat: bool = Fal
         count = len(whole) - shared
         if count < 1:
             raise UserError(f"the response {text!r} is nothing in tokens", "leave it out")
-        if lm.stack.context is not None and count >= lm.stack.context:
+        if lm.stack.context is not None and count > lm.stack.context:
             raise UserError(
                 f"a response of {count} tokens does not fit the context of {lm.stack.context}", "leave it out"
             )
-        pairs.append((whole if lm.stack.context is None else whole[-lm.stack.context :], count))
+        pairs.append((whole if lm.stack.context is None else whole[-lm.stack.context - 1 :], count))
     return pairs
 
 
@@ -104,7 +104,8 @@ def scored(
     firsts = [len(tokens) - count - 1 for _, tokens, count in flat]
     exits = sorted({*exits})
     tried: dict[int, list[dict[str, Any]]] = {k: [] for k in exits}
-    for chunk in chunks(stack, [tokens for _, tokens, _ in flat], exits, firsts):
+    read = [tokens[:-1] for _, tokens, _ in flat]  # the last token is only predicted
+    for chunk in chunks(stack, read, exits, firsts):
         i, tokens, _ = flat[chunk.sequence]
         start, stop = chunk.positions.start, chunk.positions.stop
         following = torch.tensor(tokens[start + 1 : stop + 1], device=stack.device)
@@ -115,7 +116,7 @@ def scored(
             at["tokens"] += likelihoods
             at["greedy"] = at["greedy"] and greedy
         watch(len(following))
-        if stop == len(tokens) and len(tried[exits[0]]) == len(pairs[i]):
+        if stop == len(tokens) - 1 and len(tried[exits[0]]) == len(pairs[i]):
             yield _record(items[i], tried)
             tried = {k: [] for k in exits}
 
@@ -125,9 +126,8 @@ def _read(chunk: Chunk, following: Tensor) -> dict[int, tuple[list[float], bool]
     """By exit: log-likelihoods of the tokens that follow, and whether each is the exit's most probable one."""
     found = {}
     for exit_layer, logits in chunk.exits():
-        live = logits[: len(following)]  # [N, V]
-        likelihoods = live.log_softmax(-1).gather(-1, following[:, None])[:, 0]
-        found[exit_layer] = (likelihoods.tolist(), bool((live.argmax(-1) == following).all()))
+        likelihoods = logits.log_softmax(-1).gather(-1, following[:, None])[:, 0]  # [N]
+        found[exit_layer] = (likelihoods.tolist(), bool((logits.argmax(-1) == following).all()))
     return found
 
 
