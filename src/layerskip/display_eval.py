@@ -61,17 +61,16 @@ def bar(share: float | None) -> str:
 
 
 def print_task(name: str, task: dict[str, Any]) -> None:
-    """Print a task: a line per mode, a column per figure that is one number."""
+    """Print a task: a column per mode, a line per figure that is one number."""
     out.print(Text(f"\n{name}", style="bold") + Text(f"  {task['items']:,} items", style="not bold dim"))
-    figures = {
-        key: None
-        for told in task["modes"].values()
-        for key, value in told.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    table = Table("", *(key.replace("_", " ") for key in figures), box=None)
-    for mode, told in task["modes"].items():
-        table.add_row(mode, *(_figure(key, told.get(key)) for key in figures))
+    modes = task["modes"]
+    table = Table("", *modes, box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for key in dict.fromkeys(key for told in modes.values() for key in told):
+        cells = [_figure(key, told.get(key)) for told in modes.values()]
+        if any(cells):
+            table.add_row(key.replace("_", " "), *cells)
     out.print(table)
 
 

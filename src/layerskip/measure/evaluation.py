@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from layerskip.model.stack import Stack
 
 SUMS = ("agreed", "kl", "tv", "nll")
+PIECE = 32  # positions compared at once on the CPU: their probabilities stay in its caches
 _LARGEST_NLL = 700.0  # its exponential is still a float64
 
 
@@ -109,22 +110,35 @@ def measured(chunk: Chunk, following: Tensor) -> dict[int, Tensor]:
     are the same, KL(full || exit) in nats, total variation, negative log-likelihood of what follows.
     Exact: 1, 0 and 0 at the last layer (test_the_last_layer_agrees_with_itself_exactly).
     """
-    log_p, best = chunk.full.log_softmax(-1), chunk.full.argmax(-1)  # [N, V], [N]
-    p = log_p.exp()
-    negative_entropy = _dot(p, log_p)  # [N]
+    rows_at_once = PIECE if following.device.type == "cpu" else len(following)
+    wanted = torch.split(following, rows_at_once)
+    whole = [_distribution(logits) for logits in torch.split(chunk.full, rows_at_once)]
     found = {}
     for exit_layer, logits in chunk.exits():
-        log_q, agreed = logits.log_softmax(-1), logits.argmax(-1) == best
-        kl = (negative_entropy - _dot(p, log_q)).clamp_(min=0.0)  # a rounding error may be below zero
-        nll = -log_q.gather(-1, following[:, None])[:, 0]
-        tv = 0.5 * torch.linalg.vector_norm(log_q.exp_().sub_(p), ord=1, dim=-1)
-        del logits, log_q  # only one exit's at a time
-        found[exit_layer] = torch.stack([agreed.double(), kl.double(), tv.double(), nll.double()])
+        pieces = zip(whole, torch.split(logits, rows_at_once), wanted, strict=True)
+        found[exit_layer] = torch.cat([_compared(*piece) for piece in pieces], dim=1)  # [4, N]
         if not found[exit_layer].isfinite().all():
             raise UserError(
                 f"the logits at exit {exit_layer} are not all finite", "try --dtype float32 or bfloat16"
             )
     return found
+
+
+def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The most probable token [N], the probabilities [N, V] and their negative entropy [N]."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    return logits.argmax(-1), p, _dot(p, log_p)
+
+
+def _compared(whole: tuple[Tensor, Tensor, Tensor], logits: Tensor, following: Tensor) -> Tensor:
+    """See `measured`; logits [N, V] of an exit -> float64 [4, N]."""
+    best, p, negative_entropy = whole
+    log_q, agreed = logits.log_softmax(-1), logits.argmax(-1) == best
+    kl = (negative_entropy - _dot(p, log_q)).clamp_(min=0.0)  # a rounding error may be below zero
+    nll = -log_q.gather(-1, following[:, None])[:, 0]
+    tv = 0.5 * torch.linalg.vector_norm(log_q.exp_().sub_(p), ord=1, dim=-1)
+    return torch.stack([agreed.double(), kl.double(), tv.double(), nll.double()])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
