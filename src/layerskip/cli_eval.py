@@ -110,9 +110,9 @@ def evaluate(
     wanted = _read(text, prompts, task, data, limit)
     after = separator.replace("\\n", "\n").replace("\\t", "\t")
     mode_names = [name.strip() for name in modes.split(",") if name.strip()]
-    common = {"max_new_tokens": max_new_tokens or 128, "draft_length": draft_length}
+    drafting = {"draft_length": draft_length, "draft_vocab": vocabulary_size(draft_vocab)}
     for name in mode_names or [modes]:
-        Options.parse({**common, "mode": name, "draft_vocab": vocabulary_size(draft_vocab)})
+        Options.parse({"mode": name, **drafting})
     lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
     if lm.tokenizer is None:
         raise UserError(f"{model} has no tokenizer, so it cannot read text", "add its tokenizer.json")
@@ -129,6 +129,10 @@ def evaluate(
                 sources |= run.prompts(wanted["prompts"], prompts, options, wrap, after)
             if task == LIKELIHOOD:
                 tasks[task] = run.likelihood(wanted["items"], data, exit_layer, bool(chat), after)
+            elif task is not None:
+                options = {"max_new_tokens": max_new_tokens, "exit_layer": exit_layer, **drafting}
+                options |= {"batch_size": batch_size, "chat": bool(chat)}
+                tasks[task] = run.task(task, wanted["items"], data, mode_names, options)
     except KeyboardInterrupt:
         err.print(Text("stopped; run the same command again to go on", style="dim"))
         sys.exit(130)
@@ -170,13 +174,15 @@ def _read(
 ) -> dict[str, Any]:
     """Read what is asked for. Raises: UserError for a file that cannot be used, or nothing to do."""
     from layerskip.config import read_likelihoods, read_prompts
+    from layerskip.measure import tasks
     from layerskip.measure.evaluation import read_text
 
+    known = (LIKELIHOOD, *tasks.NAMES)
     if text is None and prompts is None and task is None:
         if data is not None:
-            raise UserError("--data comes without a task", f"--task is {LIKELIHOOD}, topv2 or humaneval")
+            raise UserError("--data comes without a task", f"--task is one of {', '.join(known)}")
         raise UserError("there is nothing to judge on", "give --text, --prompts, or --task with --data")
-    if task is not None and task not in (known := (LIKELIHOOD,)):
+    if task is not None and task not in known:
         raise UserError(f"unknown task {task!r}", nearest(task, known))
     if (task is None) != (data is None):
         missing = "--data" if data is None else "--task"
@@ -186,8 +192,10 @@ def _read(
         found["text"] = read_text(text)
     if prompts is not None:
         found["prompts"] = [line.content for line in read_prompts(prompts)][:limit]
-    if data is not None:
+    if task == LIKELIHOOD:
         found["items"] = read_likelihoods(data)[:limit]
+    elif task is not None:
+        found["items"] = tasks.read(task, data, limit)
     return found
 
 
@@ -259,12 +267,11 @@ class _Run:
         return self._judged(texts, records, ("prompts", "continuations"))
 
     def likelihood(
-        self, lines: Sequence[Any], path: Path | None, exit_layer: int | None, chat: bool, separator: str
+        self, lines: Sequence[Any], path: Path, exit_layer: int | None, chat: bool, separator: str
     ) -> dict[str, Any]:
         """Score responses or choices at an exit and with all layers."""
         from layerskip.measure.likelihood import Item, encoded, scored, summary
 
-        assert path is not None
         exits = [self._exit_layer(exit_layer), self.lm.stack.num_layers]
         items = [Item.of(line) for line in lines]
         pairs = [encoded(self.lm, item, separator, chat) for item in items]
@@ -277,6 +284,24 @@ class _Run:
         kept = [records.found[i] for i in range(len(items))]
         told = {"ar": summary(kept, exits[1]), "early-exit": summary(kept, exits[0])}
         return {"items": len(items), "modes": told}
+
+    def task(
+        self, name: str, items: Sequence[Any], path: Path, modes: Sequence[str], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Do a generation task in several modes."""
+        from layerskip.decode.options import Options
+        from layerskip.measure import tasks
+
+        lm = self.lm
+        drafting = {key: options[key] for key in ("exit_layer", "draft_length", "draft_vocab")}
+        plan = lm.plan(Options(mode="self-speculative", **drafting))
+        told = {"exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
+        ranked = json.dumps([lm.ranked_vocabulary, lm.facts.draft_vocab_size])
+        told |= {"ranking": hashlib.sha256(ranked.encode()).hexdigest()[:16]}
+        told |= {key: options[key] for key in ("draft_vocab", "max_new_tokens", "chat")}
+        records = self._records(name, path, eos=tasks.ends(lm), **told)
+        modes_told = {**options, "watch": self.watch, "done": records.found, "keep": records.keep}
+        return tasks.run(lm, name, items, modes, **modes_told)
 
     def _exit_layer(self, given: int | None) -> int:
         layers = self.lm.stack.num_layers

@@ -7,13 +7,11 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from layerskip.errors import UserError, nearest
-
-Line = TypeVar("Line", bound=BaseModel)
 
 
 class Message(BaseModel):
@@ -93,20 +91,35 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
 
     Raises: UserError naming the line that cannot be used, or when there is none.
     """
-    records = ((w, r if column is None else _named(r, column, w)) for w, r in _records(path))
-    items = [_validated(PromptLine, r, w, "objects need prompt or messages") for w, r in records]
+    items = []
+    for number, record in json_lines(path):
+        try:
+            if column is not None:
+                record = _named(record, column, f"{path}, line {number}")
+            items.append(PromptLine.model_validate(record))
+        except ValidationError as error:
+            raise UserError(
+                f"{path}, line {number}: {_first(error)}", "objects need prompt or messages"
+            ) from error
     if not items:
         raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
     return items
 
 
 def read_likelihoods(path: Path) -> list[LikelihoodLine]:
-    """Read a JSON-lines file of responses or choices to score, as `read_prompts` does.
+    """Read a JSON-lines file of responses or choices to score, possibly .gz.
 
     Raises: UserError naming the line that cannot be used, or when there is none.
     """
-    shape = "objects need prompt or context, and response, or choices and answer"
-    items = [_validated(LikelihoodLine, record, where, shape) for where, record in _records(path)]
+    items = []
+    for number, record in json_lines(path):
+        try:
+            items.append(LikelihoodLine.model_validate(record))
+        except ValidationError as error:
+            raise UserError(
+                f"{path}, line {number}: {_first(error)}",
+                "objects need prompt or context, and response, or choices and answer",
+            ) from error
     if not items:
         raise UserError(
             f"{path} has nothing to score", 'one JSON object per line: {"prompt": "...", "response": "..."}'
@@ -114,8 +127,11 @@ def read_likelihoods(path: Path) -> list[LikelihoodLine]:
     return items
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read the JSON value of each line that is not blank, with what to call that line."""
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, what it holds) of a JSON-lines file, possibly .gz; blank lines are skipped.
+
+    Raises: UserError naming the line that is not JSON.
+    """
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -125,18 +141,12 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            yield where, json.loads(line)
+            yield number, json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error}", "one JSON object per line") from error
-
-
-def _validated(kind: type[Line], record: Any, where: str, shape: str) -> Line:
-    try:
-        return kind.model_validate(record)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_first(error)}", shape) from error
+            raise UserError(
+                f"{path}, line {number} is not JSON: {error}", "one JSON object per line"
+            ) from error
 
 
 def _named(record: Any, column: str, where: str) -> dict[str, Any]:
