@@ -19,12 +19,11 @@ Every finished item is a line in the --work folder: the same command goes on whe
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,11 @@ import layerskip
 from layerskip.decode.language_model import LanguageModel, resolve_device
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure.card import synchronise
-from layerskip.measure.intervals import RESAMPLES, interval
+from layerskip.measure.intervals import interval, resampled
+from layerskip.measure.tasks import TOPV2, Item, as_trained, decoded, ends, matches, read
 from layerskip.model.cost import Cost
 
 FULL, BASELINE = "full", "baseline"
-Item = dict[str, Any]
 Record = dict[str, Any]
 
 
@@ -167,24 +165,12 @@ def main() -> None:
 
 def read_items(path: Path, limit: int, tune: int) -> tuple[list[Item], list[Item]]:
     """Take the first `limit` items to report and the last `tune` to choose K on; they may not overlap."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as lines:
-        items = [{"index": i, **json.loads(line)} for i, line in enumerate(lines) if line.strip()]
+    items = read(TOPV2, path)
     if limit + tune > len(items):
         raise SystemExit(
             f"{path.name} has {len(items)} items: too few to report {limit} and to tune on {tune} others"
         )
     return items[:limit], items[len(items) - tune :]
-
-
-def encoded(lm: LanguageModel, prompt: str, separator: str) -> list[int]:
-    """Tokens of a prompt as training made them."""
-    return list(lm.tokenizer(prompt + separator)["input_ids"])
-
-
-def ends(lm: LanguageModel) -> list[int]:
-    """Every id that ends an output: the one training taught, and those of the checkpoint."""
-    return sorted({lm.tokenizer.eos_token_id, *lm.eos_ids(Options())} - {None})
 
 
 def checked_vocabulary(lm: LanguageModel, asked: str, model: str) -> int | str:
@@ -202,7 +188,9 @@ def checked_vocabulary(lm: LanguageModel, asked: str, model: str) -> int | str:
 
 def over_budget(items: Sequence[Item], lm: LanguageModel, budget: int) -> int:
     """Count responses that, with their end token, do not fit: no method can be right there."""
-    return sum(len(ids) + 1 > budget for ids in lm.tokenizer([i["response"] for i in items])["input_ids"])
+    return sum(
+        len(ids) + 1 > budget for ids in lm.tokenizer([i.fields["response"] for i in items])["input_ids"]
+    )
 
 
 def cost(lm: LanguageModel, exit_layer: int, draft_vocabulary: int | None) -> Cost:
@@ -273,16 +261,16 @@ def run(
     """Decode items with every method in turn, `batch` at a time, those on file left out; a line per item."""
     file = arguments.work / name
     done = finished(file, [method.name for method in methods])
-    waiting = [item for item in items if item["index"] not in done]
+    waiting = [item for item in items if item.index not in done]
     if waiting and batch == 1:
-        warm = encoded(methods[0].lm, waiting[0]["prompt"], arguments.separator)
+        warm = as_trained(methods[0].lm, waiting[0].prompt, arguments.separator)
         for method in methods:
             method.lm.generate(warm, **{**method.options, "max_new_tokens": 24})
     began = time.perf_counter()
     with open(file, "a", encoding="utf-8") as lines:
         for start in range(0, len(waiting), batch):
             together = waiting[start : start + batch]
-            for record_ in decoded(methods, together, arguments.separator):
+            for record_ in compared(methods, together, arguments.separator):
                 lines.write(json.dumps(record_) + "\n")
                 done[record_["index"]] = record_
             lines.flush()
@@ -291,7 +279,7 @@ def run(
                 left = (time.perf_counter() - began) / number * (len(waiting) - number) / 60
                 so_far = f"{len(items) - len(waiting) + number} of {len(items)} items"
                 print(f"{name}: {so_far}, {left:.0f} minutes left", file=sys.stderr, flush=True)
-    return [done[item["index"]] for item in items]
+    return [done[item.index] for item in items]
 
 
 def finished(file: Path, names: Sequence[str]) -> dict[int, Record]:
@@ -304,31 +292,20 @@ def finished(file: Path, names: Sequence[str]) -> dict[int, Record]:
     return {found["index"]: found for found in records if {*names} <= {*found["methods"]}}
 
 
-def decoded(methods: Sequence[Method], items: Sequence[Item], separator: str) -> list[Record]:
-    """Decode some items together with every method; `seconds` is the time of all of them, on the host."""
-    found: list[Record] = [{"index": item["index"], "methods": {}} for item in items]
+def compared(methods: Sequence[Method], items: Sequence[Item], separator: str) -> list[Record]:
+    """Decode some items together with every method, and hold the outputs against responses and plain decoding."""
+    found: list[Record] = [{"index": item.index, "methods": {}} for item in items]
     reference: list[list[int]] = []
     for method in methods:
-        prompts = [encoded(method.lm, item["prompt"], separator) for item in items]
-        device = method.lm.stack.device
-        synchronise(device)
-        began = time.perf_counter()
-        done = method.lm.generate(prompts, batch_size=len(items), **method.options)
-        seconds = time.perf_counter() - began
-        reference = [one.tokens for one in done] if method.name == FULL else reference
-        for place, (one, item) in enumerate(zip(done, items, strict=True)):
-            text, wanted = one.text.strip(), item["response"].strip()
-            told: Record = {
-                "text": text,
-                "exact": text == wanted,
-                "loose": text.split() == wanted.split(),
-                "ended": one.finish_reason == "eos",
-                **{key: one.stats[key] for key in ("new_tokens", "drafted", "accepted", "rounds")},
-            }
-            if len(items) == 1:
-                told |= {"seconds": round(seconds, 6), "decode_s": one.stats["decode_s"]}
+        prompts = [as_trained(method.lm, item.prompt, separator) for item in items]
+        done = decoded(method.lm, prompts, batch_size=len(items), **method.options)
+        tokens = [told.pop("tokens") for told in done]
+        reference = tokens if method.name == FULL else reference
+        for place, (told, item) in enumerate(zip(done, items, strict=True)):
+            told |= matches(told["text"], item.fields["response"])
+            told |= {"text": told["text"].strip(), "ended": told.pop("finish_reason") == "eos"}
             if method.name.startswith("self-speculative"):
-                told["equal"] = one.tokens == reference[place]
+                told["equal"] = tokens[place] == reference[place]
             found[place]["methods"][method.name] = told
     return found
 
@@ -347,12 +324,6 @@ def column(found: Sequence[Record], method: str, key: str) -> np.ndarray:
 def rate(found: Sequence[Record], method: str) -> float:
     """Tokens per second over all items."""
     return float(column(found, method, "new_tokens").sum() / column(found, method, "seconds").sum())
-
-
-def resampled(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0) -> list[float]:
-    """95% bootstrap interval of a statistic over items; columns [N] are resampled alike to [RESAMPLES, N]."""
-    picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
-    return [float(end) for end in np.percentile(statistic(*(c[picks] for c in columns)), [2.5, 97.5])]
 
 
 def summary(found: Sequence[Record], method: str, timed: Sequence[Record]) -> dict[str, Any]:

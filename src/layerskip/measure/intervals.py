@@ -1,9 +1,10 @@
-"""Medians of paired ratios with a bootstrap interval. Pure: the seed is given."""
+"""Bootstrap intervals: of medians of paired ratios, of any statistic over items. Pure: the seed is given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,3 +53,9 @@ def ratios(
         [a / b for a, b in zip(above, below, strict=True)]
         for above, below in zip(numerators, denominators, strict=True)
     ]
+
+
+def resampled(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0) -> list[float]:
+    """95% bootstrap interval of a statistic over items; columns [N] are resampled alike to [RESAMPLES, N]."""
+    picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
+    return [float(end) for end in np.percentile(statistic(*(c[picks] for c in columns)), [2.5, 97.5])]
