@@ -160,7 +160,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_says_so(run, folder, text, monke
     )
     code, printed, message = run("eval", folder, *command, "--json")
     assert asked == [4]
-    assert "2 of 6 found from an earlier run" in message
+    assert "2 results of an earlier run found" in message
     for a, b in zip(json.loads(printed)["exits"], expected["exits"], strict=True):
         assert a == pytest.approx(b, rel=1e-5)
 
@@ -224,6 +224,39 @@ def test_an_exit_and_the_full_model_stand_side_by_side_and_differ(run, folder, i
     assert same["loglikelihood"]["modes"]["early-exit"] == same["loglikelihood"]["modes"]["ar"] == full
 
 
+# -- generation tasks ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parses(tmp_path):
+    file = tmp_path / "parses.jsonl"
+    lines = ({"prompt": f"say {i}", "response": "abc", "domain": "alarm"} for i in range(3))
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def test_a_task_is_done_in_every_mode_and_goes_on_item_by_item(run, folder, parses, cache, monkeypatch):
+    drafting = ("--exit-layer", 2, "--draft-length", 3, "--max-new-tokens", 6)
+    command = ("--task", "topv2", "--data", parses, *drafting, "--batch-size", 2)
+    first = answer(run, folder, *command, "--limit", 2)
+    assert list(first["tasks"]["topv2"]["modes"]) == ["ar", "early-exit", "self-speculative"]
+    result = answer(run, folder, *command)["tasks"]["topv2"]
+    assert result["items"] == result["modes"]["self-speculative"]["equal"] == 3
+    [file] = cache.glob("eval/topv2-*/records.jsonl")
+    assert [json.loads(line)["index"] for line in file.read_text().splitlines()] == [0, 1, 2]
+    monkeypatch.setattr(layerskip.decode.language_model.LanguageModel, "generate", None)
+    code, printed, _ = run("eval", folder, *command)
+    assert code == 0, "all was found"
+    assert "exact match" in printed
+    assert "3 of 3" in printed
+    assert "3 items; E 2, K 3" in printed
+
+
+def test_the_modes_of_a_task_can_be_chosen(run, folder, parses):
+    result = answer(run, folder, "--task", "topv2", "--data", parses, "--max-new-tokens", 2, "--modes", "ar")
+    assert list(result["tasks"]["topv2"]["modes"]) == ["ar"]
+
+
 # -- what is printed and written -----------------------------------------------------------------------------
 
 
@@ -280,6 +313,11 @@ MISTAKES = {
     "data without task": (("--text", "wiki.txt", "--data", "items.jsonl"), "--task is missing"),
     "task without data": (("--task", "loglikelihood"), "--data is missing"),
     "unknown task": (("--task", "loglikelyhood", "--data", "items.jsonl"), "did you mean 'loglikelihood'"),
+    "unlike task": (("--task", "topv", "--data", "items.jsonl"), "did you mean 'topv2'"),
+    "no such field": (("--task", "topv2", "--data", "bad.jsonl"), "bad.jsonl, line 1"),
+    "unknown mode": (("--text", "wiki.txt", "--modes", "ar,early"), "unknown mode 'early'"),
+    "no mode": (("--text", "wiki.txt", "--modes", ""), "unknown mode ''"),
+    "draft vocabulary": (("--text", "wiki.txt", "--draft-vocab", "many"), "draft vocabulary 'many'"),
     "missing text": (("--text", "none.txt"), "cannot read none.txt"),
     "empty text": (("--text", "empty.txt"), "empty.txt is empty"),
     "no text": (("--text", "image.png"), "cannot read image.png"),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
     from layerskip.measure.records import Record, Records
 
-WINDOW = 1024
+WINDOW, CONTINUATION = 1024, 128  # tokens, by default
 LIKELIHOOD = "loglikelihood"
 SOURCES = ("text", "continuations", "prompts")  # the first one present is what `exits` of a result tells
 
@@ -66,7 +66,8 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a window of text.", show_default=f"{WINDOW}, or the context")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Budget of a continuation.", show_default="128; of a task, its own")
+        int | None,
+        typer.Option(help="Budget of a continuation.", show_default=f"{CONTINUATION}; of a task, its own"),
     ] = None,
     exit_layer: Annotated[
         int | None, typer.Option(help="E, the exit a task is done at.", show_default="by checkpoint")
@@ -110,7 +111,7 @@ def evaluate(
     wanted = _read(text, prompts, task, data, limit)
     after = separator.replace("\\n", "\n").replace("\\t", "\t")
     mode_names = [name.strip() for name in modes.split(",") if name.strip()]
-    drafting = {"draft_length": draft_length, "draft_vocab": vocabulary_size(draft_vocab)}
+    drafting: dict[str, Any] = {"draft_length": draft_length, "draft_vocab": vocabulary_size(draft_vocab)}
     for name in mode_names or [modes]:
         Options.parse({"mode": name, **drafting})
     lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
@@ -124,15 +125,15 @@ def evaluate(
             if text is not None:
                 sources |= run.text(wanted["text"], text, window)
             if prompts is not None:
-                options = {"max_new_tokens": max_new_tokens or 128, "batch_size": batch_size}
                 wrap = lm.has_template if chat is None else chat
-                sources |= run.prompts(wanted["prompts"], prompts, options, wrap, after)
+                budget = max_new_tokens or CONTINUATION
+                sources |= run.prompts(wanted["prompts"], prompts, budget, batch_size, wrap, after)
             if task == LIKELIHOOD:
                 tasks[task] = run.likelihood(wanted["items"], data, exit_layer, bool(chat), after)
             elif task is not None:
-                options = {"max_new_tokens": max_new_tokens, "exit_layer": exit_layer, **drafting}
-                options |= {"batch_size": batch_size, "chat": bool(chat)}
-                tasks[task] = run.task(task, wanted["items"], data, mode_names, options)
+                drafting |= {"exit_layer": exit_layer}
+                more = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "chat": bool(chat)}
+                tasks[task] = run.task(task, wanted["items"], data, mode_names, drafting, more)
     except KeyboardInterrupt:
         err.print(Text("stopped; run the same command again to go on", style="dim"))
         sys.exit(130)
@@ -192,9 +193,9 @@ def _read(
         found["text"] = read_text(text)
     if prompts is not None:
         found["prompts"] = [line.content for line in read_prompts(prompts)][:limit]
-    if task == LIKELIHOOD:
+    if data is not None and task == LIKELIHOOD:
         found["items"] = read_likelihoods(data)[:limit]
-    elif task is not None:
+    elif data is not None and task is not None:
         found["items"] = tasks.read(task, data, limit)
     return found
 
@@ -240,7 +241,7 @@ class _Run:
         return self._judged(texts, records, ("text",))
 
     def prompts(
-        self, contents: Sequence[Any], path: Path, options: dict[str, Any], chat: bool, separator: str
+        self, contents: Sequence[Any], path: Path, budget: int, batch_size: int, chat: bool, separator: str
     ) -> dict[str, list[dict[str, Any]]]:
         """Judge the exits on prompts and on the model's own continuations of them."""
         from layerskip.decode.options import Options
@@ -249,11 +250,12 @@ class _Run:
 
         lm = self.lm
         given = [lm.encode(_with(content, separator, chat), chat=chat) for content in contents]
-        told = {"chat": chat, "separator": separator, "max_new_tokens": options["max_new_tokens"]}
-        records = self._records("prompts", path, exits=self.exits, eos=sorted(lm.eos_ids(Options())), **told)
+        told = {"chat": chat, "separator": separator, "eos": sorted(lm.eos_ids(Options()))}
+        records = self._records("prompts", path, exits=self.exits, max_new_tokens=budget, **told)
         written = Records(records.file.parent, "continuations")
         left = [i for i in range(len(given)) if i not in written.found]
-        results = lm.each([given[i] for i in left], indices=left, mode="ar", chat=False, **options)
+        options = {"mode": "ar", "chat": False, "max_new_tokens": budget, "batch_size": batch_size}
+        results = lm.each([given[i] for i in left], indices=left, **options)
         for number, (i, one) in enumerate(zip(left, results, strict=True), len(given) - len(left) + 1):
             written.keep(
                 {"index": i, "tokens": one.tokens, "text": one.text, "finish_reason": one.finish_reason}
@@ -267,7 +269,7 @@ class _Run:
         return self._judged(texts, records, ("prompts", "continuations"))
 
     def likelihood(
-        self, lines: Sequence[Any], path: Path, exit_layer: int | None, chat: bool, separator: str
+        self, lines: Sequence[Any], path: Path | None, exit_layer: int | None, chat: bool, separator: str
     ) -> dict[str, Any]:
         """Score responses or choices at an exit and with all layers."""
         from layerskip.measure.likelihood import Item, encoded, scored, summary
@@ -286,22 +288,28 @@ class _Run:
         return {"items": len(items), "modes": told}
 
     def task(
-        self, name: str, items: Sequence[Any], path: Path, modes: Sequence[str], options: dict[str, Any]
+        self,
+        name: str,
+        items: Sequence[Any],
+        path: Path | None,
+        modes: Sequence[str],
+        drafting: dict[str, Any],
+        more: dict[str, Any],
     ) -> dict[str, Any]:
         """Do a generation task in several modes."""
         from layerskip.decode.options import Options
         from layerskip.measure import tasks
 
         lm = self.lm
-        drafting = {key: options[key] for key in ("exit_layer", "draft_length", "draft_vocab")}
         plan = lm.plan(Options(mode="self-speculative", **drafting))
-        told = {"exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
+        told = {**drafting, "exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
+        told |= {key: value for key, value in more.items() if key != "batch_size"}
         ranked = json.dumps([lm.ranked_vocabulary, lm.facts.draft_vocab_size])
-        told |= {"ranking": hashlib.sha256(ranked.encode()).hexdigest()[:16]}
-        told |= {key: options[key] for key in ("draft_vocab", "max_new_tokens", "chat")}
-        records = self._records(name, path, eos=tasks.ends(lm), **told)
-        modes_told = {**options, "watch": self.watch, "done": records.found, "keep": records.keep}
-        return tasks.run(lm, name, items, modes, **modes_told)
+        told |= {"ranked": hashlib.sha256(ranked.encode()).hexdigest()[:16], "eos": tasks.ends(lm)}
+        records = self._records(name, path, **told)
+        more |= {"watch": self.watch, "done": records.found, "keep": records.keep}
+        chosen = {"exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
+        return {**chosen, **tasks.run(lm, name, items, modes, **drafting, **more)}
 
     def _exit_layer(self, given: int | None) -> int:
         layers = self.lm.stack.num_layers
@@ -329,9 +337,6 @@ class _Run:
         """Say how much of all work is done as parts of it are; what an earlier run did counts."""
         total = sum(sizes)
         done = total - sum(sizes[i] for i in left)
-        if len(left) < len(sizes):
-            told = f"{len(sizes) - len(left)} of {len(sizes)} found from an earlier run"
-            err.print(Text(told, style="dim"))
 
         def advance(part: int) -> None:
             nonlocal done
@@ -341,12 +346,13 @@ class _Run:
         advance(0)
         return advance
 
-    def _records(self, name: str, path: Path, **options: Any) -> Records:
+    def _records(self, name: str, path: Path | None, **options: Any) -> Records:
         """Open the records of this model, this file and these options."""
         from layerskip.environment import environment
         from layerskip.measure.records import Records, work_folder
         from layerskip.model.checkpoint import fingerprint
 
+        assert path is not None
         lm, facts = self.lm, environment()
         setup = {
             "weights": fingerprint(lm.path),
@@ -361,6 +367,8 @@ class _Run:
         }
         records = Records(work_folder(self.work, name, setup))
         self.files.append(records.file)
+        if records.found:
+            err.print(Text(f"{len(records.found)} results of an earlier run found", style="dim"))
         return records
 
 

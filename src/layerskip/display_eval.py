@@ -17,7 +17,7 @@ TITLES = {
     "prompts": "prompts",
     "continuations": "the model's own continuations",
 }
-SHARES = ("greedy", "accuracy", "accuracy_per_character")
+SHARES = ("score", "acceptance", "normalised_match", "greedy", "accuracy", "accuracy_per_character")
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
@@ -62,23 +62,32 @@ def bar(share: float | None) -> str:
 
 def print_task(name: str, task: dict[str, Any]) -> None:
     """Print a task: a column per mode, a line per figure that is one number."""
-    out.print(Text(f"\n{name}", style="bold") + Text(f"  {task['items']:,} items", style="not bold dim"))
+    told = f"  {task['items']:,} items"
+    if "exit_layer" in task:
+        told += f"; E {task['exit_layer']}, K {task['draft_length']}"
+    out.print(Text(f"\n{name}", style="bold") + Text(told, style="not bold dim"))
     modes = task["modes"]
     table = Table("", *modes, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for key in dict.fromkeys(key for told in modes.values() for key in told):
-        cells = [_figure(key, told.get(key)) for told in modes.values()]
+        cells = [_figure(key, told, task["items"]) for told in modes.values()]
         if any(cells):
-            table.add_row(key.replace("_", " "), *cells)
+            label = next(told.get("metric", key) for told in modes.values()) if key == "score" else key
+            table.add_row(label.replace("_", " "), *cells)
     out.print(table)
 
 
-def _figure(key: str, value: Any) -> str:
-    if value is None or isinstance(value, (str, bool, dict, list)):
+def _figure(key: str, told: dict[str, Any], items: int) -> str:
+    """Word one figure of a mode; what is not one number has no line of its own."""
+    value = told.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     if key in SHARES:
-        return f"{value:.1%}"
+        interval = told.get(f"{key}_ci95")
+        return f"{value:.1%}" + (f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else "")
+    if key == "equal":
+        return f"{value} of {items}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 

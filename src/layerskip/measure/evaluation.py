@@ -116,7 +116,8 @@ def measured(chunk: Chunk, following: Tensor) -> dict[int, Tensor]:
     found = {}
     for exit_layer, logits in chunk.exits():
         pieces = zip(whole, torch.split(logits, rows_at_once), wanted, strict=True)
-        found[exit_layer] = torch.cat([_compared(*piece) for piece in pieces], dim=1)  # [4, N]
+        compared = torch.cat([_compared(*piece) for piece in pieces], dim=1)  # [4, N]
+        found[exit_layer] = compared.cpu().double()  # not every device has float64
         if not found[exit_layer].isfinite().all():
             raise UserError(
                 f"the logits at exit {exit_layer} are not all finite", "try --dtype float32 or bfloat16"
@@ -132,13 +133,13 @@ def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _compared(whole: tuple[Tensor, Tensor, Tensor], logits: Tensor, following: Tensor) -> Tensor:
-    """See `measured`; logits [N, V] of an exit -> float64 [4, N]."""
+    """See `measured`; logits [N, V] of an exit -> float32 [4, N]."""
     best, p, negative_entropy = whole
     log_q, agreed = logits.log_softmax(-1), logits.argmax(-1) == best
     kl = (negative_entropy - _dot(p, log_q)).clamp_(min=0.0)  # a rounding error may be below zero
     nll = -log_q.gather(-1, following[:, None])[:, 0]
     tv = 0.5 * torch.linalg.vector_norm(log_q.exp_().sub_(p), ord=1, dim=-1)
-    return torch.stack([agreed.double(), kl.double(), tv.double(), nll.double()])
+    return torch.stack([agreed.float(), kl, tv, nll])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

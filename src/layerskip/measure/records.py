@@ -69,7 +69,6 @@ class Records:
             raise UserError(
                 f"{self.file} is damaged: {error!r}", "remove it, or name another --work"
             ) from error
-        self.num_earlier = len(self.found)
 
     def _add(self, record: Record) -> None:
         values = tuple(record[name] for name in self._key)
