@@ -21,6 +21,7 @@ from typing import Any
 import record
 import torch
 
+from layerskip.measure.draw import name_lines
 from layerskip.train import checkpoints
 
 FIGURE = record.HERE.parent / "docs" / "figures" / "topv2-training.png"
@@ -28,7 +29,6 @@ EXIT = re.compile(r"(eval_)?exit_(\d+)_(loss|agreement)")
 OTHERS = ("learning_rate", "dropped", "tokens", "tokens_per_s", "eval_predicted_speedup")
 SMOOTH = 5  # logged points whose median a line shows
 BASELINE, GREY = "#d55e00", "#666666"
-GAP = 0.055  # between two names, in heights of the panel
 
 Series = dict[str, list[Any]]
 
@@ -207,23 +207,6 @@ def dots(panel: Any, series: Series | None, colour: Any, factor: float) -> None:
             zorder=5,
             clip_on=False,
         )
-
-
-def name_lines(panel: Any, ends: list[tuple[float, str, Any]]) -> None:
-    """Write names right of the panel at the height of their lines' ends, moved apart where they would touch."""
-    panel.figure.canvas.draw()
-    to_share = panel.transData + panel.transAxes.inverted()
-    wanted = sorted((float(to_share.transform((0, y))[1]), name, colour) for y, name, colour in ends)
-    heights = [height for height, _, _ in wanted]
-    up, down = heights[:], heights[:]
-    for i in range(1, len(heights)):
-        up[i] = max(up[i], up[i - 1] + GAP)
-        down[-1 - i] = min(down[-1 - i], down[-i] - GAP)
-    middle = [(a + b) / 2 for a, b in zip(up, down, strict=True)]
-    shift = min(0.0, 1.0 - middle[-1])
-    for at, (_, name, colour) in zip(middle, wanted, strict=True):
-        place = {"transform": panel.transAxes, "va": "center", "clip_on": False}
-        panel.text(1.025, at + shift, name, color=colour, fontsize=10, **place)
 
 
 if __name__ == "__main__":

@@ -114,3 +114,55 @@ def test_the_time_of_training_is_measured_for_every_case(script, folder, capsys)
     printed = capsys.readouterr().out
     assert "wanted 28%" in printed
     assert printed.count(" x [") == 2  # a ratio for each number of exits
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def test_lens_and_timeline_are_drawn_again_from_a_result_file(
+    script, run, folder, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    options = ("--generate", 6, "--exit-layer", 2, "--draft-length", 3, "--output", "a.png", "--save")
+    assert run("inspect", folder, "hello", *options)[0] == 0
+    [file] = tmp_path.glob("inspect_*.json")
+    script("figures", "--results", tmp_path, "--figures", "figures")
+    told = capsys.readouterr().out
+    for name, original in (("lens.png", "a.png"), ("timeline.png", "a-timeline.png")):
+        assert (tmp_path / "figures" / name).read_bytes() == (tmp_path / original).read_bytes()
+        assert f"{name}: drawn from {file.name}" in told
+    assert "exits.png: no result file yet" in told
+    assert run("inspect", folder, "hello", "--save")[0] == 0
+    script("figures", "--inspect", file, "--figures", "figures")
+    assert "timeline.png: skipped" in capsys.readouterr().out
+
+
+def test_every_figure_has_its_result_file(script, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    configuration = {"model": "tiny", "trained_exits": [2]}
+    cell = {"exit_layer": 2, "draft_length": 3, "draft_vocab": "off", "predicted_speedup": 1.3}
+    measured = cell | {"speedup": {"median": 1.2, "ci95": [1.1, 1.3]}}
+    row = {"exit_layer": 2, "agreement": 0.5, "kl": 1.0, "tv": 0.4, "perplexity": 20.0, "tokens": 9}
+    doctor = {"surface": [cell], "acceptance_by_position": {"2": [0.9, 0.5, None]}}
+    files = {
+        "eval_tiny_float32_cpu_2026-01-01": {"exits": [row, row | {"exit_layer": 5, "kl": 0.0}]},
+        "tuning_tiny_float32_cpu_2026-01-01": {"grid": [measured], "doctor": doctor},
+    }
+    for name, result in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result | {"configuration": configuration}))
+    script("figures", "--results", tmp_path, "--figures", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "exits.png", "speedup-surface.png", "acceptance-by-position.png"
+    }  # fmt: skip
+    assert capsys.readouterr().out.count("no result file yet") == 2
+    (tmp_path / "tuning_tiny_float32_cpu_2026-01-01.json").unlink()
+    own = {"exit_layer": 2, "acceptance_by_position": [0.7, 0.3]}
+    bench = {"methods": {"self-speculative": own}, "configuration": configuration}
+    for name in ("bench_tiny_float32_cpu_2026-01-02", "bench_tiny_float32_sim80_cpu_2026-01-03"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(bench))
+    script("figures", "--results", tmp_path, "--figures", tmp_path)
+    assert (
+        "acceptance-by-position.png: drawn from bench_tiny_float32_cpu_2026-01-02.json\n"
+        in capsys.readouterr().out
+    )

@@ -262,7 +262,7 @@ def test_the_demo_gives_equality_before_speed(run, folder):
         (("--draft-vocab", "most"), "--draft-vocab is a number of tokens, auto or off"),
         (("--draft-vocab", 0), "--draft-vocab a number from 1 to 259"),
         (("--draft-vocab", 260), "--draft-vocab a number from 1 to 259"),
-        (("--policy", "dynamic"), "known: fixed"),
+        (("--policy", "dynamic"), "known: adaptive, confidence, fixed"),
         (("--max-new-tokens", 0), "at least one new token"),
         (("--batch-size", 0), "at least 1"),
         (("--temperature", -1), "temperature must be 0 (greedy)"),

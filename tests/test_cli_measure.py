@@ -156,7 +156,7 @@ def test_the_built_in_prompts_are_those_of_the_benchmarks():
         (("--threads", 0), "--threads is at least 1"),
         (("--draft-vocab", "most"), "a number of tokens, auto or off"),
         (("--simulate-acceptance", 2), "from 0 to 1"),
-        (("--policy", "dynamic"), "known: fixed"),
+        (("--policy", "dynamic"), "known: adaptive, confidence, fixed"),
         (("--dtype", "floaty32"), "did you mean 'float32'"),
         (("--hf-dtype", "floaty32"), "did you mean 'float32'"),
         (("--stack", "jax"), "unknown stack 'jax'"),

@@ -11,14 +11,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from layerskip import cli_distill, cli_eval, cli_measure, cli_train
+from layerskip import cli_distill, cli_eval, cli_inspect, cli_measure, cli_train
 from layerskip.cli_app import (
     AsJson,
+    Confidence,
     Device,
     DraftLength,
     DraftVocab,
     Dtype,
     ExitLayer,
+    Guard,
     MaxNew,
     MinP,
     Mode,
@@ -77,7 +79,9 @@ def generate(
         typer.Option("--chat/--no-chat", help="Wrap the prompt as a message.", show_default="if it can"),
     ] = None,
     draft_vocab: DraftVocab = "auto",
-    policy: Policy = "fixed",
+    policy: Policy = None,
+    confidence: Confidence = None,
+    guard: Guard = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     stack: StackName = "auto",
@@ -107,6 +111,8 @@ def generate(
         stop=stop or (),
         draft_vocab=draft_vocab,
         policy=policy,
+        confidence=confidence,
+        guard=guard,
         batch_size=batch_size,
     )
     lm = load(model, dtype, device, stack, quantize, threads)
@@ -139,7 +145,9 @@ def chat(
     seed: Seed = 0,
     stop: Stop = None,
     draft_vocab: DraftVocab = "auto",
-    policy: Policy = "fixed",
+    policy: Policy = None,
+    confidence: Confidence = None,
+    guard: Guard = None,
     context: Annotated[int | None, typer.Option(help="Tokens to keep; the model's own by default.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -165,6 +173,8 @@ def chat(
         stop=stop or (),
         draft_vocab=draft_vocab,
         policy=policy,
+        confidence=confidence,
+        guard=guard,
     )
     lm = load(model, dtype, device, stack, quantize, threads)
     if not lm.has_template:
@@ -362,3 +372,4 @@ cli_measure.register(app)
 cli_eval.register(app)
 cli_train.register(app)
 cli_distill.register(app)
+cli_inspect.register(app)

@@ -41,7 +41,26 @@ Stop = Annotated[
     list[str] | None, typer.Option(help="Stop before this text; may be repeated.", show_default=False)
 ]
 DraftVocab = Annotated[str, typer.Option(help="Tokens the draft head knows: a number, auto or off.")]
-Policy = Annotated[str, typer.Option(help="Who chooses E and K each round: fixed.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help="Who chooses E and K each round: fixed, confidence or adaptive.", show_default="by checkpoint"
+    ),
+]
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop drafting where the exit's largest probability is below.", show_default="by policy"
+    ),
+]
+Guard = Annotated[
+    bool | None,
+    typer.Option(
+        "--guard/--no-guard",
+        help="Take plain steps while they are faster.",
+        show_default="unless the policy is fixed",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]

@@ -13,10 +13,12 @@ from rich.text import Text
 
 from layerskip.cli_app import (
     AsJson,
+    Confidence,
     Device,
     DraftLength,
     Dtype,
     ExitLayer,
+    Guard,
     Model,
     Policy,
     Quantize,
@@ -58,7 +60,9 @@ def bench(
             show_default="by checkpoint",
         ),
     ] = None,
-    policy: Policy = "fixed",
+    policy: Policy = None,
+    confidence: Confidence = None,
+    guard: Guard = None,
     dtype: Dtype = "auto",
     hf_dtype: Annotated[
         str | None, typer.Option(help="Dtype of the hf methods.", show_default="same as --dtype")
@@ -103,6 +107,8 @@ def bench(
         hf_dtype=None if hf_dtype is None else resolve_dtype(hf_dtype, resolve_device(device)),
         quantisation=quantize,
         policy=policy,
+        confidence=confidence,
+        guard=guard,
     )
     settings.options(draft_vocab=settings.draft_vocab or "auto")
     lines = prompt_lines(prompts, limit)

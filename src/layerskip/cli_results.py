@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,7 @@ def configuration(
         "dtype": str(lm.stack.dtype).removeprefix("torch."),
         "device": lm.stack.device.type,
         "device_name": device_name(lm.stack.device),
+        "trained_exits": list(lm.facts.exits),
         "load_s": load_s,
         "compile_s": kernels and kernels.compile_s,
         "commit": commit,
@@ -100,7 +102,14 @@ def save(result: dict[str, Any], kind: str, *parts: str) -> Path:
     folder = Path("benchmarks/results") if Path("benchmarks/results").is_dir() else Path()
     file = folder / ("_".join(names) + ".json")
     try:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file.write_text(_laid_out(result) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error}") from error
     return file
+
+
+def _laid_out(result: dict[str, Any]) -> str:
+    """Write JSON with an item per line, but a list of plain values on one line: a row of a table is a line."""
+    text = r'"(?:[^"\\]|\\.)*"'
+    found = re.compile(rf'{text}|\[(?:{text}|[^\[\]{{}}"])*\]')  # text first: brackets in it are no lists
+    return found.sub(lambda part: json.dumps(json.loads(part[0])), json.dumps(result, indent=1))

@@ -14,7 +14,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import tiny
+from laws import (
+    ENGINE_VOCAB,
+    FAILS,
+    PASSES,
+    PLAIN,
+    PROMPT,
+    chi_square_tail,
+    exact_first_tokens,
+    first_tokens,
+    p_value,
+    small_model,
+)
 from layerskip.decode.engine import Engine
 from layerskip.decode.round import Request
 from layerskip.decode.sampling import Processing, Sampling, accept, accept_greedy, draw, warp
@@ -24,30 +35,7 @@ from layerskip.model.stack import Step
 
 # Closed forms are a few dozen float64 products and sums: each rounds by 1e-16.
 TOLERANCE = 1e-12
-# Seeds are fixed, so a right sampler either always passes or never; 70 tests at 1e-4 leave 0.7 % for an unlucky
-# seed. A wrong one is told apart by orders of magnitude.
-PASSES, FAILS = 1e-4, 1e-6
 LARGEST = 1 - 2.0**-53  # the largest uniform below one
-
-
-def chi_square_tail(statistic: float, degrees: int) -> float:
-    half = torch.tensor([degrees, statistic], dtype=torch.float64) / 2
-    return float(torch.special.gammaincc(half[0], half[1])) if degrees else 1.0
-
-
-def p_value(counts: torch.Tensor, law: torch.Tensor) -> float:
-    """Pearson's test of counts against a law over the same cells; cells expected below 5 times are pooled."""
-    expected = law.double().flatten() / law.double().sum() * counts.sum()
-    counts = counts.double().flatten()
-    if counts[expected == 0].sum() > 0:
-        return 0.0  # the impossible happened
-    expected, order = expected.sort()
-    counts, smaller = counts[order], expected.cumsum(0) - expected
-    rare = (expected < 5) | ((smaller > 0) & (smaller < 5))  # the pool itself reaches 5 too
-    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    return chi_square_tail(float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1)
 
 
 # -- closed form ---------------------------------------------------------------------------------------------
@@ -182,7 +170,6 @@ NUM_ROUNDS = 30_000
 START = 0  # the token before the first
 TARGET_LOGITS, DRAFT_LOGITS = torch.randn(2, TOY_VOCAB, TOY_VOCAB, generator=torch.Generator().manual_seed(5))
 ONLY_LOW, ONLY_HIGH = ([0.0, 0.0, -torch.inf, -torch.inf], [-torch.inf, -torch.inf, 0.0, 0.0])
-PLAIN = Processing(Sampling(temperature=1.0))
 
 
 @dataclass(frozen=True)
@@ -447,39 +434,10 @@ def test_rows_of_any_leading_shape_are_judged_one_by_one():
 
 # -- the real engine -----------------------------------------------------------------------------------------
 
-ENGINE_VOCAB, PROMPT = 4, [1, 3]
-
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model(
-        "llama", seed=3, vocab_size=ENGINE_VOCAB, num_hidden_layers=3, hidden_size=16, intermediate_size=16
-    )
-
-
-def first_tokens(model, length: int, num_requests: int, **how) -> torch.Tensor:
-    """Count the first `length` new tokens of many requests, each with its own random numbers: [V**length]."""
-    engine = Engine(HuggingFaceStack(model), rows=num_requests, capacity=8)
-    new: dict[int, list[int]] = {}
-    for index in range(num_requests):
-        request = Request(PROMPT, max_new_tokens=6, processing=PLAIN, seed=11, index=index, **how)
-        new[engine.add(request)] = []
-    while engine.busy:
-        for round in engine.step():
-            new[round.row] += round.tokens
-            if len(new[round.row]) >= length:
-                engine.cancel(round.row)
-    codes = [sum(x * ENGINE_VOCAB**i for i, x in enumerate(reversed(row[:length]))) for row in new.values()]
-    return torch.bincount(torch.tensor(codes), minlength=ENGINE_VOCAB**length)
-
-
-@torch.no_grad()
-def exact_first_tokens(model, length: int) -> torch.Tensor:
-    """Enumerate the law of the first new tokens with Hugging Face's own forward pass: [V**length]."""
-    continuations = list(itertools.product(range(ENGINE_VOCAB), repeat=length))
-    ids = torch.tensor([[*PROMPT, *tokens] for tokens in continuations])
-    laws = model(ids).logits[:, len(PROMPT) - 1 : -1].double().softmax(-1)  # [N, length, V]
-    return laws.gather(-1, torch.tensor(continuations)[..., None])[..., 0].prod(-1)
+    return small_model()
 
 
 def test_self_speculation_samples_from_the_models_law(model):

@@ -67,11 +67,24 @@ def test_greedy_rounds_are_those_of_the_host(stacks, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_rounds_draw_the_same_tokens_for_the_same_seed(stacks, family):
     kept = Counter()
-    for seed, (exit_layer, draft_length) in enumerate([(2, 3), (4, 6), (2, 0)]):
+    for seed, (exit_layer, draft_length) in enumerate([(2, 3), (2, 3), (4, 6), (2, 0)]):
         record = compared(stacks[family], PROMPTS, 24, exit_layer, draft_length, processing=WARM, seed=seed)
         kept += record.accepted
     assert len({count for length, count in kept if length == 3}) > 2
     assert record.tokens != decode(stacks[family], PROMPTS, 24).tokens, "it did not decode greedily"
+
+
+@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("processing", [Processing(), WARM], ids=["greedy", "sampled"])
+def test_drafts_that_stop_at_low_confidence_stop_at_the_same_place(stacks, family, processing):
+    lengths = Counter()
+    for confidence in (0.2, 0.6, 0.9, 0.99):
+        record = compared(
+            stacks[family], PROMPTS, 24, 2, 4, processing=processing, seed=3, confidence=confidence
+        )
+        lengths += Counter(len(r.draft) for rounds in record.rounds for r in rounds if r.source != "prefill")
+    assert {0, 4} <= set(lengths)
+    assert set(lengths) & {1, 2, 3}, "some stopped on the way"
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -315,15 +328,16 @@ def test_a_round_never_looks_at_a_number_and_brings_none_along(family):
     head = stack.reduced_head(range(20))
     with torch.inference_mode():
         cache = stack.new_cache(4, 32)
-        for law, in_place, depth in itertools.product((Sampling(), WARM.sampling), (True, False), (L, 2)):
-            shape = Shape(2, depth, 3, law, None, batch=2, kv_len=32, in_place=in_place)
+        laws = (Sampling(), WARM.sampling)
+        for law, in_place, depth, sure in itertools.product(laws, (True, False), (L, 2), (0.0, 0.5)):
+            shape = Shape(2, depth, 3, law, None, sure, batch=2, kv_len=32, in_place=in_place)
             packed = torch.zeros(2, 4 + shape.num_uniforms, dtype=torch.int64)
             packed[0, :4] = torch.tensor([0 if in_place else 3, 7, 4, 4])
             packed[1, 0] = 1  # dead
             for reduced in (None, head):
                 with NoSync():
                     answer = device_round(stack, cache, reduced, packed, shape)
-                assert answer.shape == (2, 6)
+                assert answer.shape == (2, 7)
 
 
 @pytest.mark.parametrize("processing", [Processing(), WARM], ids=["greedy", "sampled"])
@@ -341,13 +355,13 @@ def test_a_step_of_many_rows_fetches_once(stacks, monkeypatch, processing):
         for done in range(1, 4):
             engine.step()
             assert len(fetches) == done
-    assert set(fetches) == {(3, 6)}
+    assert set(fetches) == {(3, 7)}
 
 
 def test_running_a_round_twice_is_running_it_once(stacks):
     """Capturing relies on it: the trial run works on real numbers."""
     stack = stacks["qwen2"]
-    shape = Shape(2, L, 3, WARM.sampling, None, batch=1, kv_len=32, in_place=True)
+    shape = Shape(2, L, 3, WARM.sampling, None, 0.0, batch=1, kv_len=32, in_place=True)
     packed = torch.zeros(1, 4 + shape.num_uniforms, dtype=torch.int64)
     packed[0, :4] = torch.tensor([0, 7, 0, 4])
     with torch.inference_mode():

@@ -3,7 +3,7 @@
     rounds = DeviceRounds(stack, cache, draft_head)
     outcomes = rounds.round(rows)       # rows share exit layer, depth and `device_law`
 
-The host path (`Engine._draft`, `Engine._judge`) looks at every token as it is drawn; here the whole round is one
+The host path (`host_rounds.py`) looks at every token as it is drawn; here the whole round is one
 pure function of fixed shape. The full K is always drafted: budget, room and the end of a sequence cut the draft
 afterwards, so tokens and statistics are those of the host path, and only the work differs.
 """
@@ -42,6 +42,7 @@ class Shape:
     draft_length: int
     law: Sampling
     simulated: float | None  # keep each draft with this probability, whatever it is; for timing
+    confidence: float  # judge no draft from the first on whose law has no probability that large
     batch: int
     kv_len: int
     in_place: bool  # row b of the batch is row b of the cache
@@ -56,8 +57,8 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
     """Draft K tokens, run the last draft's early pass, verify and accept, in tensor operations only.
 
     Shapes: packed int64 [B, 4 + uniforms]: cache row, last token, its position, live positions (drafts to judge
-    + 1; 0 for a dead row), the bits of the float64 uniforms. Returns int64 [B, K + 3]: draft, number kept,
-    next token, number of leading positions whose logits are finite.
+    + 1; 0 for a dead row), the bits of the float64 uniforms. Returns int64 [B, K + 4]: draft, how many drafts
+    stand before low confidence, number kept, next token, number of leading positions whose logits are finite.
     Writes keys and values behind the last token, so running it twice is running it once.
     Exact: equals the host path, tests/decode/test_device_rounds.py.
     """
@@ -70,13 +71,15 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
         offsets = torch.arange(first, first + width, device=packed.device)
         return Step.on_device(index, starts, counts, offsets, shape.kv_len, cache.capacity, shape.in_place)
 
-    hidden, drafts, laws = [], [], []
+    hidden, drafts, laws, sure = [], [], [], []
     for i in range(length + 1):  # the last turn is the last draft's early pass and draws nothing
         h = steps.draft(stack, cache, token[:, None], step(i, 1), shape.exit_layer)  # [B, 1, D]
         hidden.append(h)
         if i == length:
             break
         logits = stack.logits(h[:, 0], head)  # [B, V or reduced]
+        if shape.confidence:
+            sure.append(sampling.confidence(logits) >= shape.confidence)  # [B]
         if law.greedy:
             token = logits.argmax(-1) if head is None else head.ids[logits.argmax(-1)]
         else:
@@ -85,6 +88,10 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
             token = sampling.draw(laws[-1], uniforms[:, i])
         drafts.append(token)
     draft = torch.stack(drafts, 1) if drafts else packed[:, :0]  # [B, K]
+    confident = torch.full_like(judged, length)  # [B]
+    if sure:
+        confident = torch.stack(sure, 1).long().cumprod(-1).sum(-1)
+        judged = torch.minimum(judged, confident)
 
     span = step(0, length + 1)
     h = steps.verify(stack, cache, torch.cat(hidden, 1), span, shape.exit_layer, shape.depth)
@@ -100,7 +107,7 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
         p = sampling.warp(logits, law)
         q = torch.stack(laws, 1) if laws else p[:, :0]  # [B, K, V]
         kept, following = sampling.accept(draft, q, p, uniforms[:, length:], judged)
-    return torch.cat([draft, torch.stack([kept, following, sound], 1)], 1)
+    return torch.cat([draft, torch.stack([confident, kept, following, sound], 1)], 1)
 
 
 class Program:
@@ -138,8 +145,9 @@ class DeviceRounds:
         answers = fetched(self.graphs.run(shape, Program(self.stack, self.cache, self.head, shape), packed))
         outcomes = []
         for row, place in zip(rows, places, strict=True):
-            *draft, kept, following, sound = answers[place]
-            draft = _until_end(draft[: row.drafts_allowed(self.cache.capacity)], row.request.eos)
+            *draft, confident, kept, following, sound = answers[place]
+            allowed = min(confident, row.drafts_allowed(self.cache.capacity))
+            draft = _until_end(draft[:allowed], row.request.eos)
             if sound <= len(draft):
                 raise sampling.not_finite()
             num_computed = shape.draft_length + 1
@@ -167,9 +175,10 @@ class DeviceRounds:
         shape = Shape(
             exit_layer=first.exit_layer,
             depth=first.depth,
-            draft_length=max(row.request.draft_length for row in rows),
+            draft_length=max(row.choice.draft_length for row in rows),
             law=law[0],
             simulated=law[1],
+            confidence=first.choice.confidence,
             batch=batch,
             kv_len=min(max(SHORTEST_KV, _bucket(needed)), cache.capacity),
             in_place=in_place,
@@ -218,7 +227,7 @@ def _uniforms(row: Row, num_judged: int, length: int) -> list[float]:
     """Look up the row's numbers at the addresses the host path uses; places that are not judged get 0."""
     n, padding = len(row.tokens), [0.0] * (length - num_judged)
     purposes = [
-        [row.uniforms.at(row.request.index, n + i, purpose) for i in range(num_judged)] + padding
-        for purpose in (DRAFT, KEEP)
+        [row.uniforms.at(row.request.index, n + i, purpose, began) for i in range(num_judged)] + padding
+        for purpose, began in ((DRAFT, n), (KEEP, 0))
     ]
     return [*purposes[0], *purposes[1], row.uniforms.at(row.request.index, n, NEXT)]

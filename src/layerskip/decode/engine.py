@@ -20,18 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.decode import sampling, steps
+from layerskip.decode import steps
+from layerskip.decode.control import Choice, Drafted
 from layerskip.decode.device_rounds import DeviceRounds, device_law
+from layerskip.decode.host_rounds import HostRounds
 from layerskip.decode.round import Request, Round
-from layerskip.decode.row import Outcome, Row
-from layerskip.decode.sampling import DRAFT, KEEP, NEXT, Uniforms
+from layerskip.decode.row import Row
+from layerskip.decode.sampling import Uniforms
 from layerskip.errors import UserError
-from layerskip.model.stack import Stack, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from layerskip.model.head import Head
+    from layerskip.model.stack import Stack
 
 PREFILL_CHUNK = 512  # positions of a prompt per work item
 
@@ -59,6 +61,7 @@ class Engine:
             self.cache = stack.new_cache(rows, capacity)
         if device_rounds is None:
             device_rounds = stack.device.type == "cuda" and self.cache.devices == {stack.device}
+        self.host_rounds = HostRounds(stack, self.cache, draft_head)
         self.device_rounds = DeviceRounds(stack, self.cache, draft_head) if device_rounds else None
         self._rows: dict[int, Row] = {}
         self._step_id = 0
@@ -103,16 +106,9 @@ class Engine:
                     "all rows of the engine are taken", "wait for one to finish, or make more rows"
                 )
         self.cache.set_length(row, reused, depth)
-        processing = request.processing
-        self._rows[row] = Row(
-            row,
-            request,
-            depth,
-            exit_layer,
-            list(request.prompt),
-            Uniforms(request.seed),
-            processing.processors,
-        )
+        choice = Choice(exit_layer, request.draft_length, request.confidence)
+        tokens, uniforms = list(request.prompt), Uniforms(request.seed)
+        self._rows[row] = Row(row, request, depth, choice, tokens, uniforms, request.processing.processors)
         return row
 
     def check(self, request: Request) -> None:
@@ -166,6 +162,7 @@ class Engine:
         rounds = [row for row in waiting if not self._prefilling(row)]
         if not waiting:
             return []
+        _choose(rounds)
         self._step_id += 1
         self._prefilled_last = bool(prompts) and not (rounds and self._prefilled_last)
         if self._prefilled_last:
@@ -182,177 +179,53 @@ class Engine:
 
     def _kind(self, row: Row) -> tuple[Any, ...]:
         """What rows must have in common to be served by one step."""
-        return row.exit_layer, row.depth, device_law(row.request) if self.device_rounds else None
+        choice, law = row.choice, device_law(row.request) if self.device_rounds else None
+        controller = id(row.request.controller)  # its rows are counted and timed together
+        return choice.exit_layer, choice.confidence, choice.probes, row.depth, controller, law
 
     def _prefilling(self, row: Row) -> bool:
         return self.cache.lengths[row.slot] < len(row.request.prompt)
-
-    def _span(self, rows: list[Row], starts: list[int], counts: list[int]) -> Step:
-        slots = [row.slot for row in rows]
-        return Step.span(slots, starts, counts, self.stack.device, spill=self.cache.capacity)
 
     def _prefill(self, row: Row) -> list[Round]:
         began = time.perf_counter()
         start = self.cache.lengths[row.slot]
         chunk = row.tokens[start : start + self.prefill_chunk]
         tokens = torch.tensor([chunk], device=self.stack.device)  # [1, T]
-        h = steps.prefill(self.stack, self.cache, tokens, self._span([row], [start], [len(chunk)]), row.depth)
+        h = steps.prefill(
+            self.stack, self.cache, tokens, self.host_rounds.span([row], [start], [len(chunk)]), row.depth
+        )
         end = start + len(chunk)
         if end < len(row.tokens):
             self.cache.set_length(row.slot, end)
             seconds, passes = time.perf_counter() - began, row.depth * len(chunk)
             return [self._report(row, ([], None), h, seconds, [], 0, passes, len(chunk))]
         logits = self.stack.logits(h[:, -1])  # [1, V]
-        kept, following = self._judge([row], logits)[0]
+        kept, following = self.host_rounds.judge([row], logits)[0]
         seconds = time.perf_counter() - began
         self.cache.set_length(row.slot, end)
         committed = self._commit(row, [], kept, following)
         return [self._report(row, committed, logits, seconds, [], 0, row.depth * len(chunk), len(chunk))]
 
     def _round(self, rows: list[Row]) -> list[Round]:
-        """Draft, verify, accept, commit: one round of every row in the group (they share E and depth)."""
-        began = time.perf_counter()
-        if self.device_rounds and device_law(rows[0].request) is not None:
+        """Draft, verify, accept, commit: one round of every row in the group, see `_kind`."""
+        began, choice, controller = time.perf_counter(), rows[0].choice, rows[0].request.controller
+        if self.device_rounds and device_law(rows[0].request) is not None and not choice.probes:
             outcomes = self.device_rounds.round(rows)
         else:
-            outcomes = self._round_on_host(rows)
+            outcomes = self.host_rounds.round(rows)
         seconds = time.perf_counter() - began
-        rounds = []
-        for row, (draft, kept, following, num_computed, logits) in zip(rows, outcomes, strict=True):
+        rounds, seen = [], []
+        for row, (draft, kept, following, num_computed, logits, agreements) in zip(
+            rows, outcomes, strict=True
+        ):
             committed = self._commit(row, draft, kept, following)
             self.cache.set_length(row.slot, len(row.tokens) - 1, row.depth)
             passes = num_computed * row.depth
             rounds.append(self._report(row, committed, logits, seconds, draft, kept, passes))
+            seen.append(Drafted(len(draft), kept, len(committed[0]), agreements))
+        if controller is not None:
+            controller.learn(choice, seconds, seen)
         return rounds
-
-    def _round_on_host(self, rows: list[Row]) -> list[Outcome]:
-        """Draft and judge token by token, doing no work for drafts that an end of sequence or a budget cuts off."""
-        positions = [len(row.tokens) - 1 for row in rows]  # of the last committed token
-        exit_layer, depth = rows[0].exit_layer, rows[0].depth
-        hidden = self._draft(rows, positions, exit_layer)  # [B, T, D]
-        counts = [len(row.proposal) + 1 for row in rows]
-        span = self._span(rows, positions, counts)
-        h = steps.verify(self.stack, self.cache, hidden, span, exit_layer, depth)
-        live = [h[b, :count] for b, count in enumerate(counts)]
-        logits = self.stack.logits(torch.cat(live) if len(live) > 1 else live[0])  # [N, V]
-        verdicts = self._judge(rows, logits)
-        own = torch.split(logits, counts)
-        details = zip(rows, verdicts, counts, own, strict=True)
-        return [Outcome(row.proposal, *verdict, count, part) for row, verdict, count, part in details]
-
-    def _draft(self, rows: list[Row], positions: list[int], exit_layer: int) -> Tensor:
-        """Draft every row's proposal; return the exit states of all its positions, [B, max K' + 1, D].
-
-        Pass i runs the last committed token (i = 0) or draft i-1. A row leaves after the pass of its last
-        draft, which draws nothing: verification needs that position's early keys, values and state too.
-        """
-        limits = []
-        for row, position in zip(rows, positions, strict=True):
-            assert self.cache.lengths[row.slot] == position, "all tokens but the last are cached"
-            row.proposal, row.laws = [], []
-            limits.append(row.drafts_allowed(self.cache.capacity))
-        hidden: Tensor | None = None
-        states = [row.state for row in rows]
-        inputs = [row.tokens[-1] for row in rows]
-        active, index = list(range(len(rows))), 0
-        while True:
-            group = [rows[b] for b in active]
-            span = self._span(group, [positions[b] + index for b in active], [1] * len(active))
-            tokens = torch.tensor([[inputs[b]] for b in active], device=self.stack.device)  # [B', 1]
-            h = steps.draft(self.stack, self.cache, tokens, span, exit_layer)  # [B', 1, D]
-            if hidden is None:
-                hidden = h.new_zeros(len(rows), max(limits) + 1, h.shape[-1])
-            hidden[active if len(active) < len(rows) else slice(None), index] = h[:, 0]
-            drawing = [
-                (at, b)
-                for at, b in enumerate(active)
-                if index < limits[b] and not (index and inputs[b] in rows[b].request.eos)
-            ]
-            if not drawing:
-                return hidden[:, : index + 1]
-            chosen = h[:, 0] if len(drawing) == len(active) else h[[at for at, _ in drawing], 0]
-            logits = self.stack.logits(chosen, self.draft_head)  # [B', V or reduced]
-            proposed = self._propose(rows, [b for _, b in drawing], states, logits)
-            for b, token in proposed.items():
-                rows[b].proposal.append(token)
-                inputs[b] = token
-            active = list(proposed)
-            index += 1
-            if not active:
-                return hidden[:, :index]
-
-    def _propose(
-        self, rows: list[Row], drawing: list[int], states: list[tuple[Any, ...]], logits: Tensor
-    ) -> dict[int, int]:
-        """Draw one draft for each row in `drawing`; `states` of the processors move on.
-
-        A row that is missing in the result ends its draft before this token: no token of the draft head is
-        allowed there, or a constraint has no answer for a prefix that the target may never reach. Where it is
-        reached, verification asks again and raises.
-        """
-        head = self.draft_head
-        if all(rows[b].request.processing.plain_greedy for b in drawing):
-            best = logits.argmax(-1)
-            return dict(zip(drawing, (best if head is None else head.ids[best]).tolist(), strict=True))
-        if head is not None:
-            logits = head.scatter(logits, self.stack.vocab_size)
-        proposed: dict[int, int] = {}
-        for b, row_logits in zip(drawing, logits, strict=True):
-            row = rows[b]
-            prefix = row.tokens + row.proposal
-            try:
-                law, states[b] = row.request.processing.law_logits(row_logits, prefix, states[b])
-            except (UserError, ValueError):  # ValueError: how transformers' constraints report a dead end
-                continue
-            q = sampling.warp(law, row.request.processing.sampling)  # [V]
-            row.laws.append(q)
-            proposed[b] = int(sampling.draw(q, self._uniforms(row, [(len(prefix), DRAFT)])[0]))
-        return proposed
-
-    def _judge(self, rows: list[Row], logits: Tensor) -> list[tuple[int, int]]:
-        """Accept each row's proposal against the target's logits [N, V], N = sum of drafts + 1."""
-        best = logits.max(-1)
-        sampling.check_finite(best.values)
-        counts = [len(row.proposal) + 1 for row in rows]
-        targets = best.indices.tolist()
-        verdicts, first = [], 0
-        for row, count, row_logits in zip(rows, counts, torch.split(logits, counts), strict=True):
-            if row.request.processing.plain_greedy:
-                own = targets[first : first + count]
-                kept = next((i for i, x in enumerate(row.proposal) if x != own[i]), count - 1)
-                if (chance := row.request.simulated) is not None:
-                    kept = row.uniforms.streak(row.request.index, len(row.tokens), count - 1, chance)
-                verdicts.append((kept, own[kept]))
-            else:
-                verdicts.append(self._judge_law(row, row_logits))
-            first += count
-        return verdicts
-
-    def _judge_law(self, row: Row, logits: Tensor) -> tuple[int, int]:
-        """Accept draft by draft, building each target law only once its prefix is certain.
-
-        A law behind a rejected draft or an end of sequence is never asked for: processors may rightly have
-        no answer there.
-        """
-        processing, n = row.request.processing, len(row.tokens)
-        for i, token in enumerate([*row.proposal, None]):
-            law, row.state = processing.law_logits(logits[i], row.tokens + row.proposal[:i], row.state)
-            p = sampling.warp(law, processing.sampling)[None]  # [1, V]
-            if token is None:
-                return i, int(sampling.draw(p[0], self._uniforms(row, [(n, NEXT)])[0]))
-            draft, q = torch.tensor([token], device=p.device), row.laws[i][None]
-            uniforms = self._uniforms(row, [(n + i, KEEP), (n, NEXT)])
-            kept, following = sampling.accept(draft, q, p.expand(2, -1), uniforms)
-            if not kept:
-                return i, int(following)
-            if token in row.request.eos:
-                return i + 1, token  # the row ends with this draft; what follows is not committed
-        raise AssertionError("the last turn has returned")
-
-    def _uniforms(self, row: Row, addresses: list[tuple[int, int]]) -> Tensor:
-        """Look up the row's numbers at (position, purpose) addresses, float64."""
-        numbers = [row.uniforms.at(row.request.index, *address) for address in addresses]
-        return torch.tensor(numbers, dtype=torch.float64, device=self.stack.device)
 
     def _commit(self, row: Row, draft: list[int], kept: int, following: int) -> tuple[list[int], str | None]:
         """Append what was accepted, cut at the first end of sequence, stop or budget; return it and the reason."""
@@ -395,7 +268,7 @@ class Engine:
             draft=draft,
             accepted=min(kept, len(tokens)),
             exit_layer=row.exit_layer,
-            draft_length=request.draft_length,
+            draft_length=row.choice.draft_length,
             source="prefill" if prompt_tokens else source,
             step_id=self._step_id,
             step_s=step_s,
@@ -404,6 +277,16 @@ class Engine:
             finish_reason=reason,
             logprobs=_logprobs(logits, tokens) if request.logprobs and tokens else None,
         )
+
+
+def _choose(rows: list[Row]) -> None:
+    """Let every controller choose for the rows it serves."""
+    controllers = {id(row.request.controller): row.request.controller for row in rows}
+    for controller in filter(None, controllers.values()):
+        own = [row for row in rows if row.request.controller is controller]
+        choice = controller.choice(len(own))
+        for row in own:
+            row.choice = choice
 
 
 def _logprobs(logits: Tensor | None, tokens: list[int]) -> list[float]:

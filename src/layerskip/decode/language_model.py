@@ -16,7 +16,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from layerskip.decode import control
 from layerskip.decode import text as texts
+from layerskip.decode.control import Controller
 from layerskip.decode.engine import Engine
 from layerskip.decode.generation import Generation, finished
 from layerskip.decode.options import Options, Plan, seeded
@@ -67,6 +69,7 @@ class LanguageModel:
             checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
         )
         self._heads: dict[tuple[int, tuple[int, ...]], Head] = {}
+        self._controllers: dict[tuple[Plan, int | None], Controller] = {}
         self.keep_engine = stack.device.type == "cuda"
         self._last_engine: Engine | None = None
 
@@ -155,6 +158,8 @@ class LanguageModel:
             max_new_tokens=options.max_new_tokens,
             exit_layer=plan.exit_layer,
             draft_length=plan.draft_length,
+            confidence=plan.confidence,
+            controller=self._controller(options) if plan.controlled else None,
             believe=plan.believe,
             eos=self.eos_ids(options) | ends,
             processing=options.processing,
@@ -191,6 +196,22 @@ class LanguageModel:
             ids = draft_ids(int(size), self.stack.vocab_size, self.ranked_vocabulary, always)
             self._heads[key] = self.stack.reduced_head(ids)
         return self._heads[key]
+
+    def _controller(self, options: Options) -> Controller:
+        """Find the controller of a plan: what it has learnt serves later calls too."""
+        plan, head, stack = self.plan(options), self.draft_head(options), self.stack
+        key = (plan, None if head is None else head.size)
+        if key not in self._controllers:
+            exits = self.facts.exits or range(1, stack.num_layers)
+            self._controllers[key] = Controller(
+                control.Prices.of(stack, head),
+                control.arms(
+                    plan.exit_layer, plan.draft_length, plan.confidence, exits, plan.policy == "adaptive"
+                ),
+                trained=plan.exit_layer in self.facts.exits,
+                guard=plan.guard,
+            )
+        return self._controllers[key]
 
     def _default_draft_vocabulary(self, options: Options) -> int:
         """How many tokens the draft head has by default: those the checkpoint lists, 0 where it lists none."""

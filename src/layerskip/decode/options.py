@@ -9,6 +9,7 @@ import torch
 
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError, nearest
+from layerskip.model.checkpoint import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from layerskip.model.checkpoint import Facts
 
 MODES = ("ar", "early-exit", "self-speculative")
-_UNSET = ("exit_layer", "draft_length", "seed", "simulate_acceptance")  # may be None
+_UNSET = ("exit_layer", "draft_length", "seed", "simulate_acceptance", "confidence")  # may be None
+DEFAULT_CONFIDENCE = (
+    0.4  # as in Hugging Face's assisted generation; `layerskip tune` finds a checkpoint's own
+)
 DEFAULT_DRAFT_LENGTH = 4  # short drafts lose little on untrained exits and fit most trained ones
 
 
@@ -40,7 +44,9 @@ class Options:
     stop: str | Sequence[str] = ()
     chat: bool | None = None  # wrap a text prompt as a user message; None: only lists of messages
     draft_vocab: int | str = "auto"  # size of the reduced draft head; auto: the checkpoint's list, else off
-    policy: str = "fixed"
+    policy: str | None = None  # fixed, confidence or adaptive; None: the checkpoint's, else fixed
+    confidence: float | None = None  # stop drafting where the exit's largest probability is below
+    guard: bool | None = None  # plain steps while they are faster; None: unless the policy is fixed
     eos_token_id: int | Sequence[int] | None = None  # None: all ids of the generation config
     logprobs: bool = False
     simulate_acceptance: float | None = None  # accepted/drafted to pretend: for timing only, not the output
@@ -56,9 +62,10 @@ class Options:
         options = cls(**keywords)
         if options.mode is not None and options.mode not in MODES:
             raise UserError(f"unknown mode {options.mode!r}", nearest(options.mode, MODES))
-        if options.policy != "fixed":
-            raise UserError(f"unknown policy {options.policy!r}", "known: fixed")
+        if options.policy is not None and options.policy not in POLICIES:
+            raise UserError(f"unknown policy {options.policy!r}", nearest(options.policy, POLICIES))
         options._check_types()
+        options._check_policy()
         if options.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {options.max_new_tokens}", "ask for at least one new token")
         if options.batch_size < 1:
@@ -73,7 +80,9 @@ class Options:
 
     def _check_types(self) -> None:
         whole = ("exit_layer", "draft_length", "max_new_tokens", "top_k", "seed", "batch_size")
-        real = ("temperature", "top_p", "min_p", "repetition_penalty", "simulate_acceptance")
+        real = (
+            "temperature", "top_p", "min_p", "repetition_penalty", "simulate_acceptance", "confidence",
+        )  # fmt: skip
         for names, kinds, wanted in ((whole, (int,), "a whole number"), (real, (int, float), "a number")):
             for name in names:
                 value = getattr(self, name)
@@ -83,6 +92,19 @@ class Options:
         for name in ("stop", "logits_processor"):
             if getattr(self, name) is None:
                 raise UserError(f"{name} is None", "leave it out, or give a list")
+
+    def _check_policy(self) -> None:
+        if self.confidence is not None and not 0 < self.confidence <= 1:
+            raise UserError(
+                f"confidence is {self.confidence}", "a probability above 0; leave it out to draft all"
+            )
+        if self.confidence is not None and self.policy == "fixed":
+            raise UserError(
+                "a fixed policy drafts K tokens, however confident", "use the policy confidence or adaptive"
+            )
+        varying = self.guard or self.confidence is not None or self.policy in ("confidence", "adaptive")
+        if varying and self.simulate_acceptance is not None:
+            raise UserError("an acceptance can be simulated for fixed E and K only", "use the policy fixed")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -106,6 +128,11 @@ class Options:
             )
         if mode == "ar":
             return Plan(mode, num_layers, 0)
+        if chosen or self.simulate_acceptance is not None:
+            default = "fixed" if self.confidence is None else "confidence"
+        else:
+            default = facts.policy or ("fixed" if self.confidence is None else "confidence")
+        policy = self.policy or default
         exit_layer = self.exit_layer if self.exit_layer is not None else facts.exit_layer
         exit_layer = max(1, num_layers // 4) if exit_layer is None else exit_layer
         if not 1 <= exit_layer < num_layers:
@@ -120,7 +147,13 @@ class Options:
             raise UserError(f"draft length {draft_length} is negative", "it must be 0 or more")
         if self.simulate_acceptance is not None and draft_length == 0:
             raise UserError("nothing is drafted, so no acceptance can be simulated", "give a draft length")
-        return Plan(mode, exit_layer, draft_length if mode == "self-speculative" else 0)
+        if mode != "self-speculative" or draft_length == 0:
+            return Plan(mode, exit_layer, 0)
+        confidence = self.confidence
+        if confidence is None and policy == "confidence":
+            confidence = DEFAULT_CONFIDENCE if facts.confidence is None else facts.confidence
+        guard = policy != "fixed" if self.guard is None else self.guard
+        return Plan(mode, exit_layer, draft_length, policy, confidence or 0.0, guard)
 
 
 def seeded(options: Options) -> Options:
@@ -137,6 +170,14 @@ class Plan:
     mode: str
     exit_layer: int
     draft_length: int
+    policy: str = "fixed"
+    confidence: float = 0.0
+    guard: bool = False
+
+    @property
+    def controlled(self) -> bool:
+        """Whether E or K may change from round to round."""
+        return self.policy == "adaptive" or self.guard
 
     @property
     def believe(self) -> bool:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from layerskip.decode.sampling import Processing
 from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from layerskip.decode.control import Controller
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Request:
     max_new_tokens: int
     exit_layer: int | None = None
     draft_length: int = 0
+    confidence: float = 0.0  # stop drafting where the draft head's largest probability is below
+    controller: Controller | None = None  # chooses anew each round, instead of these three
     believe: bool = False  # early-exit decoding: stop at the exit layer and do not verify
     eos: frozenset[int] = frozenset()
     processing: Processing = Processing()
@@ -46,7 +52,7 @@ class Round:
     draft: list[int]
     accepted: int  # drafts committed, 0..K
     exit_layer: int
-    draft_length: int  # K asked for; a draft may be shorter (end of sequence, budget, capacity)
+    draft_length: int  # K asked for; a draft may be shorter (end of sequence, confidence, budget, capacity)
     source: str  # prefill, plain, early-exit, self-speculative
     step_id: int
     step_s: float  # seconds, shared by all rows of the step: sum once per step_id

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from layerskip.decode.control import Choice
     from layerskip.decode.round import Request
     from layerskip.decode.sampling import Uniforms
 
@@ -20,7 +21,7 @@ class Row:
     slot: int  # its row in the cache
     request: Request
     depth: int
-    exit_layer: int
+    choice: Choice  # of its next round
     tokens: list[int]
     uniforms: Uniforms
     state: tuple[Any, ...]  # of the processors, at the next position
@@ -30,12 +31,16 @@ class Row:
     laws: list[Tensor] = field(default_factory=list)  # q of every draft, when sampling
 
     @property
+    def exit_layer(self) -> int:
+        return self.choice.exit_layer
+
+    @property
     def budget(self) -> int:
         return len(self.request.prompt) + self.request.max_new_tokens - len(self.tokens)
 
     def drafts_allowed(self, capacity: int) -> int:
         """Count the drafts that budget and cache leave room for, with one more token committed behind them."""
-        return max(0, min(self.request.draft_length, self.budget - 1, capacity - len(self.tokens)))
+        return max(0, min(self.choice.draft_length, self.budget - 1, capacity - len(self.tokens)))
 
     def reusable(self, prompt: Sequence[int], cached: int) -> int:
         """Count the leading tokens of a new prompt whose keys and values are among the row's first `cached`.
@@ -56,3 +61,4 @@ class Outcome(NamedTuple):
     following: int  # the token behind them
     num_computed: int  # positions that went through the layers, padding included
     logits: Tensor | None  # [N, V] of the target; None where they stayed on the device
+    agreements: dict[int, tuple[float, int]] = {}  # noqa: RUF012 - never written to; see `Drafted`

@@ -83,6 +83,14 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     return probabilities
 
 
+def confidence(logits: Tensor) -> Tensor:
+    """Largest probability of raw logits at temperature 1: known before a token is drawn.
+
+    Shapes: float32 [..., V or reduced] -> [...].
+    """
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
 def penalised(logits: Tensor, prefix: Sequence[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of tokens already in the prefix.
 
@@ -153,15 +161,16 @@ class Uniforms:
     """Uniform numbers in [0, 1) addressed by (row, position, purpose): a counter-based generator (Philox).
 
     Nothing is consumed, so batch composition, rewinds and the order of calls cannot change a row's output.
-    A discarded draft's numbers may be met again at the same position: nothing committed depended on them.
+    Drafts are also addressed by the position at which their round began, which no two rounds share: a controller
+    may have chosen E and K by what became of an earlier draft, so its numbers must not be met again.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed % 2**64
 
-    def at(self, row: int, position: int, purpose: int) -> float:
+    def at(self, row: int, position: int, purpose: int, began: int = 0) -> float:
         key = np.array([self.seed, row], dtype=np.uint64)  # a plain list would round large seeds to float64
-        raw = np.random.Philox(counter=[position, purpose, 0, 0], key=key).random_raw()
+        raw = np.random.Philox(counter=[position, purpose, began, 0], key=key).random_raw()
         return float(int(raw) >> 11) * 2.0**-53
 
     def streak(self, row: int, position: int, drafts: int, chance: float) -> int:

@@ -151,6 +151,9 @@ def _contestants(
             draft_length=plan.draft_length,
             draft_vocab=vocab,
             simulate_acceptance=settings.simulate_acceptance,
+            policy=plan.policy,
+            confidence=plan.confidence or None,
+            guard=plan.guard,
         )
     if EARLY_EXIT in settings.methods:
         made[EARLY_EXIT] = ways.ours(lm, EARLY_EXIT, facts.weight_bytes, exit_layer=plan.exit_layer)

@@ -34,7 +34,9 @@ class Settings:
     simulate_acceptance: float | None = None
     hf_dtype: torch.dtype | None = None  # None: ours
     quantisation: str | None = None
-    policy: str = "fixed"
+    policy: str | None = None
+    confidence: float | None = None
+    guard: bool | None = None
 
     def options(self, **more: Any) -> Options:
         """The options of our self-speculative runs. Raises: UserError."""
@@ -46,6 +48,8 @@ class Settings:
                 "simulate_acceptance": self.simulate_acceptance,
                 "max_new_tokens": self.max_new_tokens,
                 "policy": self.policy,
+                "confidence": self.confidence,
+                "guard": self.guard,
                 "eos_token_id": [],
                 **more,
             }

@@ -1,0 +1,120 @@
+"""Draw the figures of docs/figures from committed result files, the newest of each kind.
+
+    python benchmarks/figures.py                                  # all that have their files
+    python benchmarks/figures.py --inspect FILE --figures FOLDER  # that lens and timeline; somewhere else
+
+Lens and timeline come from `layerskip inspect ... --generate N --save`, the exits from `layerskip eval ... --save`
+of one or more models, the speed-ups from `tuning.py --save`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerskip.errors import UserError
+from layerskip.measure import draw
+from layerskip.measure.lens import Lens
+from layerskip.measure.timeline import Timeline
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of result files")
+    parser.add_argument("--inspect", type=Path, help="result of `layerskip inspect` to draw")
+    parser.add_argument(
+        "--figures", type=Path, default=HERE.parent / "docs" / "figures", help="folder to write"
+    )
+    arguments = parser.parse_args()
+    arguments.figures.mkdir(parents=True, exist_ok=True)
+    inspected = [arguments.inspect] if arguments.inspect else newest(arguments.results, "inspect")[-1:]
+    tuned = newest(arguments.results, "tuning")
+    sources: dict[str, tuple[list[Path], Callable[[list[Any], Path], Path]]] = {
+        "exits.png": (newest(arguments.results, "eval"), exits),
+        # The one with trained exits is worth a surface; the other's is below 1 everywhere.
+        "speedup-surface.png": (tuned, lambda results, file: draw.speedup_surface(fastest(results), file)),
+        "acceptance-by-position.png": (
+            tuned or newest(arguments.results, "doctor") or newest(arguments.results, "bench"),
+            acceptance,
+        ),
+        "lens.png": (inspected, lens),
+        "timeline.png": (inspected, timeline),
+    }
+    for name, (files, make) in sources.items():
+        if not files:
+            print(f"{name}: no result file yet")
+            continue
+        try:
+            make([json.loads(file.read_text(encoding="utf-8")) for file in files], arguments.figures / name)
+        except UserError as error:
+            raise SystemExit(f"{name}: {error.message}") from error
+        except LookupError as error:
+            print(f"{name}: skipped, {', '.join(file.name for file in files)} has no {error}")
+            continue
+        print(f"{name}: drawn from {', '.join(file.name for file in files)}")
+
+
+def newest(folder: Path, kind: str) -> list[Path]:
+    """The latest file of each model and setting, the latest of all at the end; names end in their date."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"{kind}_*.json"), key=lambda path: (path.name[-15:], path.name)):
+        if "_sim" in path.name:
+            continue  # its acceptance is made up
+        found.pop(path.name[:-15], None)
+        found[path.name[:-15]] = path
+    return list(found.values())
+
+
+def title(result: dict[str, Any]) -> str:
+    trained = draw.trained_exits(result)
+    told = result["configuration"]
+    return f"{told['model']}, {'trained' if trained else 'untrained'} exits"
+
+
+def by_title(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name results; of those with one name the latest stands. Untrained first, as before comes before after."""
+    named = {title(result): result for result in results}
+    return dict(sorted(named.items(), key=lambda item: bool(draw.trained_exits(item[1]))))
+
+
+def exits(results: list[dict[str, Any]], file: Path) -> Path:
+    return draw.exits(by_title(results), file)
+
+
+def fastest(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(results, key=lambda result: max(cell["speedup"]["median"] for cell in result["grid"]))
+
+
+def acceptance(results: list[dict[str, Any]], file: Path) -> Path:
+    """A panel per model, from doctor's or the tuning's figures, else from what a benchmark saw at its E."""
+    series: dict[str, dict[int, list[float | None]]] = {}
+    for name, result in by_title(results).items():
+        found = result.get("doctor", result).get("acceptance_by_position")
+        if found is None:
+            own = result["methods"]["self-speculative"]
+            found = {own["exit_layer"]: own["acceptance_by_position"]}
+        series[name] = {int(exit_layer): shares for exit_layer, shares in found.items()}
+    return draw.acceptance(series, file)
+
+
+def lens(results: list[dict[str, Any]], file: Path) -> Path:
+    told = results[-1]["configuration"]
+    return draw.lens(Lens(**results[-1]["lens"]), file, draw.headline(told["model"], told["text"]))
+
+
+def timeline(results: list[dict[str, Any]], file: Path) -> Path:
+    result, told = results[-1], results[-1]["configuration"]
+    if result["timeline"] is None:
+        raise LookupError("timeline: it was made without --generate")
+    return draw.timeline(Timeline.read(result["timeline"]), file, draw.headline(told["model"], told["text"]))
+
+
+if __name__ == "__main__":
+    main()

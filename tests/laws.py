@@ -1,0 +1,80 @@
+"""Laws of tokens and tests of counts against them, shared by tests that sampling is exact."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import tiny
+from layerskip.decode.engine import Engine
+from layerskip.decode.round import Request
+from layerskip.decode.sampling import Processing, Sampling
+from layerskip.model.huggingface import HuggingFaceStack
+
+# Seeds are fixed, so a right sampler either always passes or never; 70 tests at 1e-4 leave 0.7 % for an unlucky
+# seed. A wrong one is told apart by orders of magnitude.
+PASSES, FAILS = 1e-4, 1e-6
+PLAIN = Processing(Sampling(temperature=1.0))
+ENGINE_VOCAB, PROMPT = 4, [1, 3]
+
+
+def chi_square_tail(statistic: float, degrees: int) -> float:
+    half = torch.tensor([degrees, statistic], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(half[0], half[1])) if degrees else 1.0
+
+
+def p_value(counts: torch.Tensor, law: torch.Tensor) -> float:
+    """Pearson's test of counts against a law over the same cells; cells expected below 5 times are pooled."""
+    expected = law.double().flatten() / law.double().sum() * counts.sum()
+    counts = counts.double().flatten()
+    if counts[expected == 0].sum() > 0:
+        return 0.0  # the impossible happened
+    expected, order = expected.sort()
+    counts, smaller = counts[order], expected.cumsum(0) - expected
+    rare = (expected < 5) | ((smaller > 0) & (smaller < 5))  # the pool itself reaches 5 too
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    return chi_square_tail(float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1)
+
+
+def small_model():
+    """A model of four tokens, so that the law of its first few can be enumerated."""
+    return tiny.random_model(
+        "llama", seed=3, vocab_size=ENGINE_VOCAB, num_hidden_layers=3, hidden_size=16, intermediate_size=16
+    )
+
+
+def first_tokens(model, length: int, num_requests: int, device_rounds: bool = False, **how) -> torch.Tensor:
+    """Count the first `length` new tokens of many requests, each with its own random numbers: [V**length].
+
+    `how` are options of the requests; what can be called makes each request its own.
+    """
+    engine = Engine(HuggingFaceStack(model), rows=num_requests, capacity=8, device_rounds=device_rounds)
+    new: dict[int, list[int]] = {}
+    for index in range(num_requests):
+        own = {name: value() if callable(value) else value for name, value in how.items()}
+        request = Request(PROMPT, max_new_tokens=6, processing=PLAIN, seed=11, index=index, **own)
+        new[engine.add(request)] = []
+    while engine.busy:
+        for round in engine.step():
+            new[round.row] += round.tokens
+            if len(new[round.row]) >= length:
+                engine.cancel(round.row)
+    full = [[*row, *row[-1:] * length][:length] for row in new.values()]  # an end of sequence repeats itself
+    codes = [sum(x * ENGINE_VOCAB**i for i, x in enumerate(reversed(row))) for row in full]
+    return torch.bincount(torch.tensor(codes), minlength=ENGINE_VOCAB**length)
+
+
+@torch.no_grad()
+def exact_first_tokens(model, length: int, eos: int | None = None) -> torch.Tensor:
+    """Enumerate the law of the first new tokens with Hugging Face's own forward pass: [V**length]."""
+    continuations = list(itertools.product(range(ENGINE_VOCAB), repeat=length))
+    ids = torch.tensor([[*PROMPT, *tokens] for tokens in continuations])
+    laws = model(ids).logits[:, len(PROMPT) - 1 : -1].double().softmax(-1)  # [N, length, V]
+    if eos is not None:
+        ended = (ids[:, len(PROMPT) - 1 : -1] == eos) & (torch.arange(length) > 0)  # [N, length]
+        after = torch.nn.functional.one_hot(torch.tensor(eos), ENGINE_VOCAB).double()
+        laws = torch.where(ended[..., None], after, laws)
+    return laws.gather(-1, torch.tensor(continuations)[..., None])[..., 0].prod(-1)
