@@ -304,6 +304,7 @@ class _Run:
         plan = lm.plan(Options(mode="self-speculative", **drafting))
         told = {**drafting, "exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
         told |= {key: value for key, value in more.items() if key != "batch_size"}
+        told |= {"policy": lm.facts.policy, "confidence": lm.facts.confidence}
         ranked = json.dumps([lm.ranked_vocabulary, lm.facts.draft_vocab_size])
         told |= {"ranked": hashlib.sha256(ranked.encode()).hexdigest()[:16], "eos": tasks.ends(lm)}
         records = self._records(name, path, **told)
