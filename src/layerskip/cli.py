@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from layerskip import cli_distill, cli_inspect, cli_measure, cli_train
+from layerskip import cli_distill, cli_eval, cli_inspect, cli_measure, cli_train
 from layerskip.cli_app import (
     AsJson,
     Confidence,
@@ -369,6 +369,7 @@ def _chat_command(conversation: Any, command: str) -> None:
 
 
 cli_measure.register(app)
+cli_eval.register(app)
 cli_train.register(app)
 cli_distill.register(app)
 cli_inspect.register(app)

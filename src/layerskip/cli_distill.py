@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -87,6 +86,7 @@ def distill_data(
     """
     from layerskip.config import read_prompts
     from layerskip.decode.options import Options
+    from layerskip.model.checkpoint import fingerprint
 
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -113,7 +113,7 @@ def distill_data(
     after = separator.replace("\\n", "\n").replace("\\t", "\t")
     settings = {key: value for key, value in options.items() if key not in ("batch_size", "chat")}
     settings |= {"separator": after, "dtype": str(lm.stack.dtype), "quantize": quantize}
-    settings |= {"weights": _fingerprint(lm.path)}
+    settings |= {"weights": fingerprint(lm.path)}
     _check_found(found, given, settings, output)
     left = [index for index in range(len(given)) if index not in found]
     encoded = [lm.encode(_with(given[index], after)) for index in left]
@@ -216,18 +216,6 @@ def _found(output: Path) -> dict[int, dict[str, Any]]:
             f"{output} was not written by distill-data", "give another --output, or remove it"
         ) from error
     return found
-
-
-def _fingerprint(folder: Path | None) -> str:
-    """Tell weights apart by parts of their files: a model trained further keeps its name."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-        with file.open("rb") as weights:
-            size = weights.seek(0, 2)
-            for place in range(0, size, max(1, size // 64)):
-                weights.seek(place)
-                digest.update(weights.read(4096))
-    return digest.hexdigest()[:16]
 
 
 def _check_found(

@@ -48,6 +48,42 @@ class PromptLine(BaseModel):
         return self.prompt
 
 
+class LikelihoodLine(BaseModel):
+    """A line to score: `prompt` or `context`, and `response`, or `choices` and the right one's place: `answer`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str | None = None
+    context: str | None = None
+    response: str | None = None
+    choices: list[str] | None = None
+    answer: Any = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> LikelihoodLine:
+        if (self.prompt is None) == (self.context is None):
+            raise ValueError("give either prompt or context")
+        if (self.response is None) == (self.choices is None):
+            raise ValueError("give either response or choices")
+        if not all(self.continuations):
+            raise ValueError("there is nothing to score: an empty response or choice")
+        if self.choices is not None:
+            last = len(self.choices) - 1
+            if last < 1:
+                raise ValueError("a choice needs at least two choices")
+            if type(self.answer) is not int or not 0 <= self.answer <= last:
+                raise ValueError(f"answer is {self.answer!r}, not the place of a choice, 0 to {last}")
+        return self
+
+    @property
+    def before(self) -> str:
+        return (self.prompt if self.prompt is not None else self.context) or ""
+
+    @property
+    def continuations(self) -> list[str]:
+        return self.choices if self.choices is not None else [self.response or ""]
+
+
 def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
     """Read a JSON-lines file of prompts, possibly .gz; blank lines are skipped.
 
@@ -67,6 +103,27 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
             ) from error
     if not items:
         raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
+    return items
+
+
+def read_likelihoods(path: Path) -> list[LikelihoodLine]:
+    """Read a JSON-lines file of responses or choices to score, possibly .gz.
+
+    Raises: UserError naming the line that cannot be used, or when there is none.
+    """
+    items = []
+    for number, record in json_lines(path):
+        try:
+            items.append(LikelihoodLine.model_validate(record))
+        except ValidationError as error:
+            raise UserError(
+                f"{path}, line {number}: {_first(error)}",
+                "objects need prompt or context, and response, or choices and answer",
+            ) from error
+    if not items:
+        raise UserError(
+            f"{path} has nothing to score", 'one JSON object per line: {"prompt": "...", "response": "..."}'
+        )
     return items
 
 

@@ -42,8 +42,11 @@ class Chunk:
     states: dict[int, Tensor]  # exit layer -> [N, D]
     full: Tensor  # float32 [N, V], all layers
 
+    @torch.inference_mode()  # a norm with a gradient could not save the states, which are inference tensors
     def logits(self, exit_layer: int, head: Head | None = None) -> Tensor:
-        """Read one exit: float32 [N, V], or [N, head.size] with a draft head."""
+        """Read one exit: float32 [N, V], or [N, head.size] with a draft head; the last layer is `full` itself."""
+        if head is None and exit_layer == self.stack.num_layers:
+            return self.full
         return self.stack.logits(self.states[exit_layer], head)
 
     def exits(self, head: Head | None = None) -> Iterator[tuple[int, Tensor]]:

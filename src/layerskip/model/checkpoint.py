@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -118,6 +119,21 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
     if not isinstance(ranked, list) or not all(isinstance(token, int) for token in ranked):
         raise UserError(f"{file} is not a JSON list of token ids")
     return ranked
+
+
+def fingerprint(folder: Path | None, *kinds: str) -> str:
+    """Tell files of a checkpoint apart by parts of them, by default its weights: training on keeps their names."""
+    digest = hashlib.sha256()
+    files = (
+        () if folder is None else (file for kind in kinds or ("*.safetensors",) for file in folder.glob(kind))
+    )
+    for file in sorted(files):
+        with file.open("rb") as content:
+            size = content.seek(0, 2)
+            for place in range(0, size, max(1, size // 64)):
+                content.seek(place)
+                digest.update(content.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def write_draft_vocabulary(folder: Path, ids: Sequence[int], facts: Facts) -> Path:
