@@ -3,11 +3,11 @@
     python benchmarks/policies.py --model M --prompts a.jsonl --prompts b.jsonl --limit 6 --save
     python benchmarks/policies.py --model smollm2-135m --threads 2 --save          # untrained exits: the guard
 
-The prompts are decoded for exactly --max-new-tokens each, end of sequence disabled. First every fixed (E, K) of the
-grid decodes all of them once, in turn; the fastest is then measured afresh, in turn with plain decoding and with the
-policies. A policy is measured twice: kept from prompt to prompt, as in a server, and fresh for every prompt, as when
-a command is called. An output that is not plain decoding's ends the measurement. Picking the best of a grid on the
-very prompts that are then measured favours the fixed choice.
+The prompts are decoded for exactly --max-new-tokens each, end of sequence disabled. First every fixed (E, K)
+of the grid decodes all of them once, in turn; the fastest is then measured afresh, in turn with plain
+decoding and with the policies. A policy is measured twice: kept from prompt to prompt, as in a server, and
+fresh for every prompt, as when a command is called. An output that is not plain decoding's ends the
+measurement. Picking the best of a grid on the very prompts that are then measured favours the fixed choice.
 """
 
 from __future__ import annotations
