@@ -150,7 +150,9 @@ def _checked(
     """Refuse slips before a model is loaded."""
     check_counts(limit=limit, threads=threads)
     if max_new_tokens < 2:
-        raise UserError(f"max_new_tokens is {max_new_tokens}", "at least two: the first comes from the prompt")
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}", "at least two: the first comes from the prompt"
+        )
     layers = None
     if exits is not None:
         names = [name.strip() for name in exits.split(",")]

@@ -10,7 +10,8 @@ from rich.text import Text
 from layerskip.display import out, share
 
 BAR = 30
-ROWS = 6
+CURVE = 12  # exits of the curve that are printed, beside those that matter
+ROWS = 6  # cells
 
 
 def print_doctor(result: dict[str, Any]) -> None:
@@ -31,25 +32,41 @@ def sameness_line(checks: dict[str, Any]) -> Text:
     """Say whether outputs are the same twice and under self-speculation, and what that rests on."""
     dtype = checks["dtype"]
     if not checks["deterministic"]:
-        return Text("decoding the same prompt twice gave two outputs: nothing here is comparable", style="bold red")
+        return Text(
+            "decoding the same prompt twice gave two outputs: nothing here is comparable", style="bold red"
+        )
     if checks["self_speculative_equal"]:
         return Text("equality: decoded twice, and by self-speculation: the same tokens", style="green")
     where = f"self-speculation differs from plain decoding from token {checks['first_difference'] + 1} on"
     if checks["equality_promised"]:
         return Text(f"not lossless: {where}, in {dtype} it must not", style="bold red")
     ties = f"{share(checks['near_ties'])} of the positions are ties up to one unit in the last place"
-    return Text(f"{where}: {ties}, and in {dtype} they may turn over here; --dtype float32 is exact", "yellow")
+    return Text(
+        f"{where}: {ties}, and in {dtype} they may turn over here; --dtype float32 is exact", "yellow"
+    )
 
 
 def print_curve(result: dict[str, Any]) -> None:
     """Print the agreement of exits as bars; trained exits are marked."""
     table = Table("exit", "agrees with the whole model", "", box=None)
     trained, best = set(result.get("exits", ())), result["best"]["exit_layer"]
+    few = {str(k) for k in {*trained, best, *shown(len(result["agreement"]))}}
     for name, value in result["agreement"].items():
-        marks = [word for word, holds in (("trained", int(name) in trained), ("best", int(name) == best)) if holds]
+        if name not in few:
+            continue
+        marks = [
+            word for word, holds in (("trained", int(name) in trained), ("best", int(name) == best)) if holds
+        ]
         bar = Text("█" * round(BAR * value) or "·", style="green" if marks else "dim")
         table.add_row(name, bar, Text(f"{share(value)} {' '.join(marks)}", style="bold" if marks else "dim"))
     out.print(table)
+
+
+def shown(count: int) -> list[int]:
+    """Up to `CURVE` places from 1 to `count`, the ends among them."""
+    if count <= CURVE:
+        return list(range(1, count + 1))
+    return sorted({round(1 + i * (count - 1) / (CURVE - 1)) for i in range(CURVE)})
 
 
 def print_cells(result: dict[str, Any]) -> None:
@@ -57,7 +74,7 @@ def print_cells(result: dict[str, Any]) -> None:
     rows = sorted(result["surface"], key=lambda row: -row["predicted_speedup"])
     leading = {row["exit_layer"]: row for row in reversed(rows)}
     chosen = sorted(leading.values(), key=lambda row: -row["predicted_speedup"])[:ROWS]
-    table = Table("E", "K", "draft vocabulary", "predicted", "accepted", "per round", "round", box=None)
+    table = Table("E", "K", "vocabulary", "predicted", "accepted", "per round", "round", box=None)
     for row in chosen:
         table.add_row(
             str(row["exit_layer"]),
@@ -88,8 +105,9 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"{1000 * result['step_s']['plain']:.1f} ms",
         f"two best logits: equal at {100 * checks['ties']:.1f}%, within a unit in the last place at "
         f"{100 * checks['near_ties']:.1f}% of the positions",
-        f"memory: weights {memory['weight_bytes'] / 1e6:.0f} MB, cache {memory['cache_bytes_per_token'] / 1e3:.0f} kB "
-        f"a token, draft head {memory['draft_head_bytes'] / 1e6:.1f} MB",
+        f"memory: weights {memory['weight_bytes'] / 1e6:.0f} MB, cache "
+        f"{memory['cache_bytes_per_token'] / 1e3:.0f} kB a token, "
+        f"draft head {memory['draft_head_bytes'] / 1e6:.1f} MB",
     ]
 
 
@@ -107,9 +125,9 @@ def print_tune(result: dict[str, Any]) -> None:
     equal, of = (sum(row[key] for row in result["measured"]) for key in ("equal", "of"))
     style = "green" if equal == of else "bold yellow"
     out.print(Text(f"equality: {equal} of {of} outputs are those of plain decoding", style=style))
-    table = Table("E", "K", "draft vocabulary", "policy", "predicted", "measured", "accepted", "runs", box=None)
+    table = Table("E", "K", "vocabulary", "policy", "predicted", "measured", "accepted", "runs", box=None)
     for row in result["measured"]:
-        sure = "fixed" if row["confidence"] is None else f"confidence {row['confidence']}"
+        sure = "fixed" if row["confidence"] is None else f"conf. {row['confidence']}"
         table.add_row(
             str(row["exit_layer"]),
             str(row["draft_length"]),
@@ -123,4 +141,6 @@ def print_tune(result: dict[str, Any]) -> None:
     out.print(table)
     print_curve(result)
     saved = result["saved"]
-    out.print(Text(f"written: {saved}, every verb uses it now" if saved else result["how_to_save"], style="dim"))
+    out.print(
+        Text(f"written: {saved}, every verb uses it now" if saved else result["how_to_save"], style="dim")
+    )

@@ -38,7 +38,9 @@ def predicted(analysis, low, middle, high):
 
 def test_a_gain_is_told_with_the_options_that_give_it(analysis):
     text = doctor.verdict(predicted(analysis, 1.8, 1.9, 2.0), "m", True, None)
-    assert text.startswith("You will get 1.90 x [1.80, 2.00] with --exit-layer 2 --draft-length 3 --draft-vocab off")
+    assert text.startswith(
+        "You will get 1.90 x [1.80, 2.00] with --exit-layer 2 --draft-length 3 --draft-vocab off"
+    )
     assert "layerskip tune m --save" in text
     already = doctor.verdict(analysis, "m", True, Cell(2, 3, 0))
     assert "as it is the default" in already
@@ -58,7 +60,9 @@ def test_a_loss_is_told_with_what_to_do_about_it(analysis):
 
 
 def test_what_may_go_either_way_stays_plain(analysis):
-    assert doctor.verdict(predicted(analysis, 0.95, 1.02, 1.1), "m", False, None).startswith("About even: 1.02 x")
+    assert doctor.verdict(predicted(analysis, 0.95, 1.02, 1.1), "m", False, None).startswith(
+        "About even: 1.02 x"
+    )
 
 
 def test_everything_asked_of_a_diagnosis_is_in_it(lm, analysis):

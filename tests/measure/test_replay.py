@@ -8,8 +8,8 @@ from layerskip.decode.language_model import LanguageModel
 from layerskip.measure.continuations import continuations, observed, silent
 from layerskip.measure.replay import by_place, joined, replay
 
-PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5, 9, 2, 6], [11, 12]]
-NEW = 40
+PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5, 9, 2, 6]]
+NEW = 30
 
 
 @pytest.fixture(params=["llama", "llama+native", "gpt2"])
@@ -33,13 +33,17 @@ def test_the_rounds_of_every_cell_are_the_engines(lm, size):
     seen = observed(lm, found, [1, 2, 4], [size], [2], silent)
     kept = 0
     for exit_layer in (1, 2, 4):
-        for draft_length in (1, 3, 7, NEW):
+        for draft_length in (1, 3, 8):
             for prompt, bits in zip(PROMPTS, seen.bits[exit_layer, size], strict=True):
-                options = {"exit_layer": exit_layer, "draft_length": draft_length, "draft_vocab": size or "off"}
+                options = {
+                    "exit_layer": exit_layer,
+                    "draft_length": draft_length,
+                    "draft_vocab": size or "off",
+                }
                 expected = replay(bits, draft_length, NEW - 1)
                 assert played(expected) == rounds_of(lm, prompt, **options)
                 kept += expected.accepted.sum()
-    assert kept > 50, "the test needs drafts that are kept"
+    assert kept > 30, "the test needs drafts that are kept"
 
 
 def test_an_end_of_sequence_ends_the_rounds_where_it_ends_the_output(lm):
@@ -47,12 +51,12 @@ def test_an_end_of_sequence_ends_the_rounds_where_it_ends_the_output(lm):
     drafted = 0
     for prompt in PROMPTS:
         plain = lm.generate(prompt, mode="ar", max_new_tokens=NEW).tokens
-        for eos in dict.fromkeys(plain[1:]):
+        for eos in list(dict.fromkeys(plain[1:]))[1:8:2]:
             lm.generation_config = type("Config", (), {"eos_token_id": eos})
             [one] = continuations(lm, [prompt], NEW, silent)
             seen = observed(lm, [one], [2], [0], [2], silent)
             assert one.ended == (eos in one.tokens)
-            for draft_length in (1, 2, 5):
+            for draft_length in (1, 4):
                 expected = replay(seen.bits[2, 0][0], draft_length, NEW - 1)
                 real = rounds_of(lm, prompt, exit_layer=2, draft_length=draft_length)
                 # An end drafted by mistake cuts a draft short; what is accepted and committed is the same.

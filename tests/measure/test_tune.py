@@ -168,7 +168,9 @@ def test_the_choice_becomes_the_default_of_the_checkpoint(own):
 
 
 def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
-    save_choice(layerskip.load(own, device="cpu"), Trial(Cell(2, 3, 0), 1.2, 0.4, ratios={0: [0.9], 1: [1.6]}))
+    save_choice(
+        layerskip.load(own, device="cpu"), Trial(Cell(2, 3, 0), 1.2, 0.4, ratios={0: [0.9], 1: [1.6]})
+    )
     assert entry(own)["mode"] == "ar"
     assert (entry(own)["policy"], entry(own)["confidence"]) == ("confidence", 0.4)
     assert layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats["mode"] == "ar"

@@ -1,8 +1,8 @@
 """Plain continuations of prompts, and what every exit says along them: one pass answers for all settings.
 
-    found = continuations(lm, prompts, max_new_tokens=64)
-    seen = observed(lm, found, exits=[4, 8], sizes=[0, 4096], curve=range(1, 31))
-    seen.bits[4, 4096]          # per continuation: where exit 4 names the next token inside 4096 of them
+found = continuations(lm, prompts, max_new_tokens=64)
+seen = observed(lm, found, exits=[4, 8], sizes=[0, 4096], curve=range(1, 31))
+seen.bits[4, 4096]          # per continuation: where exit 4 names the next token inside 4096 of them
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from layerskip.decode.options import Options
 from layerskip.measure.exits import chunks
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from layerskip.decode.language_model import LanguageModel
@@ -42,7 +42,7 @@ class Continuation:
 
 @dataclass
 class Seen:
-    """What one pass over continuations told. Lists hold one array per continuation, over its tokens but the first."""
+    """What one pass over continuations told. Lists hold an array per continuation: its tokens but the first."""
 
     bits: dict[tuple[int, int], list[np.ndarray]]  # (exit layer, draft vocabulary) -> bool [N]
     confidence: dict[tuple[int, int], list[np.ndarray]]  # float32 [N]
@@ -75,10 +75,9 @@ def observed(
 ) -> Seen:
     """Run all layers over the continuations once; read `exits` with every draft vocabulary, `curve` with none."""
     heads = {size: lm.draft_head(Options.parse({"draft_vocab": size or "off"})) for size in sizes}
-    bits: dict[tuple[int, int], list[list[Tensor]]] = {}
-    sure: dict[tuple[int, int], list[list[Tensor]]] = {}
-    for key in ((e, size) for e in exits for size in sizes):
-        bits[key], sure[key] = ([[] for _ in found] for _ in range(2))
+    keys = [(e, size) for e in exits for size in sizes]
+    bits: dict[tuple[int, int], list[list[Tensor]]] = {key: [[] for _ in found] for key in keys}
+    sure: dict[tuple[int, int], list[list[Tensor]]] = {key: [[] for _ in found] for key in keys}
     agreeing = dict.fromkeys(sorted({*curve, *exits, lm.stack.num_layers}), 0)
     counted = {"positions": 0, "equal": 0, "ties": 0, "near": 0}
     # The last token is left out: nothing follows it. The prompt's last position tells the first token.

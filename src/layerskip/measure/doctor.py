@@ -43,7 +43,7 @@ def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str) -> dic
 
 
 def _looks_trained(lm: LanguageModel, analysis: Analysis) -> bool:
-    """Whether an exit of the lower half agrees as only a trained one does, though the checkpoint does not say so."""
+    """Whether an exit of the lower half agrees as only trained ones do, though the checkpoint does not say."""
     half = lm.stack.num_layers // 2
     return any(share >= TRAINED_AGREEMENT for k, share in analysis.seen.agreement.items() if k <= half)
 
@@ -61,18 +61,26 @@ def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None) 
         if cell == default:
             return f"You will get {gain} with self-speculation as it is the default: {given}."
         now = next((one for one in analysis.cells if one.cell == default), None)
-        than = "" if now is None else f" (the default, E {default_text(now.cell)}, is predicted {now.speedup:.2f} x)"
+        than = (
+            ""
+            if now is None
+            else f" (the default, E {default_text(now.cell)}, is predicted {now.speedup:.2f} x)"
+        )
         return f"You will get {gain} with {given}{than}; {confirm} measures it and makes it the default."
-    keep = "It is the default already." if default is None else f"{confirm} measures it and makes that the default."
+    keep = (
+        "It is the default already."
+        if default is None
+        else f"{confirm} measures it and makes that the default."
+    )
     plain = f"use plain decoding (--mode ar). {keep}"
     if high >= 1:
         return f"About even: {gain} at best, with {given}. Until it is measured to gain, {plain}"
     curve = analysis.seen.agreement[cell.exit_layer]
     if trained:
         why = (
-            f"The exits are trained, but exit {cell.exit_layer} names the model's own token at {100 * curve:.0f}% of "
-            "the positions of these prompts. Give prompts like those it was trained for (--prompts), or train it "
-            f"further on such data: layerskip train finetune model={name} data=..."
+            f"The exits are trained, but exit {cell.exit_layer} agrees with the whole model at "
+            f"{100 * curve:.0f}% of the positions of these prompts. Give prompts like those it was trained for "
+            f"(--prompts), or train it further on such data: layerskip train finetune model={name} data=..."
         )
     else:
         why = (
@@ -103,7 +111,10 @@ def ending(lm: LanguageModel, analysis: Analysis, chat: bool) -> dict[str, Any]:
             "no end-of-sequence token is known: outputs run to the budget. Name one as eos_token_id in "
             "generation_config.json"
         )
-    for token, whose in ((own, "the tokenizer's end of sequence"), (turn, "the chat template's end of a turn")):
+    for token, whose in (
+        (own, "the tokenizer's end of sequence"),
+        (turn, "the chat template's end of a turn"),
+    ):
         if token is not None and token not in used and used:
             text = tokenizer.convert_ids_to_tokens(token)
             warnings.append(
@@ -130,10 +141,12 @@ def end_of_turn(tokenizer: Any) -> int | None:
     """Find the special token a chat template writes behind an answer; None without one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
+    from jinja2 import TemplateError  # as in decode.text
+
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-    try:
+    try:  # templates are code of the checkpoint's authors: they may refuse, or expect what is not there
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # templates are code of the checkpoint's authors; what they refuse is theirs
+    except (TemplateError, ValueError, TypeError, AttributeError, KeyError):
         return None
     behind = text.rpartition(MARK)[2].lstrip()
     special = [token for token in tokenizer.all_special_tokens if token and behind.startswith(token)]
@@ -158,7 +171,11 @@ def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
     return {
         "deterministic": first == again,
         "self_speculative_equal": equal,
-        "first_difference": None if equal else parted if parted is not None else min(len(first), len(drafted)),
+        "first_difference": None
+        if equal
+        else parted
+        if parted is not None
+        else min(len(first), len(drafted)),
         "equality_promised": promised,
         "row_exact": lm.stack.row_exact,
         "dtype": str(lm.stack.dtype).removeprefix("torch."),

@@ -164,6 +164,8 @@ def analyse(
     if lm.stack.num_layers < 2:
         raise UserError("the model has one layer", "self-speculation needs a layer above the exit")
     exits = sorted(set(exits)) if exits else candidate_exits(lm)
+    for exit_layer in exits:
+        lm.plan(Options(mode="self-speculative", exit_layer=exit_layer))  # refuses one out of range
     sizes = candidate_sizes(lm, draft_vocab)
     found = continuations(lm, prompts, max_new_tokens, watch)
     if not any(len(one.tokens) > 1 for one in found):
@@ -179,7 +181,8 @@ def analyse(
     prices = _Prices(analysis)
     made = [prices.predicted(Cell(e, k, v)) for e in exits for k in LENGTHS for v in sizes]
     analysis.cells = sorted(made, key=lambda one: -one.speedup)
-    if batch_size == 1 and lm.stack.device.type != "cuda":  # there drafts are computed in full all the same
+    stops = "confidence" in Options.__dataclass_fields__
+    if stops and batch_size == 1 and lm.stack.device.type != "cuda":  # there a draft is computed in full
         analysis.confident = _confident(analysis, prices)
     return analysis
 
@@ -233,7 +236,9 @@ def _replayed(analysis: Analysis, cell: Cell, threshold: float | None = None) ->
     """The rounds of each continuation that has any."""
     key = (cell.exit_layer, cell.draft_vocab)
     return [
-        replay(bits, cell.draft_length, analysis.budget - 1, None if threshold is None else sure, threshold or 0)
+        replay(
+            bits, cell.draft_length, analysis.budget - 1, None if threshold is None else sure, threshold or 0
+        )
         for bits, sure in zip(analysis.seen.bits[key], analysis.seen.confidence[key], strict=True)
         if len(bits)
     ]

@@ -34,7 +34,9 @@ class RoundTimes:
     exits: tuple[int, ...]
     lengths: tuple[int, ...]
     rounds: np.ndarray  # [R, X, Y], with the reference's draft head
-    per_draft: dict[int, np.ndarray]  # by size of the draft vocabulary, [R]: what a draft costs over the reference
+    per_draft: dict[
+        int, np.ndarray
+    ]  # by size of the draft vocabulary, [R]: what a draft costs over the reference
 
     def medians(self, turns: np.ndarray | None = None) -> Medians:
         """Take medians over turns: all of them once, or drawn ones, int64 [draws, R]."""

@@ -1,4 +1,4 @@
-"""The best setting by measurement: the best predicted ones against plain decoding, the worse half dropped each rung.
+"""The best setting by measurement: the best predicted race plain decoding, the worse half drops out each rung.
 
     trials = finalists(analysis, default_cell(lm))
     order = halving(lm, trials, prompts, max_new_tokens=64, seconds=180)
@@ -22,13 +22,13 @@ from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.continuations import Watch, silent
 from layerskip.measure.intervals import Interval, interval
-from layerskip.measure.prediction import Analysis, Cell, Predicted
 from layerskip.model import checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.measure.prediction import Analysis, Cell, Predicted
 
 FINALISTS = 6
 LEADING_EXITS = 3  # each sends its best cell
@@ -177,7 +177,9 @@ class Race:
 
     def _decoded(self, trial: Trial | None, prompts: list[list[int]], budget: int) -> _Run:
         """Decode a group. On CUDA it is done twice: graphs are captured in a first call that nobody times."""
-        face = self.faces.setdefault(id(trial), copy.copy(self.lm))  # each keeps its own engine, where one is kept
+        face = self.faces.setdefault(
+            id(trial), copy.copy(self.lm)
+        )  # each keeps its own engine, where one is kept
         options = {"mode": "ar"} if trial is None else trial.options
         for _ in range(2 if face.keep_engine else 1):
             began = self.clock()
@@ -226,4 +228,3 @@ def save_choice(lm: LanguageModel, trial: Trial) -> Path:
         confidence=trial.confidence,
     )
     return lm.path / "config.json"
-
