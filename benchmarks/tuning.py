@@ -132,8 +132,8 @@ def measured(
     )
     grid = grid_of(analysis, grid_exits, lengths)
     by_doctor = Trial(analysis.best.cell, analysis.best.speedup)
-    by_tuner = Trial(race[0].cell, race[0].predicted, race[0].confidence)
-    trials = {(trial.cell, trial.confidence): trial for trial in (by_tuner, by_doctor, *grid)}
+    by_tuner = Trial(race[0].cell, race[0].predicted, race[0].confidence, race[0].policy)
+    trials = {(trial.cell, trial.policy): trial for trial in (by_tuner, by_doctor, *grid)}
     again = Race(lm, [[prompt] for prompt in others], budget)
     again.warm_up(list(trials.values()))
     turns = arguments.trials * len(others)
@@ -141,8 +141,8 @@ def measured(
         watch("measuring the grid", turn, turns)
         again.turn(list(trials.values()))
     # A setting that was chosen twice raced once.
-    grid = [trials[trial.cell, None] for trial in grid]
-    by_doctor, by_tuner = (trials[one.cell, one.confidence] for one in (by_doctor, by_tuner))
+    grid = [trials[trial.cell, "fixed"] for trial in grid]
+    by_doctor, by_tuner = (trials[one.cell, one.policy] for one in (by_doctor, by_tuner))
     return {
         "doctor": doctor,
         "tune": tuned(analysis, race),
@@ -188,10 +188,8 @@ def against_best(choice: Trial, grid: list[Trial]) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     def line(told: dict[str, Any]) -> str:
-        found, sure = (
-            told["speedup"],
-            "" if told["confidence"] is None else f", confidence {told['confidence']}",
-        )
+        found = told["speedup"]
+        sure = "" if told["policy"] == "fixed" else f", {told['policy']} {told['confidence'] or ''}".rstrip()
         return (
             f"E {told['exit_layer']:>2}, K {told['draft_length']:>2}, vocabulary {told['draft_vocab']}{sure}: "
             f"predicted {told['predicted_speedup']:.2f} x, measured {found['median']:.2f} x "

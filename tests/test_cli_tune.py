@@ -64,6 +64,7 @@ def test_doctor_gives_the_verdict_first_then_equality_then_the_curve(run, checkp
     assert places == sorted(places)
     assert printed.count("trained") >= 2
     assert "as plain text" in printed
+    assert " --no-chat --save" in printed.splitlines()[0] or "--mode ar" in printed.splitlines()[0]
 
 
 def test_doctor_looks_only_at_what_it_is_told_to(run, checkpoint, prompts):

@@ -67,7 +67,9 @@ def doctor(
     with progress() as watch:
         analysis = analyse(lm, items, max_new_tokens, layers, size, watch=watch)
         watch("decoding twice", 0, 0)
-        result = examine(lm, analysis, as_chat, model)
+        also = f" --prompts {prompts}" if prompts is not None else ""
+        also += " --no-chat" if lm.has_template and not as_chat else ""
+        result = examine(lm, analysis, as_chat, model, also)
     result["configuration"] = _configuration(given, lm, load_s, prompts, len(items))
     if as_json:
         print(json.dumps(result))

@@ -117,6 +117,8 @@ def print_tune(result: dict[str, Any]) -> None:
     found = best["measured_speedup"]
     pays = found["ci95"][0] > 1
     setting = f"E {best['exit_layer']}, K {best['draft_length']}, draft vocabulary {best['draft_vocab']}"
+    if best["policy"] == "adaptive":
+        setting += ", policy adaptive"
     if best["policy"] == "confidence":
         setting += f", drafting stops under a confidence of {best['confidence']}"
     measured = f"{speedup(found['median'], found['ci95'])} over plain decoding, measured"
@@ -127,7 +129,7 @@ def print_tune(result: dict[str, Any]) -> None:
     out.print(Text(f"equality: {equal} of {of} outputs are those of plain decoding", style=style))
     table = Table("E", "K", "vocabulary", "policy", "predicted", "measured", "accepted", "runs", box=None)
     for row in result["measured"]:
-        sure = "fixed" if row["confidence"] is None else f"conf. {row['confidence']}"
+        sure = row["policy"] if row["confidence"] is None else f"conf. {row['confidence']}"
         table.add_row(
             str(row["exit_layer"]),
             str(row["draft_length"]),

@@ -29,6 +29,10 @@ class Surface:
         made = [Predicted(Cell(*cell), s, (s, s), rounds, 1.0) for cell, s in speedups.items()]
         self.cells = sorted(made, key=lambda one: -one.speedup)
 
+    @property
+    def best(self):
+        return self.cells[0]
+
     def best_of(self, key):
         found = {}
         for one in self.cells:
@@ -75,13 +79,14 @@ def test_finalists_are_the_best_of_each_leading_exit_then_the_best_of_the_rest()
     assert all(trial.policy == "fixed" for trial in chosen)
 
 
-def test_the_confidence_policy_races_beside_the_fixed_one():
+def test_the_other_policies_race_beside_the_fixed_one():
     surface = Surface({(2, 4, 0): 1.5})
     surface.confident = replace(surface.cells[0], speedup=1.6, confidence=0.4)
-    first, second = finalists(surface)
+    first, second, third = finalists(surface)
     assert (first.options["policy"], first.options["confidence"]) == ("confidence", 0.4)
     assert second.options["policy"] == "fixed"
-    assert "confidence" not in second.options
+    assert (third.cell, third.options["policy"]) == (second.cell, "adaptive")
+    assert "confidence" not in {**second.options, **third.options}
 
 
 def test_the_worse_half_is_dropped_after_every_rung_and_the_winner_runs_on(scripted, lm):
@@ -169,7 +174,8 @@ def test_the_choice_becomes_the_default_of_the_checkpoint(own):
 
 def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
     save_choice(
-        layerskip.load(own, device="cpu"), Trial(Cell(2, 3, 0), 1.2, 0.4, ratios={0: [0.9], 1: [1.6]})
+        layerskip.load(own, device="cpu"),
+        Trial(Cell(2, 3, 0), 1.2, 0.4, "confidence", ratios={0: [0.9], 1: [1.6]}),
     )
     assert entry(own)["mode"] == "ar"
     assert (entry(own)["policy"], entry(own)["confidence"]) == ("confidence", 0.4)

@@ -24,14 +24,17 @@ MARK = "qzx"  # stands for an answer, to see what a template puts behind it
 EXACT = (torch.float32, torch.float64)
 
 
-def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str) -> dict[str, Any]:
-    """Put predictions, checks and verdict together; `name` is how the user calls the model."""
+def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str, also: str = "") -> dict[str, Any]:
+    """Put predictions, checks and verdict together.
+
+    `name` is how the user calls the model, `also` what tune needs to look at the same prompts.
+    """
     best = analysis.best
     checks = {**ending(lm, analysis, chat), **sameness(lm, analysis)}
     trained = lm.facts.trained or _looks_trained(lm, analysis)
     pays = best.interval[0] > 1
     return {
-        "verdict": verdict(analysis, name, trained, default_cell(lm)),
+        "verdict": verdict(analysis, name, trained, default_cell(lm), also),
         "recommended_mode": "self-speculative" if pays else "ar",
         "trained_exits": trained,
         "exits": list(lm.facts.exits),
@@ -48,7 +51,7 @@ def _looks_trained(lm: LanguageModel, analysis: Analysis) -> bool:
     return any(share >= TRAINED_AGREEMENT for k, share in analysis.seen.agreement.items() if k <= half)
 
 
-def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None) -> str:
+def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None, also: str = "") -> str:
     """Say in a sentence or two what to do."""
     best = analysis.best
     low, high = best.interval
@@ -56,7 +59,7 @@ def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None) 
     given = f"--exit-layer {cell.exit_layer} --draft-length {cell.draft_length}"
     given += f" --draft-vocab {cell.draft_vocab or 'off'}"
     gain = f"{best.speedup:.2f} x [{low:.2f}, {high:.2f}]"
-    confirm = f"layerskip tune {name} --save"
+    confirm = f"layerskip tune {name}{also} --save"
     if low > 1:
         if cell == default:
             return f"You will get {gain} with self-speculation as it is the default: {given}."

@@ -42,7 +42,8 @@ class Trial:
 
     cell: Cell
     predicted: float
-    confidence: float | None = None  # threshold, where that policy is tried
+    confidence: float | None = None  # the policy's threshold
+    policy: str = "fixed"
     ratios: dict[int, list[float]] = field(default_factory=dict)
     equal: int = 0
     of: int = 0
@@ -50,13 +51,9 @@ class Trial:
     accepted: int = 0
 
     @property
-    def policy(self) -> str:
-        return "fixed" if self.confidence is None else "confidence"
-
-    @property
     def options(self) -> dict[str, Any]:
-        sure = {} if self.confidence is None else {"policy": self.policy, "confidence": self.confidence}
-        return {**self.cell.options, **sure}
+        sure = {} if self.confidence is None else {"confidence": self.confidence}
+        return {**self.cell.options, "policy": self.policy, **sure}
 
     def measured(self) -> Interval:
         """Median over prompts with its interval; a prompt seen several times counts once, by its median."""
@@ -83,7 +80,8 @@ class Trial:
 def finalists(analysis: Analysis, default: Cell | None = None, count: int = FINALISTS) -> list[Trial]:
     """Choose what is worth measuring: the best cell of each leading exit, then the best of the others.
 
-    The checkpoint's present default and the best cell of the confidence policy come on top.
+    The checkpoint's present default comes on top, and the other policies where the first is predicted at all: the
+    best cell of the confidence policy, and the adaptive one, which starts from the best cell and finds its own.
     """
     leading = analysis.best_of(lambda cell: cell.exit_layer)[:LEADING_EXITS]
     rows = analysis.best_of(lambda cell: (cell.exit_layer, cell.draft_length))  # sizes hardly differ
@@ -95,7 +93,8 @@ def finalists(analysis: Analysis, default: Cell | None = None, count: int = FINA
     chosen |= {one.cell: one for one in own}
     trials = [Trial(one.cell, one.speedup) for one in chosen.values()]
     if (sure := analysis.confident) is not None:
-        trials.append(Trial(sure.cell, sure.speedup, sure.confidence))
+        trials.append(Trial(sure.cell, sure.speedup, sure.confidence, "confidence"))
+        trials.append(Trial(analysis.best.cell, analysis.best.speedup, policy="adaptive"))
     return sorted(trials, key=lambda trial: -trial.predicted)
 
 
