@@ -5,7 +5,6 @@ import pytest
 
 import tiny
 from layerskip.decode.language_model import LanguageModel
-from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure import prediction, round_times
 from layerskip.measure.prediction import Cell, analyse, candidate_exits, candidate_sizes, default_cell
@@ -74,8 +73,6 @@ def test_a_speedup_is_plain_seconds_over_the_rounds_seconds(lm, monkeypatch):
 def test_the_confidence_policy_is_predicted_at_least_as_well_as_its_own_exit_can(lm, monkeypatch):
     monkeypatch.setattr(prediction, "round_times", lambda *given, **more: layers(prediction.TIMED_LENGTHS))
     analysis = analyse(lm, PROMPTS, 20, exits=[2, 4], draft_vocab="off")
-    if "confidence" not in Options.__dataclass_fields__:
-        pytest.skip("no such policy")
     assert analysis.confident.confidence in prediction.THRESHOLDS
     assert analysis.confident.rounds.tokens.sum() == 3 * 19
     assert analyse(lm, PROMPTS, 20, exits=[2], draft_vocab="off", batch_size=2).confident is None

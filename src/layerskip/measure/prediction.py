@@ -181,8 +181,7 @@ def analyse(
     prices = _Prices(analysis)
     made = [prices.predicted(Cell(e, k, v)) for e in exits for k in LENGTHS for v in sizes]
     analysis.cells = sorted(made, key=lambda one: -one.speedup)
-    stops = "confidence" in Options.__dataclass_fields__
-    if stops and batch_size == 1 and lm.stack.device.type != "cuda":  # there a draft is computed in full
+    if batch_size == 1 and lm.stack.device.type != "cuda":  # there a draft is computed in full
         analysis.confident = _confident(analysis, prices)
     return analysis
 
