@@ -199,3 +199,7 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     _, high = result["tuned_against_best"]["ratio"]["ci95"]
     assert result["tuned_against_best"]["significantly_worse"] == (high < 1)
     assert "predicted / measured" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    from layerskip.measure.draw import speedup_surface
+
+    assert speedup_surface(result, tmp_path / "surface.png").stat().st_size > 1000

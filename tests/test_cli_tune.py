@@ -8,6 +8,7 @@ import pytest
 import layerskip
 import tiny
 from layerskip.measure import round_times
+from layerskip.measure.tune import Race
 
 QUICK = ("--max-new-tokens", 8)
 RACE = (*QUICK, "--seconds", 1)
@@ -103,6 +104,21 @@ def test_tune_writes_the_choice_and_every_verb_uses_it(run, checkpoint, prompts)
     assert entry["draft_length"] >= 1
     lm = layerskip.load(checkpoint, device="cpu")
     assert lm.generate("hello", max_new_tokens=4).stats["mode"] == entry["mode"]
+
+
+def test_a_loss_in_float32_ends_tuning_without_a_speed_or_a_choice(run, checkpoint, prompts, monkeypatch):
+    before = (checkpoint / "config.json").read_bytes()
+    turn = Race.turn
+
+    def lossy(self, trials):
+        turn(self, trials)
+        trials[0].equal -= 1
+
+    monkeypatch.setattr(Race, "turn", lossy)
+    code, printed, message = run("tune", checkpoint, *prompts, *RACE, "--save", "--json")
+    assert (code, printed) == (1, "")
+    assert "not lossless" in message
+    assert (checkpoint / "config.json").read_bytes() == before
 
 
 def test_tune_for_a_batch_says_how_to_keep_the_choice(run, folder, prompts):

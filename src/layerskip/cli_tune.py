@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from layerskip.cli_app import AsJson, Device, Dtype, Model, Quantize, StackName, Threads, vocabulary_size
 from layerskip.cli_results import check_counts, configuration, loaded, progress, prompt_lines
+from layerskip.display import err
 from layerskip.display_tune import print_doctor, print_tune
 from layerskip.errors import UserError
 
@@ -103,6 +106,7 @@ def tune(
     check_counts(**{"batch-size": batch_size, "seconds": seconds})
     lines, layers, size = _checked(prompts, limit, max_new_tokens, exits, draft_vocab, threads)
     lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
+    from layerskip.measure.doctor import equality_promised
     from layerskip.measure.prediction import analyse, default_cell
     from layerskip.measure.tune import finalists, halving, save_choice
 
@@ -112,6 +116,10 @@ def tune(
         analysis = analyse(lm, items, max_new_tokens, layers, size, batch_size, watch)
         trials = finalists(analysis, default_cell(lm))
         ranked = halving(lm, trials, items, max_new_tokens, seconds, batch_size, watch)
+    unequal = sum(trial.of - trial.equal for trial in ranked)
+    if unequal and equality_promised(lm):
+        err.print(Text(f"not lossless: {unequal} outputs differ from plain decoding", style="bold red"))
+        sys.exit(1)
     saved = save_choice(lm, ranked[0]) if save else None
     result = tuned(analysis, ranked)
     result["saved"] = None if saved is None else str(saved)

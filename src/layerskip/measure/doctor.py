@@ -169,7 +169,6 @@ def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
     drafted = lm.generate(one.prompt, **{**plain, **analysis.best.cell.options}).tokens
     parted = next((i for i, (a, b) in enumerate(zip(first, drafted, strict=False)) if a != b), None)
     equal = first == drafted
-    promised = lm.stack.row_exact or lm.stack.dtype in EXACT
     seen = analysis.seen
     return {
         "deterministic": first == again,
@@ -179,7 +178,7 @@ def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
         else parted
         if parted is not None
         else min(len(first), len(drafted)),
-        "equality_promised": promised,
+        "equality_promised": equality_promised(lm),
         "row_exact": lm.stack.row_exact,
         "dtype": str(lm.stack.dtype).removeprefix("torch."),
         "stack": lm.stack.name,
@@ -187,6 +186,11 @@ def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
         "near_ties": seen.near_ties,
         "pass_equals_decoding": seen.equal,
     }
+
+
+def equality_promised(lm: LanguageModel) -> bool:
+    """Whether self-speculation must give plain decoding's tokens here: else near ties may turn over."""
+    return lm.stack.row_exact or lm.stack.dtype in EXACT
 
 
 def memory(lm: LanguageModel, cell: Cell) -> dict[str, int]:
