@@ -166,3 +166,40 @@ def test_every_figure_has_its_result_file(script, tmp_path, capsys):
         "acceptance-by-position.png: drawn from bench_tiny_float32_cpu_2026-01-02.json\n"
         in capsys.readouterr().out
     )
+
+
+def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
+    script, folder, tmp_path, monkeypatch, capsys
+):
+    import record
+
+    from layerskip.measure import round_times
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(record, "HERE", tmp_path)
+    monkeypatch.setattr(round_times, "TURNS", 1)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "set alarm {n}", "response": "x"}}\n' for n in range(5)))
+    script("tuning", "--model", folder, "--prompts", prompts, "--choose", 2, "--measure", 2, "--exits", "1,3",
+           "--draft-length", "1,4", "--max-new-tokens", 8, "--seconds", 0.1, "--trials", 1, "--threads", 1,
+           "--no-chat", "--separator", r"\n", "--dtype", "float32", "--save")  # fmt: skip
+    (saved,) = (tmp_path / "results").iterdir()
+    assert saved.name.startswith("tuning_tiny_float32_cpu_")
+    result = json.loads(saved.read_text())
+    assert [(row["exit_layer"], row["draft_length"]) for row in result["grid"]] == [
+        (1, 1),
+        (1, 4),
+        (3, 1),
+        (3, 4),
+    ]
+    assert all(row["equal"] == row["of"] == 2 for row in result["grid"])
+    assert {"doctor", "tune", "doctor_choice", "tuned_against_best", "configuration"} <= set(result)
+    assert result["configuration"]["prompts"] == ["prompts.jsonl"]
+    assert str(tmp_path) not in saved.read_text()
+    _, high = result["tuned_against_best"]["ratio"]["ci95"]
+    assert result["tuned_against_best"]["significantly_worse"] == (high < 1)
+    assert "predicted / measured" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    from layerskip.measure.draw import speedup_surface
+
+    assert speedup_surface(result, tmp_path / "surface.png").stat().st_size > 1000

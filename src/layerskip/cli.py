@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from layerskip import cli_distill, cli_eval, cli_inspect, cli_measure, cli_train
+from layerskip import cli_distill, cli_eval, cli_inspect, cli_measure, cli_train, cli_tune
 from layerskip.cli_app import (
     AsJson,
     Confidence,
@@ -373,3 +373,4 @@ cli_eval.register(app)
 cli_train.register(app)
 cli_distill.register(app)
 cli_inspect.register(app)
+cli_tune.register(app)

@@ -1,0 +1,212 @@
+"""How right the doctor and the tuner are: both look at some prompts, then a grid is measured on others.
+
+    python benchmarks/tuning.py --model smollm2-135m --prompts benchmarks/prompts.jsonl --threads 2 --save
+    python benchmarks/tuning.py --model MODEL --prompts test.jsonl.gz --no-chat --separator "\\n" --choose 30 \\
+        --measure 40 --max-new-tokens 160 --threads 2 --save
+
+Of every prompts file the first --choose lines go to the doctor and the tuner, the next --measure lines to the grid:
+every (E, K) of --exits x --draft-length with the draft vocabulary predicted best for it, and the two choices, in
+turn with plain decoding on every prompt, ends of sequence respected. Reported: the doctor's predicted against the
+measured speed-up of its choice; the tuner's choice against the best cell of the grid, by paired bootstrap over
+prompts (the best cell is picked by the very numbers it is compared with, which favours it).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import record
+import torch
+
+import layerskip
+from layerskip.cli_results import progress
+from layerskip.cli_tune import tuned
+from layerskip.config import read_prompts
+from layerskip.decode.language_model import LanguageModel, resolve_device
+from layerskip.measure import tune
+from layerskip.measure.doctor import examine
+from layerskip.measure.intervals import interval
+from layerskip.measure.prediction import (
+    LENGTHS,
+    Analysis,
+    Cell,
+    analyse,
+    candidate_exits,
+    default_cell,
+    spread,
+)
+from layerskip.measure.tune import Race, Trial
+
+if TYPE_CHECKING:
+    from layerskip.measure.continuations import Watch
+
+WITHIN = 0.15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", required=True, nargs="+", type=Path, help="JSON lines, also .gz")
+    parser.add_argument("--choose", type=int, default=5, help="prompts of each file for doctor and tuner")
+    parser.add_argument("--measure", type=int, default=5, help="the next ones of each file, for the grid")
+    parser.add_argument(
+        "--exits", default="", help="E of the grid; default: four of the trained ones, or spread"
+    )
+    parser.add_argument("--draft-length", default="1,2,4,8", help="K of the grid, comma-separated")
+    parser.add_argument("--draft-vocab", default="auto", help="a number, auto (by prediction) or off")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=180.0, help="time of the tuner's race")
+    parser.add_argument("--trials", type=int, default=2, help="turns of the grid on every prompt")
+    parser.add_argument("--separator", default="", help="put behind prompts that are text, as in training")
+    parser.add_argument("--no-chat", action="store_true", help="prompts as plain text, template or not")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stack", default="auto", help="native, hf or auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/tuning_*.json")
+    arguments = parser.parse_args()
+    lengths = [int(k) for k in arguments.draft_length.split(",")]
+    if not set(lengths) <= set(LENGTHS):
+        raise SystemExit(f"predicted are draft lengths {', '.join(map(str, LENGTHS))}")
+    torch.set_num_threads(arguments.threads)
+    device = resolve_device(arguments.device)
+    lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=device, stack=arguments.stack)
+    chosen, others = prompts_of(arguments, lm)
+    grid_exits = [int(e) for e in arguments.exits.split(",") if e] or few(candidate_exits(lm))
+    with progress() as watch:
+        result = measured(arguments, lm, chosen, others, grid_exits, lengths, watch)
+    result["configuration"] = {
+        **record.configuration(arguments, device),
+        "dtype": str(lm.stack.dtype).removeprefix("torch."),
+        "stack": lm.stack.name,
+        "num_prompts": {"choose": len(chosen), "measure": len(others)},
+    }
+    show(result)
+    if arguments.save:
+        dtype = result["configuration"]["dtype"]
+        record.save(result, "tuning", Path(arguments.model).resolve().name, dtype, device.type)
+
+
+def few(exits: list[int]) -> list[int]:
+    """Four of them, the ends among them."""
+    return [exits[i - 1] for i in spread(len(exits), 4)]
+
+
+def prompts_of(arguments: argparse.Namespace, lm: LanguageModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Encode the prompts to choose with, and those to measure on."""
+    chat = lm.has_template and not arguments.no_chat
+    separator = arguments.separator.replace("\\n", "\n")
+    chosen, others = [], []
+    for path in arguments.prompts:
+        lines = read_prompts(path)[: arguments.choose + arguments.measure]
+        if len(lines) <= arguments.choose:
+            raise SystemExit(f"{path.name} has no prompts behind the first {arguments.choose}")
+        contents = [one.content + separator if isinstance(one.content, str) else one.content for one in lines]
+        encoded = [lm.encode(content, chat=chat) for content in contents]
+        chosen += encoded[: arguments.choose]
+        others += encoded[arguments.choose :]
+    return chosen, others
+
+
+def measured(
+    arguments: argparse.Namespace,
+    lm: LanguageModel,
+    chosen: list[list[int]],
+    others: list[list[int]],
+    grid_exits: list[int],
+    lengths: list[int],
+    watch: Watch,
+) -> dict[str, Any]:
+    """Ask doctor and tuner, then measure the grid and their choices on other prompts."""
+    budget = arguments.max_new_tokens
+    size = int(arguments.draft_vocab) if arguments.draft_vocab.isdecimal() else arguments.draft_vocab
+    exits = sorted({*candidate_exits(lm), *grid_exits})
+    analysis = analyse(lm, chosen, budget, exits, size, watch=watch)
+    doctor = examine(lm, analysis, lm.has_template and not arguments.no_chat, lm.path.name if lm.path else "")
+    race = tune.halving(
+        lm, tune.finalists(analysis, default_cell(lm)), chosen, budget, arguments.seconds, watch=watch
+    )
+    grid = grid_of(analysis, grid_exits, lengths)
+    by_doctor = Trial(analysis.best.cell, analysis.best.speedup)
+    by_tuner = Trial(race[0].cell, race[0].predicted, race[0].confidence, race[0].policy)
+    trials = {(trial.cell, trial.policy): trial for trial in (by_tuner, by_doctor, *grid)}
+    again = Race(lm, [[prompt] for prompt in others], budget)
+    again.warm_up(list(trials.values()))
+    turns = arguments.trials * len(others)
+    for turn in range(turns):
+        watch("measuring the grid", turn, turns)
+        again.turn(list(trials.values()))
+    # A setting that was chosen twice raced once.
+    grid = [trials[trial.cell, "fixed"] for trial in grid]
+    by_doctor, by_tuner = (trials[one.cell, one.policy] for one in (by_doctor, by_tuner))
+    return {
+        "doctor": doctor,
+        "tune": tuned(analysis, race),
+        "grid": [trial.record() for trial in grid],
+        "doctor_choice": prediction_of(by_doctor),
+        "tuner_choice": by_tuner.record(),
+        "tuned_against_best": against_best(by_tuner, grid),
+        "grid_predicted_over_measured": [trial.predicted / trial.measured().median for trial in grid],
+    }
+
+
+def grid_of(analysis: Analysis, exits: list[int], lengths: list[int]) -> list[Trial]:
+    """Every (E, K), each with the draft vocabulary predicted best for it."""
+    best: dict[tuple[int, int], tuple[Cell, float]] = {
+        (one.cell.exit_layer, one.cell.draft_length): (one.cell, one.speedup)
+        for one in reversed(analysis.cells)
+    }
+    return [Trial(*best[e, k]) for e in exits for k in lengths]
+
+
+def prediction_of(trial: Trial) -> dict[str, Any]:
+    """How far the predicted speed-up of a choice was from the measured one."""
+    told = trial.record()
+    ratio = told["predicted_speedup"] / told["speedup"]["median"]
+    return {**told, "predicted_over_measured": ratio, "within_15_percent": abs(ratio - 1) <= WITHIN}
+
+
+def against_best(choice: Trial, grid: list[Trial]) -> dict[str, Any]:
+    """Compare a choice with the best cell of the grid, prompt by prompt."""
+    best = max(grid, key=lambda trial: trial.measured().median)
+    paired = [
+        [a / b for a, b in zip(choice.ratios[prompt], best.ratios[prompt], strict=True)]
+        for prompt in best.ratios
+    ]
+    found = interval(paired)
+    return {
+        "choice": choice.record(),
+        "best": best.record(),
+        "ratio": {"median": found.median, "ci95": found.ci95},
+        "significantly_worse": found.high < 1,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    def line(told: dict[str, Any]) -> str:
+        found = told["speedup"]
+        sure = "" if told["policy"] == "fixed" else f", {told['policy']} {told['confidence'] or ''}".rstrip()
+        return (
+            f"E {told['exit_layer']:>2}, K {told['draft_length']:>2}, vocabulary {told['draft_vocab']}{sure}: "
+            f"predicted {told['predicted_speedup']:.2f} x, measured {found['median']:.2f} x "
+            f"[{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}], outputs equal {told['equal']} of {told['of']}"
+        )
+
+    for told in result["grid"]:
+        print(line(told))
+    choice, compared = result["doctor_choice"], result["tuned_against_best"]
+    print(f"doctor: {line(choice)}; predicted / measured {choice['predicted_over_measured']:.2f}")
+    ratio = compared["ratio"]
+    worse = "significantly worse" if compared["significantly_worse"] else "not significantly worse"
+    print(
+        f"tuner:  {line(result['tuner_choice'])}; over the best of the grid {ratio['median']:.2f} "
+        f"[{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}]: {worse}"
+    )
+
+
+if __name__ == "__main__":
+    main()

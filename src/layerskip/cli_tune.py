@@ -1,0 +1,192 @@
+"""The verbs that answer "which exit, which draft length, does it pay here?": doctor predicts, tune measures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from layerskip.cli_app import AsJson, Device, Dtype, Model, Quantize, StackName, Threads, vocabulary_size
+from layerskip.cli_results import check_counts, configuration, loaded, progress, prompt_lines
+from layerskip.display import err
+from layerskip.display_tune import print_doctor, print_tune
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
+
+Prompts = Annotated[
+    Path | None, typer.Option(help="JSON lines with prompt or messages.", show_default="ten built in")
+]
+Limit = Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")]
+MaxNewTokens = Annotated[int, typer.Option(help="Budget of each continuation.")]
+AsChat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Wrap prompts as messages.", show_default="if it can"),
+]
+Exits = Annotated[
+    str | None, typer.Option(help="E to try, comma-separated.", show_default="trained ones, or a spread")
+]
+Vocabulary = Annotated[str, typer.Option(help="Draft vocabulary: a number, auto (try several) or off.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file to the command line."""
+    app.command()(doctor)
+    app.command()(tune)
+
+
+def doctor(
+    model: Model,
+    prompts: Prompts = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 64,
+    chat: AsChat = None,
+    exits: Exits = None,
+    draft_vocab: Vocabulary = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    stack: StackName = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what self-speculation would gain here, with which settings, and what stands in its way.
+
+    layerskip doctor smollm2-135m
+    """
+    given = {name: value for name, value in locals().items() if name != "as_json"}
+    lines, layers, size = _checked(prompts, limit, max_new_tokens, exits, draft_vocab, threads)
+    lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
+    from layerskip.measure.doctor import examine
+    from layerskip.measure.prediction import analyse
+
+    as_chat = lm.has_template if chat is None else chat
+    items = _encoded(lm, lines, as_chat, max_new_tokens)
+    with progress() as watch:
+        analysis = analyse(lm, items, max_new_tokens, layers, size, watch=watch)
+        watch("decoding twice", 0, 0)
+        also = f" --prompts {prompts}" if prompts is not None else ""
+        also += " --no-chat" if lm.has_template and not as_chat else ""
+        result = examine(lm, analysis, as_chat, model, also)
+    result["configuration"] = _configuration(given, lm, load_s, prompts, len(items))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_doctor(result)
+
+
+def tune(
+    model: Model,
+    prompts: Prompts = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 64,
+    chat: AsChat = None,
+    exits: Exits = None,
+    draft_vocab: Vocabulary = "auto",
+    batch_size: Annotated[int, typer.Option(help="Tune for this many prompts decoded together.")] = 1,
+    seconds: Annotated[int, typer.Option(help="Time for measuring, prediction apart.")] = 180,
+    save: Annotated[bool, typer.Option("--save", help="Make the choice the checkpoint's default.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    stack: StackName = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the fastest exit layer, draft length and draft vocabulary for your prompts, by measurement.
+
+    layerskip tune ./my-model --prompts prompts.jsonl --save
+    """
+    given = {name: value for name, value in locals().items() if name not in ("as_json", "save")}
+    check_counts(**{"batch-size": batch_size, "seconds": seconds})
+    lines, layers, size = _checked(prompts, limit, max_new_tokens, exits, draft_vocab, threads)
+    lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
+    from layerskip.measure.doctor import equality_promised
+    from layerskip.measure.prediction import analyse, default_cell
+    from layerskip.measure.tune import finalists, halving, save_choice
+
+    as_chat = lm.has_template if chat is None else chat
+    items = _encoded(lm, lines, as_chat, max_new_tokens)
+    with progress() as watch:
+        analysis = analyse(lm, items, max_new_tokens, layers, size, batch_size, watch)
+        trials = finalists(analysis, default_cell(lm))
+        ranked = halving(lm, trials, items, max_new_tokens, seconds, batch_size, watch)
+    unequal = sum(trial.of - trial.equal for trial in ranked)
+    if unequal and equality_promised(lm):
+        err.print(Text(f"not lossless: {unequal} outputs differ from plain decoding", style="bold red"))
+        sys.exit(1)
+    saved = save_choice(lm, ranked[0]) if save else None
+    result = tuned(analysis, ranked)
+    result["saved"] = None if saved is None else str(saved)
+    result["how_to_save"] = f"layerskip tune {model} ... --save makes it the default of every verb"
+    result["configuration"] = _configuration(given, lm, load_s, prompts, len(items))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_tune({**result, "exits": list(lm.facts.exits)})
+
+
+# -- shared by both ------------------------------------------------------------------------------------------
+
+
+def tuned(analysis: Any, ranked: Any) -> dict[str, Any]:
+    """Join prediction and measurement: `best` is the race's winner."""
+    record, rows = analysis.record(), [trial.record() for trial in ranked]
+    first = rows[0]
+    same = next(one for one in analysis.cells if one.cell == ranked[0].cell)
+    best = {
+        **{key: first[key] for key in ("exit_layer", "draft_length", "draft_vocab", "policy", "confidence")},
+        "predicted_speedup": first["predicted_speedup"],
+        "interval": list(same.interval),
+        "measured_speedup": first["speedup"],
+        "mode": "self-speculative" if first["speedup"]["ci95"][0] > 1 else "ar",
+    }
+    return {**record, "best": best, "predicted_best": record["best"], "measured": rows}
+
+
+def _checked(
+    prompts: Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+    exits: str | None,
+    draft_vocab: str,
+    threads: int | None,
+) -> tuple[list[Any], list[int] | None, int | str]:
+    """Refuse slips before a model is loaded."""
+    check_counts(limit=limit, threads=threads)
+    if max_new_tokens < 2:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}", "at least two: the first comes from the prompt"
+        )
+    layers = None
+    if exits is not None:
+        names = [name.strip() for name in exits.split(",")]
+        if not all(name.isdecimal() and int(name) for name in names):
+            raise UserError(f"exits {exits!r}", "--exits is a comma-separated list of layers, such as 4,6,8")
+        layers = [int(name) for name in names]
+    return prompt_lines(prompts, limit), layers, vocabulary_size(draft_vocab)
+
+
+def _encoded(lm: LanguageModel, lines: list[Any], chat: bool, max_new_tokens: int) -> list[list[int]]:
+    items = [lm.encode(line.content, chat=chat) for line in lines]
+    context = lm.stack.context
+    for number, tokens in enumerate(items, 1):
+        if context is not None and len(tokens) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {number} has {len(tokens)} tokens; with {max_new_tokens} new ones it passes the context "
+                f"of {context}",
+                "lower --max-new-tokens, or leave such prompts out",
+            )
+    return items
+
+
+def _configuration(
+    given: dict[str, Any], lm: LanguageModel, load_s: float, prompts: Path | None, count: int
+) -> dict[str, Any]:
+    told = {"prompts": "built in" if prompts is None else prompts.name, "num_prompts": count}
+    return configuration(given, lm, load_s, **told)

@@ -1,0 +1,92 @@
+"""The rounds that greedy self-speculation would take, worked out from one pass over a plain continuation.
+
+A draft is judged only while all drafts before it in its round were right, so what it stands on is always the plain
+continuation. Whether the exit names the next token of it, position by position, therefore decides the rounds of
+every draft length:
+
+    rounds = replay(bits, draft_length=4)       # bits[n]: the exit names token n + 1 of the continuation
+    rounds.tokens_per_round, rounds.acceptance
+
+Exact: rounds, accepted drafts and tokens are the engine's own (tests/measure/test_replay.py), whatever ends the
+output. Behind a miss nobody knows what would be drafted: a low confidence or an end of sequence there is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Replayed(NamedTuple):
+    """The rounds of one output behind its first token; int64 [R] each."""
+
+    drafted: np.ndarray
+    accepted: np.ndarray
+    tokens: np.ndarray  # committed
+    looked: np.ndarray  # 1 where drafting stopped before a draw, for want of confidence
+
+    @property
+    def tokens_per_round(self) -> float:
+        return float(self.tokens.sum() / max(1, len(self.tokens)))
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted over drafted; None where nothing was drafted."""
+        drafted = int(self.drafted.sum())
+        return int(self.accepted.sum()) / drafted if drafted else None
+
+
+def replay(
+    bits: np.ndarray,
+    draft_length: int,
+    budget: int | None = None,
+    confidence: np.ndarray | None = None,
+    threshold: float = 0.0,
+) -> Replayed:
+    """Play the rounds over a continuation whose first token came from the prompt.
+
+    `bits[n]` says whether the exit names the n-th token behind that one; `confidence[n]` is its largest
+    probability there, and drafting stops before a draw where it is below `threshold`. `budget` is how many
+    tokens were allowed behind the first; more than there are means that the last one ended the output.
+
+    Shapes: bits bool [N], confidence float [N].
+    """
+    end = len(bits)
+    budget = end if budget is None else budget
+    right = _runs(np.asarray(bits, bool)).tolist()
+    sure = None if confidence is None else _runs(np.asarray(confidence) >= threshold).tolist()
+    rounds = []
+    n = 0
+    while n < end:
+        allowed = min(draft_length, budget - n - 1)
+        limit = allowed if sure is None else min(allowed, sure[n])
+        accepted = min(right[n], limit)
+        finished = n + accepted == end  # the last token was drafted: an end of sequence, none follows it
+        drafted = accepted if finished else limit
+        tokens = accepted if finished else accepted + 1
+        rounds.append((drafted, accepted, tokens, int(limit < allowed and not finished)))
+        n += tokens
+    return Replayed(*np.array(rounds, np.int64).reshape(-1, 4).T)
+
+
+def joined(parts: Sequence[Replayed]) -> Replayed:
+    """Put the rounds of several outputs one behind the other."""
+    return Replayed(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def by_place(rounds: Replayed, draft_length: int) -> list[float | None]:
+    """Share of kept drafts at each place of a round, of the drafts made there; None where there was none."""
+    shares: list[float | None] = []
+    for place in range(draft_length):
+        made = int((rounds.drafted > place).sum())
+        shares.append(int((rounds.accepted > place).sum()) / made if made else None)
+    return shares
+
+
+def _runs(ones: np.ndarray) -> np.ndarray:
+    """Count the ones in a row from each place on: bool [N] -> int64 [N]."""
+    places = np.arange(len(ones))
+    zeros = np.where(ones, len(ones), places)
+    return np.minimum.accumulate(zeros[::-1])[::-1] - places

@@ -1,0 +1,130 @@
+"""The doctor: a verdict in words for every case, and checks that find what is wrong."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import tiny
+from layerskip.decode.language_model import LanguageModel
+from layerskip.measure import doctor, round_times
+from layerskip.measure.prediction import Cell, Predicted, analyse
+from layerskip.measure.replay import replay
+from layerskip.model.checkpoint import Facts
+
+PROMPTS = [[65, 66, 67], [70, 71]]
+
+
+@pytest.fixture
+def lm(monkeypatch):
+    monkeypatch.setattr(round_times, "TURNS", 1)
+    tokenizer = tiny.tokenizer()
+    model = tiny.random_model("llama", vocab_size=len(tokenizer))
+    made = LanguageModel(tiny.stack("llama", model=model), tokenizer)
+    made.generation_config = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
+    return made
+
+
+@pytest.fixture
+def analysis(lm):
+    return analyse(lm, PROMPTS, 12, exits=[2, 3], draft_vocab="off")
+
+
+def predicted(analysis, low, middle, high):
+    rounds = replay(np.ones(4, bool), 2)
+    analysis.cells = [Predicted(Cell(2, 3, 0), middle, (low, high), rounds, 1.0), *analysis.cells]
+    return analysis
+
+
+def test_a_gain_is_told_with_the_options_that_give_it(analysis):
+    text = doctor.verdict(predicted(analysis, 1.8, 1.9, 2.0), "m", True, None)
+    assert text.startswith(
+        "You will get 1.90 x [1.80, 2.00] with --exit-layer 2 --draft-length 3 --draft-vocab off"
+    )
+    assert "layerskip tune m --save" in text
+    already = doctor.verdict(analysis, "m", True, Cell(2, 3, 0))
+    assert "as it is the default" in already
+    assert "tune" not in already
+    assert "the default, E 3, K 1, no draft vocabulary" in doctor.verdict(analysis, "m", True, Cell(3, 1, 0))
+
+
+def test_a_loss_is_told_with_what_to_do_about_it(analysis):
+    losing = predicted(analysis, 0.3, 0.4, 0.5)
+    text = doctor.verdict(losing, "m", False, None)
+    assert "0.40 x [0.30, 0.50] at best" in text
+    assert "use plain decoding (--mode ar). It is the default already." in text
+    assert "layerskip train finetune model=m" in text
+    trained = doctor.verdict(losing, "m", True, Cell(2, 3, 0))
+    assert "makes that the default" in trained
+    assert "like those it was trained for" in trained
+
+
+def test_what_may_go_either_way_stays_plain(analysis):
+    assert doctor.verdict(predicted(analysis, 0.95, 1.02, 1.1), "m", False, None).startswith(
+        "About even: 1.02 x"
+    )
+
+
+def test_everything_asked_of_a_diagnosis_is_in_it(lm, analysis):
+    result = doctor.examine(lm, analysis, chat=True, name="m")
+    assert {
+        "trained_exits", "agreement", "step_s", "best", "recommended_mode", "verdict", "surface",
+        "acceptance_by_position", "checks", "memory",
+    } <= set(result)  # fmt: skip
+    checks = result["checks"]
+    assert checks["deterministic"]
+    assert checks["self_speculative_equal"]
+    assert checks["equality_promised"]
+    assert checks["first_difference"] is None
+    assert (checks["eos_ids"], checks["end_of_turn_id"], checks["warnings"]) == ([2], 2, [])
+    assert result["memory"]["cache_bytes_per_token"] == tiny.NUM_LAYERS * 2 * 2 * 8 * 4
+    assert result["memory"]["draft_head_bytes"] == 0
+    assert result["recommended_mode"] == ("self-speculative" if result["best"]["interval"][0] > 1 else "ar")
+
+
+def test_exits_count_as_trained_by_what_the_checkpoint_says_or_by_how_they_agree(lm, analysis):
+    assert doctor.examine(lm, analysis, True, "m")["trained_exits"] is False
+    analysis.seen.agreement[2] = 0.9
+    assert doctor.examine(lm, analysis, True, "m")["trained_exits"] is True
+    analysis.seen.agreement[2] = 0.1
+    lm.facts = Facts(exits=(2,))
+    assert doctor.examine(lm, analysis, True, "m")["trained_exits"] is True
+
+
+def test_an_end_that_ends_nothing_is_found_and_the_cure_is_told(lm, analysis):
+    lm.generation_config.eos_token_id = 7
+    told = doctor.ending(lm, analysis, chat=True)
+    assert told["eos_ids"] == [7]
+    assert len(told["warnings"]) == 2, "the tokenizer's, and the template's"
+    assert all("<|im_end|> (id 2)" in warning for warning in told["warnings"])
+    assert "--stop '<|im_end|>'" in told["warnings"][0]
+    lm.generation_config.eos_token_id = []
+    assert "no end-of-sequence token is known" in doctor.ending(lm, analysis, chat=True)["warnings"][0]
+
+
+def test_templates_without_an_end_and_tokenizers_without_a_template_are_found(lm, analysis):
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    assert "no token of its own" in doctor.ending(lm, analysis, chat=True)["warnings"][0]
+    assert doctor.ending(lm, analysis, chat=False)["warnings"] == []
+    lm.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert doctor.end_of_turn(lm.tokenizer) is None
+    lm.tokenizer.chat_template = None
+    told = doctor.ending(lm, analysis, chat=False)
+    assert told["warnings"] == ["there is no chat template: prompts are continued as plain text"]
+
+
+def test_outputs_that_end_by_themselves_are_counted(lm):
+    tokens = lm.generate(PROMPTS[0], mode="ar", max_new_tokens=12).tokens
+    lm.generation_config.eos_token_id = tokens[4]
+    analysis = analyse(lm, PROMPTS[:1], 12, exits=[2], draft_vocab="off")
+    told = doctor.ending(lm, analysis, chat=False)
+    assert (told["ended"], told["continuations"]) == (1, 1)
+
+
+def test_a_difference_is_found_with_its_place(lm, analysis, monkeypatch):
+    outputs = iter([[1, 2, 3], [1, 2, 3], [1, 2, 4]])
+    monkeypatch.setattr(lm, "generate", lambda *given, **more: SimpleNamespace(tokens=next(outputs)))
+    told = doctor.sameness(lm, analysis)
+    assert told["deterministic"]
+    assert not told["self_speculative_equal"]
+    assert told["first_difference"] == 2

@@ -1,0 +1,198 @@
+"""Tuning: who races, that the faster half goes on, and what is written for the winner."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import layerskip
+import tiny
+from layerskip.decode.language_model import LanguageModel
+from layerskip.errors import UserError
+from layerskip.measure import tune
+from layerskip.measure.prediction import Cell, Predicted
+from layerskip.measure.replay import replay
+from layerskip.measure.tune import Race, Trial, finalists, halving, save_choice
+
+PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5]]
+
+
+class Surface:
+    """An analysis as far as the race looks at it."""
+
+    confident = None
+
+    def __init__(self, speedups):
+        rounds = replay(np.ones(4, bool), 2)
+        made = [Predicted(Cell(*cell), s, (s, s), rounds, 1.0) for cell, s in speedups.items()]
+        self.cells = sorted(made, key=lambda one: -one.speedup)
+
+    @property
+    def best(self):
+        return self.cells[0]
+
+    def best_of(self, key):
+        found = {}
+        for one in self.cells:
+            found.setdefault(key(one.cell), one)
+        return list(found.values())
+
+
+@pytest.fixture
+def lm():
+    return LanguageModel(tiny.stack("llama"))
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Runs whose speed is a matter of the exit layer: the others of a race cannot be told apart by luck."""
+
+    def decoded(self, trial, prompts, budget):
+        speed = 1.0 if trial is None else 1.0 + 0.1 * trial.cell.exit_layer
+        return tune._Run([[1] * 4] * len(prompts), speed, 4, 2)
+
+    monkeypatch.setattr(Race, "_decoded", decoded)
+
+
+class Clock:
+    """A second passes with every look."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def trials(*exits):
+    return [Trial(Cell(e, 2, 0), 1.0) for e in exits]
+
+
+def test_finalists_are_the_best_of_each_leading_exit_then_the_best_of_the_rest():
+    speedups = {(e, k, v): e + k / 10 - v / 1000 for e in (1, 2, 3, 4) for k in (1, 2, 3) for v in (0, 8)}
+    chosen = finalists(Surface(speedups), default=Cell(1, 1, 8), count=5)
+    assert [trial.cell for trial in chosen] == [
+        Cell(4, 3, 0), Cell(4, 2, 0), Cell(4, 1, 0), Cell(3, 3, 0), Cell(2, 3, 0), Cell(1, 1, 8),
+    ]  # fmt: skip
+    assert all(trial.policy == "fixed" for trial in chosen)
+
+
+def test_the_other_policies_race_beside_the_fixed_one():
+    surface = Surface({(2, 4, 0): 1.5})
+    surface.confident = replace(surface.cells[0], speedup=1.6, confidence=0.4)
+    first, second, third = finalists(surface)
+    assert (first.options["policy"], first.options["confidence"]) == ("confidence", 0.4)
+    assert second.options["policy"] == "fixed"
+    assert (third.cell, third.options["policy"]) == (second.cell, "adaptive")
+    assert "confidence" not in {**second.options, **third.options}
+
+
+def test_the_worse_half_is_dropped_after_every_rung_and_the_winner_runs_on(scripted, lm):
+    ranked = halving(lm, trials(1, 4, 2, 3), PROMPTS, 8, seconds=30, clock=Clock())
+    assert [trial.cell.exit_layer for trial in ranked] == [4, 3, 2, 1]
+    runs = [trial.of for trial in ranked]
+    assert runs[0] > runs[1] > runs[2] == runs[3] >= tune.LEAST_TURNS
+    found = ranked[0].measured()
+    assert (found.median, found.low, found.high) == pytest.approx((1.4, 1.4, 1.4))
+    assert ranked[0].record()["acceptance"] == 0.5
+    assert list(ranked[0].ratios) == [0, 1, 2], "prompts go round"
+
+
+def test_no_time_at_all_still_gives_every_rung_its_least_turns(scripted, lm):
+    ranked = halving(lm, trials(1, 2), PROMPTS[:1], 8, seconds=1, clock=Clock())
+    assert ranked[0].of == 2 * tune.LEAST_TURNS
+    assert len(ranked[0].ratios) == 1
+
+
+def test_a_prompt_seen_often_counts_once(lm):
+    trial = Trial(Cell(2, 2, 0), 1.0, ratios={0: [1.0, 5.0, 1.0], 1: [2.0], 2: [3.0]})
+    assert trial.measured().median == 2.0
+    alone = Trial(Cell(2, 2, 0), 1.0, ratios={0: [1.0, 2.0, 3.0]})
+    assert alone.measured().low < 2.0 < alone.measured().high, "with one prompt its repeats are all there is"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_race_decodes_plainly_and_with_every_trial_and_compares_outputs(lm, batch_size):
+    groups = [PROMPTS[i : i + batch_size] for i in range(0, 3, batch_size)]
+    race = Race(lm, groups, 12)
+    racing = [Trial(Cell(2, 3, 0), 1.0), Trial(Cell(3, 2, 24), 1.0)]
+    for _ in range(2):
+        race.turn(racing)
+    for trial in racing:
+        assert trial.of == trial.equal == sum(map(len, groups[:2]))
+        assert trial.drafted >= trial.accepted > 0
+        assert all(value > 0 for values in trial.ratios.values() for value in values)
+
+
+def test_prompts_that_end_at_once_are_passed_over(lm):
+    first = lm.generate(PROMPTS[1], max_new_tokens=1, mode="ar").tokens
+    second = lm.generate(PROMPTS[0], max_new_tokens=8, mode="ar").tokens
+    assert first[0] not in second[:2]
+    lm.generation_config = type("Config", (), {"eos_token_id": first})
+    race, [trial] = Race(lm, [[PROMPTS[1]], [PROMPTS[0]]], 8), trials(2)
+    race.turn([trial])
+    assert list(trial.ratios) == [1]
+    with pytest.raises(UserError, match="nothing to time"):
+        Race(lm, [[PROMPTS[1]]], 8).turn([trial])
+
+
+def test_where_engines_are_kept_every_setting_has_its_own_and_captures_before_it_is_timed(lm):
+    lm.keep_engine = True
+    race, racing = Race(lm, [[PROMPTS[0]]], 8), trials(2, 3)
+    race.turn(racing)
+    engines = {id(face._last_engine) for face in race.faces.values()}
+    assert len(engines) == 3
+    race.turn(racing)
+    assert {id(face._last_engine) for face in race.faces.values()} == engines
+    assert all(trial.equal == trial.of == 2 for trial in racing)
+
+
+# -- what is written -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "own")
+
+
+def entry(path):
+    return json.loads((path / "config.json").read_text())["layerskip"]
+
+
+def test_the_choice_becomes_the_default_of_the_checkpoint(own):
+    lm = layerskip.load(own, device="cpu")
+    winner = Trial(Cell(2, 3, 0), 1.2, ratios={0: [1.5], 1: [1.6]})
+    assert save_choice(lm, winner) == own / "config.json"
+    assert entry(own) == {
+        "exit_layer": 2, "draft_length": 3, "draft_vocab_size": 0, "mode": "self-speculative", "policy": "fixed",
+    }  # fmt: skip
+    stats = layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats
+    assert (stats["mode"], stats["exit_layer"], stats["draft_length"]) == ("self-speculative", 2, 3)
+
+
+def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
+    save_choice(
+        layerskip.load(own, device="cpu"),
+        Trial(Cell(2, 3, 0), 1.2, 0.4, "confidence", ratios={0: [0.9], 1: [1.6]}),
+    )
+    assert entry(own)["mode"] == "ar"
+    assert (entry(own)["policy"], entry(own)["confidence"]) == ("confidence", 0.4)
+    assert layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats["mode"] == "ar"
+
+
+def test_a_draft_vocabulary_nobody_ranked_is_written_with_the_choice(own):
+    lm = layerskip.load(own, device="cpu")
+    save_choice(lm, Trial(Cell(2, 3, 40), 1.2, ratios={0: [1.5]}))
+    again = layerskip.load(own, device="cpu")
+    assert again.ranked_vocabulary == lm.draft_head(tune.Options.parse({"draft_vocab": 40})).ids.tolist()
+    assert entry(own)["draft_vocab_size"] == 40
+    again.stack.counters.reset()
+    again.generate("hello", max_new_tokens=8)
+    assert 40 in again.stack.counters.head_rows
+
+
+def test_a_model_without_a_folder_cannot_be_written(lm):
+    with pytest.raises(UserError, match="no folder"):
+        save_choice(lm, Trial(Cell(2, 3, 0), 1.2, ratios={0: [1.5]}))
