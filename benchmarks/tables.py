@@ -60,9 +60,7 @@ def demo() -> str:
 
 def bench() -> str:
     """A row per result file, equality before speed: the newest of each model, dtype, weights and device."""
-    newest_of: dict[str, Path] = {}
-    for path in sorted((HERE / "results").glob("bench_*.json"), key=lambda path: path.name[-15:]):
-        newest_of[path.name[:-15]] = path
+    newest_of = _newest_of_each("bench_*.json")
     if not newest_of:
         return "(no result file yet)"
     heads = (
@@ -71,7 +69,7 @@ def bench() -> str:
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     machines = set()
-    for _, path in sorted(newest_of.items()):
+    for path in newest_of:
         report = json.loads(path.read_text())
         told = report["configuration"]
         threads = f", {report['card']['threads']} threads" if told["device"] == "cpu" else ""
@@ -171,6 +169,62 @@ def topv2_table(result: dict) -> list[str]:
     return lines
 
 
+def tuning() -> str:
+    """A row per model: what was predicted and what was measured, on other prompts."""
+    heads = ("model", "choice", "predicted", "measured", "over the best of a 4 x 4 grid", "outputs equal")
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    told = {}
+    for path in _newest_of_each("tuning_*.json"):
+        result = json.loads(path.read_text())
+        told, compared = result["configuration"], result["tuned_against_best"]
+        for name, row in (("doctor", result["doctor_choice"]), ("tune", result["tuner_choice"])):
+            setting = (
+                f"{name}: E {row['exit_layer']}, K {row['draft_length']}, vocabulary {row['draft_vocab']}"
+            )
+            setting += "" if row["policy"] == "fixed" else f", {row['policy']}"
+            cells = [f"[{told['model']}](benchmarks/results/{path.name})", setting]
+            cells += [f"{row['predicted_speedup']:.2f} x", _ratio(row["speedup"])]
+            cells += [_ratio(compared["ratio"]) if name == "tune" else "", f"{row['equal']} of {row['of']}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        "Both looked at some prompts; measured is on others, in turn with plain decoding, ends of sequence "
+        "respected. The best of the grid is picked by the very numbers it is compared with. Medians with 95% intervals over "
+        f"prompts, {told['dtype']}, {told['threads']} threads of an {told['device_name']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def policies() -> str:
+    """A row per model and policy, over plain decoding and over the best fixed (E, K) of a grid."""
+    heads = ("model", "policy", "over plain decoding", "over the best fixed E and K")
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    told = {}
+    for path in _newest_of_each("policies_*.json"):
+        result = json.loads(path.read_text())
+        told, best = result["configuration"], result["best_fixed"]
+        for name, row in result["methods"].items():
+            if name == "ar":
+                continue
+            own = name.startswith("fixed ")
+            title = (
+                f"fixed, E {best['exit_layer']}, K {best['draft_length']}, best of the grid" if own else name
+            )
+            cells = [f"[{told['model']}](benchmarks/results/{path.name})", title, _ratio(row["over_plain"])]
+            lines.append("| " + " | ".join([*cells, "" if own else _ratio(row["over_best_fixed"])]) + " |")
+    note = (
+        f"{told['max_new_tokens']} tokens a prompt, all outputs equal to plain decoding's. Fresh: forgets what it "
+        "learnt before every prompt; else kept from prompt to prompt. Medians with 95% intervals, methods in turn; "
+        f"{told['dtype']}, {told['threads']} threads of an {told['device_name']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _newest_of_each(pattern: str) -> list[Path]:
+    """The latest result file of each model, dtype and device."""
+    found = sorted((HERE / "results").glob(pattern), key=lambda path: path.name[-15:])
+    return sorted({path.name[:-15]: path for path in found}.values())
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}%"
 
@@ -180,8 +234,14 @@ BLOCKS = {
     "transcript: demo": demo,
     "table: bench": bench,
     "table: topv2": topv2,
+    "table: tuning": tuning,
+    "table: policies": policies,
 }
-OPTIONAL = {"table: bench": "bench_*.json", "table: topv2": "topv2_*.json"}  # while there is no result file
+OPTIONAL = {  # while there is no result file
+    marker: f"{marker.split()[-1]}_*.json"
+    for marker in BLOCKS
+    if marker.split()[-1] not in ("overhead", "demo")
+}
 
 
 def filled(text: str) -> str:
