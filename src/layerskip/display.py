@@ -56,7 +56,8 @@ def statistics_line(stats: dict[str, Any], prefilled: int | None = None) -> str:
     if stats["mode"] == "early-exit":
         parts.append(f"E {stats['exit_layer']}, not verified")
     if stats["drafted"]:
-        parts.append(f"E {stats['exit_layer']}, K {stats['draft_length']}")
+        setting = f"E {stats['exit_layer']}, K {stats['draft_length']}"
+        parts.append(stats["policy"] if stats["policy"] == "adaptive" else setting)
         parts.append(f"acceptance {share(stats['acceptance'])}")
         parts.append(f"{stats['tokens_per_round']:.2f} tokens/round")
     return " · ".join(parts)
@@ -157,8 +158,10 @@ def print_bench(result: dict[str, Any]) -> None:
     own = methods.get("self-speculative")
     if own is not None:
         text = f"E = {own['exit_layer']}, K = {own['draft_length']}, draft vocabulary {own['draft_vocab']}"
-        predicted = f"the cost model predicts {result['predicted_speedup']:.2f} x from this run's step times"
-        out.print(Text(f"{text}; {predicted}", style="dim"))
+        text += "" if own["policy"] == "fixed" else f", {own['policy']}"
+        if (predicted := result["predicted_speedup"]) is not None:
+            text += f"; the cost model predicts {predicted:.2f} x from this run's step times"
+        out.print(Text(text, style="dim"))
     reached = f"plain decoding reaches {share(methods['ar']['roofline_share'])} of the roofline"
     out.print(Text(reached, style="dim"))
     out.print(costs)

@@ -128,6 +128,46 @@ def test_one_slow_round_changes_nothing():
     assert controller.tokens_per_s(replace(choice, probes=())) > 0.8 * before
 
 
+def test_slow_first_rounds_are_not_taken_for_the_pace():
+    """A first round may capture a graph or pack weights: twenty times its later time, once."""
+    world, met = World(AGREEMENTS["early exits are good"]), set()
+    best = max(world.fixed(choice) for choice in (PLAIN, *MENU))
+    controller, usual = Controller(PRICES, MENU, trained=True), world.seconds
+
+    def seconds(choice, noise=0.0):
+        first = replace(choice, probes=()) not in met
+        met.add(replace(choice, probes=()))
+        return usual(choice, noise) * (20 if first else 1)
+
+    world.seconds = seconds
+    world.drive(controller, 60)
+    world.seconds = usual
+    _, tokens, total = world.drive(controller, 200)
+    assert tokens / total > 0.9 * best
+
+
+def test_a_machine_that_was_slow_for_a_while_is_tried_again():
+    world = World(dict.fromkeys(EXITS, 0.95), overhead=6.0)
+    controller = Controller(PRICES, [Choice(6, 4)], trained=True)
+    world.drive(controller, 100)
+    world.overhead = 1.0
+    world.drive(controller, 3 * 128)
+    choices, *_ = world.drive(controller, 50)
+    assert sum(c.draft_length > 0 for c in choices) > 40
+
+
+def test_short_outputs_do_not_look_like_bad_drafts():
+    """Their last rounds are cut by the budget: fewer drafts, fewer tokens."""
+    controller = Controller(PRICES, [Choice(6, 8)], trained=True)
+    for _ in range(3):
+        controller.learn(PLAIN, 0.038, [Drafted(0, 0, 1, {})])
+    for _ in range(60):
+        controller.learn(Choice(6, 8), PRICES.round(6, 8) * 1e-3, [Drafted(8, 7, 8, {})])
+        controller.learn(Choice(6, 8), PRICES.round(6, 1) * 1e-3, [Drafted(1, 1, 2, {})])
+    speedup = controller.tokens_per_s(Choice(6, 8)) * 0.038
+    assert speedup > 0.8 * expected_tokens(8, 0.94) * 38 / PRICES.round(6, 8)
+
+
 def test_without_a_guard_every_round_drafts():
     world, controller = World(AGREEMENTS["none is"]), Controller(PRICES, MENU, guard=False)
     choices, *_ = world.drive(controller, 100)

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
-WINDOW = 192  # tokens after which an observation counts 1/e: a paragraph or two
-PRIOR = 4.0  # rounds, or judged positions, that a first guess weighs
+WINDOW = 96  # tokens after which an observation counts 1/e: a paragraph or two
+PRIOR = 4.0  # judged positions, or tokens, that a first guess weighs
 TRAINED, UNTRAINED = 0.8, 0.05  # agreement guessed before anything was seen
 MARGIN = 1.03  # another way must look this much faster to be taken
 PROBE_SHARE = 0.01  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
-FEWEST = 2  # plain steps to know their pace
+FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
+PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
 LONGEST = 16  # tokens drafted at most by a controller's own choice
 
 
@@ -116,13 +117,27 @@ class _Book:
     """What rounds of one number of rows have taken: seconds per layer of price, by arm."""
 
     def __init__(self) -> None:
+        self.known: set[Choice] = set()
         self.paces: dict[Choice, deque[float]] = defaultdict(lambda: deque(maxlen=7))
         self.drafting: deque[float] = deque(maxlen=16)  # of all arms that draft
 
+    def add(self, arm: Choice, pace: float, drafts: bool) -> None:
+        if arm in self.known:  # the first round of a kind may capture a graph, or pack weights
+            self.paces[arm].append(pace)
+            if drafts:
+                self.drafting.append(pace)
+        self.known.add(arm)
+
     def pace(self, arm: Choice, plain: Choice) -> float | None:
         """The arm's own, else that of arms like it, else of plain steps; None when nothing was timed."""
-        known = self.paces.get(arm) or (arm != plain and self.drafting) or self.paces.get(plain)
+        own = self.paces[arm] if len(self.paces[arm]) >= FEWEST else None
+        known = own or (arm != plain and self.drafting) or self.paces[plain]
         return statistics.median(known) if known else None
+
+    def forget_drafting(self, plain: Choice) -> None:
+        self.drafting.clear()
+        for arm in [arm for arm in self.paces if arm != plain]:
+            del self.paces[arm]
 
 
 class Controller:
@@ -146,6 +161,7 @@ class Controller:
         self._books: dict[int, _Book] = defaultdict(_Book)
         self._current: Choice | None = None
         self._since_plain = self._since_probe = self._num_probes = 0
+        self._plain_run, self._patience = 0, PATIENCE
 
     # -- what is known ---------------------------------------------------------------------------------------
 
@@ -202,9 +218,7 @@ class Controller:
         price = self.prices.round(arm.exit_layer, drafted)
         plain = arm == self.plain
         if not choice.probes:  # a probe's time is not the arm's
-            book.paces[arm].append(seconds / price)
-            if not plain:
-                book.drafting.append(seconds / price)
+            book.add(arm, seconds / price, drafts=not plain)
         measured_only = plain and self._since_plain >= PLAIN_EVERY  # drafting goes on after it
         self._current = self._current if measured_only else arm
         self._since_plain = 0 if plain else self._since_plain + 1
@@ -215,11 +229,22 @@ class Controller:
             self._agreement[exit_layer].add(hits, seen, WINDOW)
         if plain:
             self._surplus.fade(1.0, WINDOW / 4)
+            self._plain_run += not measured_only
+            if self._plain_run >= self._patience:  # it may have been slow for a reason that is gone
+                book.forget_drafting(self.plain)
+                self._plain_run, self._patience = 0, 2 * self._patience
             return
+        if self._since_plain >= PLAIN_EVERY // 2:
+            self._patience = PATIENCE
+        self._plain_run = 0
         judged = sum(min(row.kept + 1, row.drafted) for row in rows)
         self._agreement[arm.exit_layer].add(sum(row.kept for row in rows), judged, WINDOW)
-        tokens = sum(row.committed for row in rows) / len(rows)
-        self._surplus.add(tokens, price * self._tokens_per_price(arm), WINDOW)
+        if arm.confidence:
+            expected = len(rows) * price * self._tokens_per_price(arm)
+        else:  # by what was drafted: a draft may have been cut by the end of the output
+            agreement = self.agreement(arm.exit_layer)
+            expected = sum(expected_tokens(row.drafted, agreement) for row in rows)
+        self._surplus.add(sum(row.committed for row in rows), expected, WINDOW)
 
 
 def _bucket(num_rows: int) -> int:

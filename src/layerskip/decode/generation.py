@@ -44,6 +44,7 @@ def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[
         "mode": plan.mode,
         "exit_layer": plan.exit_layer,
         "draft_length": plan.draft_length,
+        "policy": plan.policy,
         "prompt_tokens": prompt_tokens,
         "new_tokens": sum(len(round.tokens) for round in rounds),
         "prefill_s": sum(round.step_s for round in rounds if round.source == "prefill"),

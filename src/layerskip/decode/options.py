@@ -117,7 +117,8 @@ class Options:
 
     def plan(self, facts: Facts, num_layers: int) -> Plan:
         """Choose mode, E and K. Raises: UserError for an exit layer or draft length out of range."""
-        chosen = self.exit_layer is not None or self.draft_length is not None
+        varied = self.policy in ("confidence", "adaptive") or self.confidence is not None or bool(self.guard)
+        chosen = self.exit_layer is not None or self.draft_length is not None or varied
         mode = self.mode or ("self-speculative" if facts.pays or chosen else "ar")
         if self.simulate_acceptance is not None and not (
             mode == "self-speculative" and self.processing.plain_greedy
@@ -126,13 +127,18 @@ class Options:
                 "an acceptance can be simulated for greedy self-speculation only",
                 "use --mode self-speculative, no temperature, penalty or processors",
             )
+        if varied and (mode != "self-speculative" or self.draft_length == 0):
+            raise UserError(
+                "nothing is drafted, so there is no policy to follow",
+                "leave out --policy, --confidence and --guard, or use --mode self-speculative with a draft length",
+            )
         if mode == "ar":
             return Plan(mode, num_layers, 0)
-        if chosen or self.simulate_acceptance is not None:
-            default = "fixed" if self.confidence is None else "confidence"
-        else:
-            default = facts.policy or ("fixed" if self.confidence is None else "confidence")
-        policy = self.policy or default
+        given = self.exit_layer is not None or self.draft_length is not None
+        by_checkpoint = None if given or self.simulate_acceptance is not None else facts.policy
+        if self.confidence is not None and by_checkpoint != "adaptive":
+            by_checkpoint = "confidence"
+        policy = self.policy or by_checkpoint or "fixed"
         exit_layer = self.exit_layer if self.exit_layer is not None else facts.exit_layer
         exit_layer = max(1, num_layers // 4) if exit_layer is None else exit_layer
         if not 1 <= exit_layer < num_layers:
@@ -150,7 +156,7 @@ class Options:
         if mode != "self-speculative" or draft_length == 0:
             return Plan(mode, exit_layer, 0)
         confidence = self.confidence
-        if confidence is None and policy == "confidence":
+        if confidence is None and policy != "fixed":
             confidence = DEFAULT_CONFIDENCE if facts.confidence is None else facts.confidence
         guard = policy != "fixed" if self.guard is None else self.guard
         return Plan(mode, exit_layer, draft_length, policy, confidence or 0.0, guard)

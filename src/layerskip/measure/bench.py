@@ -86,11 +86,17 @@ def bench(
         result["methods"][AR]["decode_tokens_per_s"] / facts.roofline_tokens_per_s
     )
     result["methods"][AR]["step"] = step
-    result["predicted_speedup"] = own and prediction.speedup(plan.draft_length, own["tokens_per_round"])
+    fixed = own and not plan.controlled and not plan.confidence  # the cost model knows one E and K
+    result["predicted_speedup"] = (
+        prediction.speedup(plan.draft_length, own["tokens_per_round"]) if fixed else None
+    )
     if own:
         own |= {
             "exit_layer": plan.exit_layer,
             "draft_length": plan.draft_length,
+            "policy": plan.policy,
+            "confidence": plan.confidence or None,
+            "guard": plan.guard,
             "draft_vocab": "off" if head is None else head.size,
         }
     return result
@@ -276,7 +282,9 @@ def summed(
             "prefill_tokens_per_s": statistics.median(prefills),
             "tokens_per_round": sum(run.decode_tokens for run in one.runs) / arrivals,
             "acceptance": kept / drafted if drafted else None,
-            "acceptance_by_position": by_position(rounds, plan.draft_length) if drafted else None,
+            "acceptance_by_position": by_position(rounds, max(r.draft_length for r in rounds))
+            if drafted
+            else None,
             "peak_bytes": one.peak_bytes,
             "setup_s": one.setup_s,
             "equal_to_ar": None if made_up else not found,

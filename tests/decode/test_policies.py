@@ -1,0 +1,151 @@
+"""Policies through the public face: chosen as asked, refused where nothing is drafted, and always lossless."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from layerskip.decode.language_model import LanguageModel
+from layerskip.decode.options import DEFAULT_CONFIDENCE, Options
+from layerskip.errors import UserError
+from layerskip.model.checkpoint import Facts
+
+L = tiny.NUM_LAYERS
+POLICIES = {
+    "fixed, guarded": {"policy": "fixed", "guard": True},
+    "confidence": {"confidence": 0.5},
+    "confidence, unguarded": {"policy": "confidence", "confidence": 0.9, "guard": False},
+    "adaptive": {"policy": "adaptive"},
+    "adaptive, confident, unguarded": {"policy": "adaptive", "confidence": 0.5, "guard": False},
+}
+PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
+
+
+@pytest.fixture(scope="module", params=["llama", "llama+native", "gemma2"])
+def lm(request):
+    model = tiny.calibrated(request.param.partition("+")[0])
+    made = LanguageModel(tiny.stack(request.param), hf=model)
+    made.facts = Facts(exits=(1, 2, 3), exit_layer=2, draft_length=3)
+    return made
+
+
+@pytest.mark.parametrize("draft_vocab", ["off", 24])
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_decodes_greedily_as_plain_decoding_does(lm, name, draft_vocab):
+    how = {**POLICIES[name], "mode": "self-speculative", "draft_vocab": draft_vocab}
+    plain = lm.generate(PROMPTS, mode="ar", max_new_tokens=40)
+    for _ in range(2):  # what the controller learnt is kept
+        for prompts, wanted in ((PROMPTS, plain), (PROMPTS[:1], plain[:1])):
+            done = lm.generate(prompts, max_new_tokens=40, **how)
+            assert [one.tokens for one in done] == [one.tokens for one in wanted]
+    eos = plain[1].tokens[20]
+    for limits in ({"max_new_tokens": 1}, {"max_new_tokens": 2}, {"eos_token_id": eos, "max_new_tokens": 40}):
+        wanted = lm.generate(PROMPTS, mode="ar", **limits)
+        done = lm.generate(PROMPTS, **limits, **how)
+        assert [one.tokens for one in done] == [one.tokens for one in wanted]
+        assert [one.finish_reason for one in done] == [one.finish_reason for one in wanted]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_processors_penalties_and_log_probabilities_see_the_right_prefix_under_every_policy(lm, name):
+    ngrams = transformers.NoRepeatNGramLogitsProcessor(2)
+    common = {"repetition_penalty": 1.3, "logits_processor": [ngrams], "logprobs": True, "max_new_tokens": 30}
+    plain = lm.generate(PROMPTS, mode="ar", **common)
+    done = lm.generate(PROMPTS, mode="self-speculative", **POLICIES[name], **common)
+    assert [one.tokens for one in done] == [one.tokens for one in plain]
+    for one, wanted in zip(done, plain, strict=True):
+        found, told = (torch.tensor([x for r in g.rounds for x in r.logprobs or ()]) for g in (one, wanted))
+        assert torch.allclose(found, told, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_stop_strings_and_conversations_work_under_every_policy(name):
+    model = tiny.random_model("llama", num_hidden_layers=8, vocab_size=260)
+    lm = LanguageModel(tiny.stack("llama", model=model), tiny.tokenizer(), hf=model)
+    plain = lm.generate("hello", mode="ar", max_new_tokens=60)
+    stop = plain.text[20:22]
+    wanted = lm.generate("hello", mode="ar", max_new_tokens=60, stop=stop)
+    done = lm.generate("hello", max_new_tokens=60, stop=stop, **POLICIES[name])
+    assert (done.text, done.finish_reason) == (wanted.text, "stop")
+    talks = [lm.chat(mode="ar", max_new_tokens=12), lm.chat(max_new_tokens=12, **POLICIES[name])]
+    for message in ("hi", "and then?"):
+        answers = [[t for r in talk.send(message) for t in r.tokens] for talk in talks]
+        assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "given", "expected"),
+    [
+        ({}, {}, ("ar", "fixed", 0.0, False)),
+        ({}, {"policy": "adaptive"}, ("self-speculative", "adaptive", DEFAULT_CONFIDENCE, True)),
+        ({}, {"confidence": 0.3}, ("self-speculative", "confidence", 0.3, True)),
+        ({}, {"guard": True}, ("self-speculative", "fixed", 0.0, True)),
+        ({"exit_layer": 2, "exits": (2,)}, {}, ("self-speculative", "fixed", 0.0, False)),
+        (
+            {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
+            {},
+            ("self-speculative", "adaptive", DEFAULT_CONFIDENCE, True),
+        ),
+        (
+            {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
+            {"exit_layer": 1},
+            ("self-speculative", "fixed", 0.0, False),
+        ),
+        (
+            {"exit_layer": 2, "exits": (2,), "policy": "fixed"},
+            {"confidence": 0.5},
+            ("self-speculative", "confidence", 0.5, True),
+        ),
+        (
+            {"exit_layer": 2, "exits": (2,), "policy": "confidence", "confidence": 0.7},
+            {},
+            ("self-speculative", "confidence", 0.7, True),
+        ),
+        (
+            {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
+            {"policy": "confidence", "guard": False},
+            ("self-speculative", "confidence", DEFAULT_CONFIDENCE, False),
+        ),
+        (
+            {"exit_layer": 2, "exits": (2,), "mode": "ar", "policy": "adaptive"},
+            {},
+            ("ar", "fixed", 0.0, False),
+        ),
+    ],
+)
+def test_a_plan_follows_what_is_given_then_the_checkpoint(facts, given, expected):
+    plan = Options.parse(given).plan(Facts(**facts), L)
+    assert (plan.mode, plan.policy, plan.confidence, plan.guard) == expected
+    # what a plan says can be given back: `bench` does
+    again = {
+        "mode": plan.mode,
+        "policy": plan.policy,
+        "confidence": plan.confidence or None,
+        "guard": plan.guard,
+    }
+    assert Options.parse({**again, "exit_layer": 2 if plan.mode != "ar" else None}).plan(
+        Facts(), L
+    ).policy == (plan.policy)
+
+
+@pytest.mark.parametrize(
+    "nothing", [{"mode": "ar"}, {"mode": "early-exit", "exit_layer": 2}, {"draft_length": 0}]
+)
+@pytest.mark.parametrize("how", [{"policy": "adaptive"}, {"confidence": 0.4}, {"guard": True}])
+def test_a_policy_where_nothing_is_drafted_is_refused(nothing, how):
+    with pytest.raises(UserError, match="nothing is drafted"):
+        Options.parse({**nothing, **how}).plan(Facts(), L)
+
+
+def test_a_controller_is_kept_per_plan_and_draft_head(lm):
+    lm.controllers.clear()
+    how = {"mode": "self-speculative", "policy": "adaptive", "max_new_tokens": 8}
+    for more in ({}, {}, {"draft_vocab": 24}, {"exit_layer": 1}):
+        lm.generate(PROMPTS[0], **how, **more)
+    assert len(lm.controllers) == 3
+    first = next(iter(lm.controllers.values()))
+    assert {arm.exit_layer for arm in first.arms} == set(lm.facts.exits)
+    assert first.prior > 0.5, "these exits are trained"
+    assert dataclasses.asdict(first.plain)["exit_layer"] == L
