@@ -188,8 +188,8 @@ def tuning() -> str:
             lines.append("| " + " | ".join(cells) + " |")
     note = (
         "Both looked at some prompts; measured is on others, in turn with plain decoding, ends of sequence "
-        "respected. The best of the grid is picked by the very numbers it is compared with. Medians with 95% intervals over "
-        f"prompts, {told['dtype']}, {told['threads']} threads of an {told['device_name']}."
+        "respected. The best of the grid is picked by the very numbers it is compared with. Medians with 95% "
+        f"intervals over prompts, {told['dtype']}, {told['threads']} threads of an {told['device_name']}."
     )
     return "\n".join([*lines, "", note])
 
