@@ -28,9 +28,7 @@ class Facts:
     exit_layer: int | None = None  # default E
     draft_length: int | None = None  # default K
     draft_vocab: str | None = None  # file beside config.json: token ids by falling frequency, a JSON list
-    draft_vocab_size: int | None = (
-        None  # drafting uses that many of its first ids (no file: the lowest); 0: none
-    )
+    draft_vocab_size: int | None = None  # how many of its first ids, without it of the lowest; 0: none
     mode: str | None = None  # default way of decoding, as measured; None: see `pays`
     policy: str | None = None  # default policy of drafting: fixed, confidence or adaptive
     confidence: float | None = None  # stop drafting where the exit's most probable token has less than this
