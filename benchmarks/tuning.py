@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import record
 import torch
 
 import layerskip
-from layerskip.cli_results import progress
-from layerskip.cli_tune import tuned
+from layerskip.cli_results import encoded, progress, unescaped
 from layerskip.config import read_prompts
 from layerskip.decode.language_model import LanguageModel, resolve_device
-from layerskip.measure import tune
-from layerskip.measure.doctor import examine
+from layerskip.measure.doctor import equality_promised, examine
+from layerskip.measure.draw import BAND
 from layerskip.measure.intervals import interval
 from layerskip.measure.prediction import (
     LENGTHS,
@@ -37,12 +37,10 @@ from layerskip.measure.prediction import (
     default_cell,
     spread,
 )
-from layerskip.measure.tune import Race, Trial
+from layerskip.measure.tune import Race, Trial, finalists, halving, tuned
 
 if TYPE_CHECKING:
     from layerskip.measure.continuations import Watch
-
-WITHIN = 0.15
 
 
 def main() -> None:
@@ -76,7 +74,7 @@ def main() -> None:
     device = resolve_device(arguments.device)
     lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=device, stack=arguments.stack)
     chosen, others = prompts_of(arguments, lm)
-    grid_exits = [int(e) for e in arguments.exits.split(",") if e] or few(candidate_exits(lm))
+    grid_exits = [int(e) for e in arguments.exits.split(",") if e] or spread(candidate_exits(lm), 4)
     with progress() as watch:
         result = measured(arguments, lm, chosen, others, grid_exits, lengths, watch)
     result["configuration"] = {
@@ -91,24 +89,18 @@ def main() -> None:
         record.save(result, "tuning", Path(arguments.model).resolve().name, dtype, device.type)
 
 
-def few(exits: list[int]) -> list[int]:
-    """Four of them, the ends among them."""
-    return [exits[i - 1] for i in spread(len(exits), 4)]
-
-
 def prompts_of(arguments: argparse.Namespace, lm: LanguageModel) -> tuple[list[list[int]], list[list[int]]]:
     """Encode the prompts to choose with, and those to measure on."""
     chat = lm.has_template and not arguments.no_chat
-    separator = arguments.separator.replace("\\n", "\n")
+    separator = unescaped(arguments.separator)
     chosen, others = [], []
     for path in arguments.prompts:
         lines = read_prompts(path)[: arguments.choose + arguments.measure]
         if len(lines) <= arguments.choose:
             raise SystemExit(f"{path.name} has no prompts behind the first {arguments.choose}")
-        contents = [one.content + separator if isinstance(one.content, str) else one.content for one in lines]
-        encoded = [lm.encode(content, chat=chat) for content in contents]
-        chosen += encoded[: arguments.choose]
-        others += encoded[arguments.choose :]
+        items = [encoded(lm, line.content, chat, separator) for line in lines]
+        chosen += items[: arguments.choose]
+        others += items[arguments.choose :]
     return chosen, others
 
 
@@ -127,9 +119,8 @@ def measured(
     exits = sorted({*candidate_exits(lm), *grid_exits})
     analysis = analyse(lm, chosen, budget, exits, size, watch=watch)
     doctor = examine(lm, analysis, lm.has_template and not arguments.no_chat, lm.path.name if lm.path else "")
-    race = tune.halving(
-        lm, tune.finalists(analysis, default_cell(lm)), chosen, budget, arguments.seconds, watch=watch
-    )
+    racing = finalists(analysis, default_cell(lm))
+    race = halving(lm, racing, chosen, budget, arguments.seconds, watch=watch)
     grid = grid_of(analysis, grid_exits, lengths)
     by_doctor = Trial(analysis.best.cell, analysis.best.speedup)
     by_tuner = Trial(race[0].cell, race[0].predicted, race[0].confidence, race[0].policy)
@@ -140,6 +131,8 @@ def measured(
     for turn in range(turns):
         watch("measuring the grid", turn, turns)
         again.turn(list(trials.values()))
+    if equality_promised(lm) and (lost := sum(len(t.differing) for t in [*race, *trials.values()])):
+        raise SystemExit(f"not lossless: {lost} outputs differ from plain decoding")
     # A setting that was chosen twice raced once.
     grid = [trials[trial.cell, "fixed"] for trial in grid]
     by_doctor, by_tuner = (trials[one.cell, one.policy] for one in (by_doctor, by_tuner))
@@ -165,16 +158,16 @@ def grid_of(analysis: Analysis, exits: list[int], lengths: list[int]) -> list[Tr
 
 def prediction_of(trial: Trial) -> dict[str, Any]:
     """How far the predicted speed-up of a choice was from the measured one."""
-    told = trial.record()
-    ratio = told["predicted_speedup"] / told["speedup"]["median"]
-    return {**told, "predicted_over_measured": ratio, "within_15_percent": abs(ratio - 1) <= WITHIN}
+    row = trial.record()
+    ratio = row["predicted_speedup"] / row["speedup"]["median"]
+    return {**row, "predicted_over_measured": ratio, "within_15_percent": abs(ratio - 1) <= BAND}
 
 
 def against_best(choice: Trial, grid: list[Trial]) -> dict[str, Any]:
-    """Compare a choice with the best cell of the grid, prompt by prompt."""
+    """Compare a choice with the best cell of the grid: paired by turn, a prompt counts once by its median."""
     best = max(grid, key=lambda trial: trial.measured().median)
     paired = [
-        [a / b for a, b in zip(choice.ratios[prompt], best.ratios[prompt], strict=True)]
+        [median(a / b for a, b in zip(choice.ratios[prompt], best.ratios[prompt], strict=True))]
         for prompt in best.ratios
     ]
     found = interval(paired)
@@ -187,17 +180,17 @@ def against_best(choice: Trial, grid: list[Trial]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    def line(told: dict[str, Any]) -> str:
-        found = told["speedup"]
-        sure = "" if told["policy"] == "fixed" else f", {told['policy']} {told['confidence'] or ''}".rstrip()
+    def line(row: dict[str, Any]) -> str:
+        found = row["speedup"]
+        sure = "" if row["policy"] == "fixed" else f", {row['policy']} {row['confidence'] or ''}".rstrip()
         return (
-            f"E {told['exit_layer']:>2}, K {told['draft_length']:>2}, vocabulary {told['draft_vocab']}{sure}: "
-            f"predicted {told['predicted_speedup']:.2f} x, measured {found['median']:.2f} x "
-            f"[{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}], outputs equal {told['equal']} of {told['of']}"
+            f"E {row['exit_layer']:>2}, K {row['draft_length']:>2}, vocabulary {row['draft_vocab']}{sure}: "
+            f"predicted {row['predicted_speedup']:.2f} x, measured {found['median']:.2f} x "
+            f"[{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}], outputs equal {row['equal']} of {row['of']}"
         )
 
-    for told in result["grid"]:
-        print(line(told))
+    for row in result["grid"]:
+        print(line(row))
     choice, compared = result["doctor_choice"], result["tuned_against_best"]
     print(f"doctor: {line(choice)}; predicted / measured {choice['predicted_over_measured']:.2f}")
     ratio = compared["ratio"]

@@ -174,15 +174,23 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     import record
 
     from layerskip.measure import round_times
+    from layerskip.measure.prediction import Cell
+    from layerskip.measure.tune import Race, Trial
 
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(record, "HERE", tmp_path)
     monkeypatch.setattr(round_times, "TURNS", 1)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "set alarm {n}", "response": "x"}}\n' for n in range(5)))
-    script("tuning", "--model", folder, "--prompts", prompts, "--choose", 2, "--measure", 2, "--exits", "1,3",
-           "--draft-length", "1,4", "--max-new-tokens", 8, "--seconds", 0.1, "--trials", 1, "--threads", 1,
-           "--no-chat", "--separator", r"\n", "--dtype", "float32", "--save")  # fmt: skip
+    given = ("--model", folder, "--prompts", prompts, "--choose", 2, "--measure", 2, "--exits", "1,3",
+             "--draft-length", "1,4", "--max-new-tokens", 8, "--seconds", 0.1, "--trials", 1, "--threads", 1,
+             "--no-chat", "--separator", r"\n", "--dtype", "float32")  # fmt: skip
+    with monkeypatch.context() as patch:
+        turn = Race.turn
+        patch.setattr(Race, "turn", lambda own, trials: trials[0].differing.append(0) or turn(own, trials))
+        with pytest.raises(SystemExit, match="outputs differ"):
+            script("tuning", *given, "--save")
+    script("tuning", *given, "--save")
     (saved,) = (tmp_path / "results").iterdir()
     assert saved.name.startswith("tuning_tiny_float32_cpu_")
     result = json.loads(saved.read_text())
@@ -199,6 +207,11 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     _, high = result["tuned_against_best"]["ratio"]["ci95"]
     assert result["tuned_against_best"]["significantly_worse"] == (high < 1)
     assert "predicted / measured" in capsys.readouterr().out
+    module = sys.modules["tuning"]
+    best, choice = ({0: [2.0, 2.0], 1: [2.0]}, {0: [1.0, 3.0], 1: [2.0]})
+    trials = [Trial(Cell(1, 1, 0), 1.0, ratios=ratios) for ratios in (choice, best)]
+    ratio = module.against_best(trials[0], trials[1:])["ratio"]["median"]
+    assert ratio == 1, "a prompt passed over gives its turn to another, which counts once all the same"
     pytest.importorskip("matplotlib")
     from layerskip.measure.draw import speedup_surface
 

@@ -1,13 +1,14 @@
 """doctor and tune, in process on a tiny checkpoint: what they print, write, refuse."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 
 import layerskip
 import tiny
-from layerskip.measure import round_times
+from layerskip.measure import doctor, prediction, round_times
 from layerskip.measure.tune import Race
 
 QUICK = ("--max-new-tokens", 8)
@@ -65,7 +66,30 @@ def test_doctor_gives_the_verdict_first_then_equality_then_the_curve(run, checkp
     assert places == sorted(places)
     assert printed.count("trained") >= 2
     assert "as plain text" in printed
-    assert " --no-chat --save" in printed.splitlines()[0] or "--mode ar" in printed.splitlines()[0]
+    assert (
+        " --no-chat --threads 1 --save" in printed.splitlines()[0] or "--mode ar" in printed.splitlines()[0]
+    )
+
+
+def test_the_doctor_hands_what_it_was_told_to_tune(run, checkpoint, prompts, monkeypatch):
+    """A verdict of its own, so that the command stands in it whatever the times are."""
+    monkeypatch.setattr(doctor, "verdict", lambda analysis, name, trained, default, also: name + also)
+    told = (*QUICK, "--exits", "2,3", "--dtype", "float32", "--no-chat", "--separator", r" \n")
+    result = json.loads(run("doctor", checkpoint, *prompts, *told, "--json")[1])
+    assert shlex.split(result["verdict"]) == [str(checkpoint)] + [
+        str(word) for word in (*prompts, *QUICK, "--no-chat", "--separator", r" \n", *told[2:6])
+    ]
+
+
+@pytest.mark.parametrize("verb", ["doctor", "tune"])
+def test_a_separator_follows_prompts_that_are_not_wrapped(run, folder, tmp_path, monkeypatch, verb):
+    file, seen = tmp_path / "p.jsonl", []
+    file.write_text('{"prompt": "hello"}\n')
+    monkeypatch.setattr(prediction, "continuations", lambda lm, items, *more: seen.extend(items) or [])
+    run(verb, folder, "--prompts", file, *QUICK, "--no-chat", "--separator", r"é\n")
+    run(verb, folder, "--prompts", file, *QUICK, "--chat", "--separator", r"é\n")
+    lm = layerskip.load(folder, device="cpu")
+    assert seen == [lm.encode("helloé\n", chat=False), lm.encode("hello", chat=True)]
 
 
 def test_doctor_looks_only_at_what_it_is_told_to(run, checkpoint, prompts):
@@ -83,8 +107,8 @@ def test_tune_measures_and_leaves_the_checkpoint_alone_unless_told(run, checkpoi
     [line] = printed.splitlines()
     result = json.loads(line)
     assert {"agreement", "step_s", "best", "surface", "measured", "saved", "configuration"} <= set(result)
-    assert {"median", "ci95"} == set(result["best"]["measured_speedup"])
-    assert result["measured"][0]["speedup"] == result["best"]["measured_speedup"]
+    best, first = result["best"], result["measured"][0]
+    assert first["speedup"] == {"median": best["measured_speedup"], "ci95": best["measured_interval"]}
     assert {row["exit_layer"] for row in result["measured"]} == {2, 3}
     assert all(row["equal"] == row["of"] >= 2 for row in result["measured"]), "float32"
     assert result["saved"] is None
@@ -112,12 +136,14 @@ def test_a_loss_in_float32_ends_tuning_without_a_speed_or_a_choice(run, checkpoi
 
     def lossy(self, trials):
         turn(self, trials)
-        trials[0].equal -= 1
+        trials[0].differing.append(0)
 
     monkeypatch.setattr(Race, "turn", lossy)
     code, printed, message = run("tune", checkpoint, *prompts, *RACE, "--save", "--json")
     assert (code, printed) == (1, "")
-    assert "not lossless" in message
+    assert "not lossless: with E " in message
+    assert "prompt 1 and" in message
+    assert "layerskip doctor" in message
     assert (checkpoint / "config.json").read_bytes() == before
 
 

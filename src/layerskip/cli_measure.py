@@ -179,7 +179,7 @@ def draft_vocab(
         found = vocabulary.frequencies(lm.tokenizer, texts, full)
     ranking = vocabulary.ranked(found.counted)
     ids = vocabulary.first_ids(ranking, size, sorted(lm.eos_ids(Options())))
-    sizes = [n for n in vocabulary.COVERAGE_SIZES if n < full]
+    sizes = [n for n in vocabulary.DRAFT_VOCABULARIES if n < full]
     covered = vocabulary.coverage(found.held_out, ranking, sorted({*sizes, size}))
     record: dict[str, Any] = {
         "size": size,

@@ -32,8 +32,15 @@ def prompt_lines(path: Path | None, limit: int | None) -> list[Any]:
     return read_prompts(path or prompt_file())[:limit]
 
 
-def encoded(lm: LanguageModel, content: Any) -> list[int]:
-    return lm.encode(content, chat=lm.has_template)
+def encoded(lm: LanguageModel, content: Any, chat: bool | None = None, separator: str = "") -> list[int]:
+    """Encode text or messages, wrapped if `chat` (None: if it can); `separator` follows text that is not."""
+    wrap = lm.has_template if chat is None else chat
+    return lm.encode(content if wrap or not isinstance(content, str) else content + separator, chat=wrap)
+
+
+def unescaped(text: str) -> str:
+    """Read \\n and \\t as they are typed in a shell; other characters stay."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def loaded(*arguments: Any) -> tuple[LanguageModel, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +13,15 @@ import typer
 from rich.text import Text
 
 from layerskip.cli_app import AsJson, Device, Dtype, Model, Quantize, StackName, Threads, vocabulary_size
-from layerskip.cli_results import check_counts, configuration, loaded, progress, prompt_lines
+from layerskip.cli_results import (
+    check_counts,
+    configuration,
+    encoded,
+    loaded,
+    progress,
+    prompt_lines,
+    unescaped,
+)
 from layerskip.display import err
 from layerskip.display_tune import print_doctor, print_tune
 from layerskip.errors import UserError
@@ -31,6 +41,9 @@ AsChat = Annotated[
 Exits = Annotated[
     str | None, typer.Option(help="E to try, comma-separated.", show_default="trained ones, or a spread")
 ]
+Separator = Annotated[
+    str, typer.Option(help="What follows a text prompt that is not wrapped; \\n is a line break.")
+]
 Vocabulary = Annotated[str, typer.Option(help="Draft vocabulary: a number, auto (try several) or off.")]
 
 
@@ -46,6 +59,7 @@ def doctor(
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = 64,
     chat: AsChat = None,
+    separator: Separator = "",
     exits: Exits = None,
     draft_vocab: Vocabulary = "auto",
     dtype: Dtype = "auto",
@@ -66,13 +80,11 @@ def doctor(
     from layerskip.measure.prediction import analyse
 
     as_chat = lm.has_template if chat is None else chat
-    items = _encoded(lm, lines, as_chat, max_new_tokens)
+    items = _encoded(lm, lines, as_chat, separator, max_new_tokens)
     with progress() as watch:
         analysis = analyse(lm, items, max_new_tokens, layers, size, watch=watch)
         watch("decoding twice", 0, 0)
-        also = f" --prompts {prompts}" if prompts is not None else ""
-        also += " --no-chat" if lm.has_template and not as_chat else ""
-        result = examine(lm, analysis, as_chat, model, also)
+        result = examine(lm, analysis, as_chat, shlex.quote(model), _repeated(given))
     result["configuration"] = _configuration(given, lm, load_s, prompts, len(items))
     if as_json:
         print(json.dumps(result))
@@ -86,6 +98,7 @@ def tune(
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = 64,
     chat: AsChat = None,
+    separator: Separator = "",
     exits: Exits = None,
     draft_vocab: Vocabulary = "auto",
     batch_size: Annotated[int, typer.Option(help="Tune for this many prompts decoded together.")] = 1,
@@ -106,19 +119,22 @@ def tune(
     check_counts(**{"batch-size": batch_size, "seconds": seconds})
     lines, layers, size = _checked(prompts, limit, max_new_tokens, exits, draft_vocab, threads)
     lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
-    from layerskip.measure.doctor import equality_promised
+    from layerskip.measure.doctor import cell_text, equality_promised
     from layerskip.measure.prediction import analyse, default_cell
-    from layerskip.measure.tune import finalists, halving, save_choice
+    from layerskip.measure.tune import finalists, halving, save_choice, tuned
 
     as_chat = lm.has_template if chat is None else chat
-    items = _encoded(lm, lines, as_chat, max_new_tokens)
+    items = _encoded(lm, lines, as_chat, separator, max_new_tokens)
     with progress() as watch:
         analysis = analyse(lm, items, max_new_tokens, layers, size, batch_size, watch)
         trials = finalists(analysis, default_cell(lm))
         ranked = halving(lm, trials, items, max_new_tokens, seconds, batch_size, watch)
-    unequal = sum(trial.of - trial.equal for trial in ranked)
-    if unequal and equality_promised(lm):
-        err.print(Text(f"not lossless: {unequal} outputs differ from plain decoding", style="bold red"))
+    if (wrong := next((trial for trial in ranked if trial.differing), None)) and equality_promised(lm):
+        where = f"that of prompt {wrong.differing[0] + 1} and {len(wrong.differing) - 1} more of {wrong.of}"
+        setting = f"{cell_text(wrong.cell)}, policy {wrong.policy}"
+        lost = f"not lossless: with {setting} outputs differ from plain decoding, {where}"
+        err.print(Text(lost, style="bold red"))
+        err.print(Text(f"nothing is saved; layerskip doctor {shlex.quote(model)} looks for the cause"))
         sys.exit(1)
     saved = save_choice(lm, ranked[0]) if save else None
     result = tuned(analysis, ranked)
@@ -134,19 +150,18 @@ def tune(
 # -- shared by both ------------------------------------------------------------------------------------------
 
 
-def tuned(analysis: Any, ranked: Any) -> dict[str, Any]:
-    """Join prediction and measurement: `best` is the race's winner."""
-    record, rows = analysis.record(), [trial.record() for trial in ranked]
-    first = rows[0]
-    same = next(one for one in analysis.cells if one.cell == ranked[0].cell)
-    best = {
-        **{key: first[key] for key in ("exit_layer", "draft_length", "draft_vocab", "policy", "confidence")},
-        "predicted_speedup": first["predicted_speedup"],
-        "interval": list(same.interval),
-        "measured_speedup": first["speedup"],
-        "mode": "self-speculative" if first["speedup"]["ci95"][0] > 1 else "ar",
-    }
-    return {**record, "best": best, "predicted_best": record["best"], "measured": rows}
+def _repeated(given: dict[str, Any]) -> str:
+    """Spell the doctor's options that are not at their default, for another verb."""
+    words = []
+    for name, parameter in inspect.signature(doctor).parameters.items():
+        option, value = name.replace("_", "-"), given.get(name, parameter.default)
+        if name == "model" or value == parameter.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f" --{option}" if value else f" --no-{option}")
+        else:
+            words.append(f" --{option} {shlex.quote(str(value))}")
+    return "".join(words)
 
 
 def _checked(
@@ -172,8 +187,10 @@ def _checked(
     return prompt_lines(prompts, limit), layers, vocabulary_size(draft_vocab)
 
 
-def _encoded(lm: LanguageModel, lines: list[Any], chat: bool, max_new_tokens: int) -> list[list[int]]:
-    items = [lm.encode(line.content, chat=chat) for line in lines]
+def _encoded(
+    lm: LanguageModel, lines: list[Any], chat: bool, separator: str, max_new_tokens: int
+) -> list[list[int]]:
+    items = [encoded(lm, line.content, chat, unescaped(separator)) for line in lines]
     context = lm.stack.context
     for number, tokens in enumerate(items, 1):
         if context is not None and len(tokens) + max_new_tokens > context:
@@ -188,5 +205,5 @@ def _encoded(lm: LanguageModel, lines: list[Any], chat: bool, max_new_tokens: in
 def _configuration(
     given: dict[str, Any], lm: LanguageModel, load_s: float, prompts: Path | None, count: int
 ) -> dict[str, Any]:
-    told = {"prompts": "built in" if prompts is None else prompts.name, "num_prompts": count}
-    return configuration(given, lm, load_s, **told)
+    looked_at = {"prompts": "built in" if prompts is None else prompts.name, "num_prompts": count}
+    return configuration(given, lm, load_s, **looked_at)

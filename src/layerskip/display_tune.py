@@ -49,10 +49,12 @@ def sameness_line(checks: dict[str, Any]) -> Text:
 def print_curve(result: dict[str, Any]) -> None:
     """Print the agreement of exits as bars; trained exits are marked."""
     table = Table("exit", "agrees with the whole model", "", box=None)
+    from layerskip.measure.prediction import spread
+
     trained, best = set(result.get("exits", ())), result["best"]["exit_layer"]
-    few = {str(k) for k in {*trained, best, *shown(len(result["agreement"]))}}
+    few = {*trained, best, *spread([int(name) for name in result["agreement"]], CURVE)}
     for name, value in result["agreement"].items():
-        if name not in few:
+        if int(name) not in few:
             continue
         marks = [
             word for word, holds in (("trained", int(name) in trained), ("best", int(name) == best)) if holds
@@ -60,13 +62,6 @@ def print_curve(result: dict[str, Any]) -> None:
         bar = Text("█" * round(BAR * value) or "·", style="green" if marks else "dim")
         table.add_row(name, bar, Text(f"{share(value)} {' '.join(marks)}", style="bold" if marks else "dim"))
     out.print(table)
-
-
-def shown(count: int) -> list[int]:
-    """Up to `CURVE` places from 1 to `count`, the ends among them."""
-    if count <= CURVE:
-        return list(range(1, count + 1))
-    return sorted({round(1 + i * (count - 1) / (CURVE - 1)) for i in range(CURVE)})
 
 
 def print_cells(result: dict[str, Any]) -> None:
@@ -114,14 +109,14 @@ def facts(result: dict[str, Any]) -> list[str]:
 def print_tune(result: dict[str, Any]) -> None:
     """Print what was measured, the choice on top, then all settings of the race by rank."""
     best = result["best"]
-    found = best["measured_speedup"]
-    pays = found["ci95"][0] > 1
+    gain, ends = best["measured_speedup"], best["measured_interval"]
+    pays = ends[0] > 1
     setting = f"E {best['exit_layer']}, K {best['draft_length']}, draft vocabulary {best['draft_vocab']}"
     if best["policy"] == "adaptive":
         setting += ", policy adaptive"
     if best["policy"] == "confidence":
         setting += f", drafting stops under a confidence of {best['confidence']}"
-    measured = f"{speedup(found['median'], found['ci95'])} over plain decoding, measured"
+    measured = f"{speedup(gain, ends)} over plain decoding, measured"
     then = "" if pays else "; not faster, so plain decoding (--mode ar) is the choice"
     out.print(Text(f"{setting}: {measured}{then}", style="bold green" if pays else "bold yellow"))
     equal, of = (sum(row[key] for row in result["measured"]) for key in ("equal", "of"))

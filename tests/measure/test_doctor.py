@@ -45,7 +45,7 @@ def test_a_gain_is_told_with_the_options_that_give_it(analysis):
     already = doctor.verdict(analysis, "m", True, Cell(2, 3, 0))
     assert "as it is the default" in already
     assert "tune" not in already
-    assert "the default, E 3, K 1, no draft vocabulary" in doctor.verdict(analysis, "m", True, Cell(3, 1, 0))
+    assert "the default, E 3, K 1, no draft vocabulary," in doctor.verdict(analysis, "m", True, Cell(3, 1, 0))
 
 
 def test_a_loss_is_told_with_what_to_do_about_it(analysis):

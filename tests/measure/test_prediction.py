@@ -1,5 +1,8 @@
 """Predictions: rounds and times put together as arithmetic says, whatever the times are."""
 
+import functools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -93,6 +96,24 @@ def test_rounds_are_measured_from_one_context_and_in_turns(lm):
     assert runs[0, L, 3] == 2, "each engine computes the context once"
 
 
+def test_a_long_context_is_computed_before_anything_is_timed(lm, monkeypatch):
+    monkeypatch.setattr(round_times, "Engine", functools.partial(round_times.Engine, prefill_chunk=2))
+    monkeypatch.setattr(round_times, "WARM_UP", 0)
+    steps, timer = [], round_times.time.perf_counter
+    step = round_times.Engine.func.step
+    monkeypatch.setattr(round_times.Engine.func, "step", lambda own: steps.append(step(own)) or steps[-1])
+    timed = SimpleNamespace(perf_counter=lambda: steps.append("clock") or timer())
+    monkeypatch.setattr(round_times, "time", timed)
+    round_times.round_times(lm, [5, 6, 7, 8, 9], [2], [2], [0], batch_size=2, turns=1)
+    clocks = [i for i, one in enumerate(steps) if one == "clock"]
+    between = [steps[a + 1 : b] for a, b in zip(clocks[::2], clocks[1::2], strict=True)]
+    assert all(
+        len(one) == 1 and {r.source for r in one[0]} <= {"plain", "self-speculative"} for one in between
+    )
+    assert [len(one[0]) for one in between] == [2, 2], "rounds of both rows"
+    assert sum(r.source == "prefill" for one in steps[: clocks[0]] for r in one) >= 6
+
+
 def test_rounds_of_several_rows_are_rounds_of_all_of_them(lm):
     lm.stack.counters.reset()
     times = round_times.round_times(lm, [5, 6, 7], [2], [2], [0], batch_size=3, turns=1)
@@ -104,14 +125,16 @@ def test_candidates_are_the_trained_exits_else_a_spread(lm):
     assert candidate_exits(lm) == [1, 2, 3, 4]
     lm.facts = Facts(exits=(4, 2))
     assert candidate_exits(lm) == [2, 4]
-    assert prediction.spread(29, 8) == [1, 5, 9, 13, 17, 21, 25, 29]
+    assert prediction.spread(range(1, 30), 8) == [1, 5, 9, 13, 17, 21, 25, 29]
 
 
 def test_candidate_vocabularies_end_where_the_ranked_list_does(lm, monkeypatch):
     assert candidate_sizes(lm) == [0], "the model has 64 tokens"
-    monkeypatch.setattr(prediction, "SIZES", (8, 16, 32, 64))
+    monkeypatch.setattr(prediction, "DRAFT_VOCABULARIES", (8, 16, 32, 64))
     assert candidate_sizes(lm) == [0, 8, 16, 32]
-    lm.ranked_vocabulary = list(range(20, 40))
+    lm.facts = Facts(draft_vocab_size=12)
+    assert candidate_sizes(lm) == [0, 8, 12, 16, 32], "the default, of no list"
+    lm.facts, lm.ranked_vocabulary = Facts(), list(range(20, 40))
     assert candidate_sizes(lm) == [0, 8, 16, 20]
     lm.facts = Facts(draft_vocab_size=12)
     assert candidate_sizes(lm) == [0, 8, 12, 16, 20]

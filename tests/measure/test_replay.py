@@ -86,7 +86,7 @@ def test_rounds_by_hand():
     assert rounds.drafted.tolist() == [2, 2, 2, 1, 0]
     assert rounds.tokens_per_round == 9 / 5
     assert rounds.acceptance == 4 / 7
-    assert by_place(rounds, 3) == [2 / 4, 2 / 3, None]
+    assert by_place(rounds.drafted, rounds.accepted, 3) == [2 / 4, 2 / 3, None]
 
 
 def test_drafting_stops_before_a_token_the_exit_is_unsure_of():

@@ -12,7 +12,7 @@ import tiny
 from layerskip.decode.language_model import LanguageModel
 from layerskip.errors import UserError
 from layerskip.measure import tune
-from layerskip.measure.prediction import Cell, Predicted
+from layerskip.measure.prediction import Cell, Predicted, candidate_sizes
 from layerskip.measure.replay import replay
 from layerskip.measure.tune import Race, Trial, finalists, halving, save_choice
 
@@ -56,6 +56,11 @@ def scripted(monkeypatch):
     monkeypatch.setattr(Race, "_decoded", decoded)
 
 
+class Predictions:
+    def record(self):
+        return {"best": "as predicted"}
+
+
 class Clock:
     """A second passes with every look."""
 
@@ -73,18 +78,21 @@ def trials(*exits):
 def test_finalists_are_the_best_of_each_leading_exit_then_the_best_of_the_rest():
     speedups = {(e, k, v): e + k / 10 - v / 1000 for e in (1, 2, 3, 4) for k in (1, 2, 3) for v in (0, 8)}
     chosen = finalists(Surface(speedups), default=Cell(1, 1, 8), count=5)
+    [adaptive] = [trial for trial in chosen if trial.policy == "adaptive"]
     assert [trial.cell for trial in chosen] == [
-        Cell(4, 3, 0), Cell(4, 2, 0), Cell(4, 1, 0), Cell(3, 3, 0), Cell(2, 3, 0), Cell(1, 1, 8),
+        Cell(4, 3, 0), Cell(4, 3, 0), Cell(4, 2, 0), Cell(4, 1, 0), Cell(3, 3, 0), Cell(2, 3, 0), Cell(1, 1, 8),
     ]  # fmt: skip
-    assert all(trial.policy == "fixed" for trial in chosen)
+    assert all(trial.policy == "fixed" for trial in chosen if trial is not adaptive)
+    assert adaptive.interval is None, "nobody predicted it"
 
 
 def test_the_other_policies_race_beside_the_fixed_one():
     surface = Surface({(2, 4, 0): 1.5})
-    surface.confident = replace(surface.cells[0], speedup=1.6, confidence=0.4)
+    surface.confident = replace(surface.cells[0], speedup=1.6, confidence=0.4, interval=(1.5, 1.7))
     first, second, third = finalists(surface)
     assert (first.options["policy"], first.options["confidence"]) == ("confidence", 0.4)
     assert second.options["policy"] == "fixed"
+    assert (first.interval, second.interval, third.interval) == ((1.5, 1.7), (1.5, 1.5), None)
     assert (third.cell, third.options["policy"]) == (second.cell, "adaptive")
     assert "confidence" not in {**second.options, **third.options}
 
@@ -96,8 +104,26 @@ def test_the_worse_half_is_dropped_after_every_rung_and_the_winner_runs_on(scrip
     assert runs[0] > runs[1] > runs[2] == runs[3] >= tune.LEAST_TURNS
     found = ranked[0].measured()
     assert (found.median, found.low, found.high) == pytest.approx((1.4, 1.4, 1.4))
+    told = tune.tuned(Predictions(), ranked)["best"]
+    assert (told["exit_layer"], told["mode"], told["interval"]) == (4, "self-speculative", None)
+    assert [told["measured_speedup"], *told["measured_interval"]] == pytest.approx([1.4] * 3)
     assert ranked[0].record()["acceptance"] == 0.5
     assert list(ranked[0].ratios) == [0, 1, 2], "prompts go round"
+
+
+def test_the_winners_gain_is_told_by_runs_that_did_not_choose_it(monkeypatch, lm):
+    """Two settings no faster than plain decoding, one of them lucky while both race."""
+
+    def decoded(self, trial, prompts, budget):
+        lucky = trial is not None and trial.cell.exit_layer == 2 and self.turns <= tune.LEAST_TURNS
+        return tune._Run([[1]] * len(prompts), 3.0 if lucky else 1.0, 4, 2)
+
+    monkeypatch.setattr(Race, "_decoded", decoded)
+    [winner, _] = halving(lm, trials(1, 2), [[n] for n in range(20)], 8, seconds=0, clock=Clock())
+    assert winner.cell.exit_layer == 2
+    assert winner.measured().median == 1
+    assert winner.mode == "ar"
+    assert len(winner.ratios) == tune.LAST_TURNS
 
 
 def test_no_time_at_all_still_gives_every_rung_its_least_turns(scripted, lm):
@@ -121,9 +147,21 @@ def test_a_race_decodes_plainly_and_with_every_trial_and_compares_outputs(lm, ba
     for _ in range(2):
         race.turn(racing)
     for trial in racing:
-        assert trial.of == trial.equal == sum(map(len, groups[:2]))
+        assert trial.of == sum(map(len, groups[:2]))
+        assert trial.differing == []
         assert trial.drafted >= trial.accepted > 0
         assert all(value > 0 for values in trial.ratios.values() for value in values)
+
+
+def test_prompts_whose_output_differs_are_named(monkeypatch, lm):
+    def decoded(self, trial, prompts, budget):
+        return tune._Run([[prompt[0] if trial and prompt[0] == 3 else 0] for prompt in prompts], 1.0, 1, 1)
+
+    monkeypatch.setattr(Race, "_decoded", decoded)
+    race, [trial] = Race(lm, [PROMPTS[:2], PROMPTS[2:]], 8), trials(2)
+    race.turn([trial])
+    race.turn([trial])
+    assert (trial.differing, trial.record()["equal"], trial.of) == ([2], 2, 3)
 
 
 def test_prompts_that_end_at_once_are_passed_over(lm):
@@ -146,7 +184,7 @@ def test_where_engines_are_kept_every_setting_has_its_own_and_captures_before_it
     assert len(engines) == 3
     race.turn(racing)
     assert {id(face._last_engine) for face in race.faces.values()} == engines
-    assert all(trial.equal == trial.of == 2 for trial in racing)
+    assert all(trial.of == 2 and not trial.differing for trial in racing)
 
 
 # -- what is written -----------------------------------------------------------------------------------------
@@ -182,12 +220,13 @@ def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
     assert layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats["mode"] == "ar"
 
 
-def test_a_draft_vocabulary_nobody_ranked_is_written_with_the_choice(own):
+def test_a_draft_vocabulary_nobody_ranked_is_the_default_without_an_invented_ranking(own):
     lm = layerskip.load(own, device="cpu")
     save_choice(lm, Trial(Cell(2, 3, 40), 1.2, ratios={0: [1.5]}))
     again = layerskip.load(own, device="cpu")
-    assert again.ranked_vocabulary == lm.draft_head(tune.Options.parse({"draft_vocab": 40})).ids.tolist()
+    assert again.ranked_vocabulary is None
     assert entry(own)["draft_vocab_size"] == 40
+    assert 40 in candidate_sizes(again)
     again.stack.counters.reset()
     again.generate("hello", max_new_tokens=8)
     assert 40 in again.stack.counters.head_rows

@@ -214,9 +214,15 @@ class LanguageModel:
         return self.controllers[key]
 
     def _default_draft_vocabulary(self, options: Options) -> int:
-        """How many tokens the draft head has by default: those the checkpoint lists, 0 where it lists none."""
-        ranked = self.ranked_vocabulary if self.plan(options).draft_length else None
-        return len(set((ranked or [])[: self.facts.draft_vocab_size]))
+        """How many tokens the draft head has by default: those the checkpoint asks for or lists, else 0."""
+        ranked, size = self.ranked_vocabulary, self.facts.draft_vocab_size
+        if not self.plan(options).draft_length:
+            return 0
+        if (
+            ranked is None
+        ):  # a size of the lowest ids; that of a list which is out of reach says nothing of them
+            return size or 0 if self.facts.draft_vocab is None else 0
+        return len(set(ranked[:size]))
 
     def _engine(self, items: Sequence[_Item], options: Options, rows: int) -> Engine:
         wanted = max(len(item.request.prompt) + item.request.max_new_tokens - 1 for item in items)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from layerskip.errors import UserError
@@ -24,6 +25,7 @@ from layerskip.measure.draft_sizes import chosen_vocabulary
 from layerskip.measure.intervals import interval, ratios
 from layerskip.measure.memory import growth
 from layerskip.measure.methods import AR, EARLY_EXIT, HF, HF_EARLY_EXIT, SELF_SPECULATIVE, Method, Run
+from layerskip.measure.replay import by_place
 from layerskip.measure.steps import Workbench, plain_step, step_cost
 from layerskip.model.attention import MOST_EXACT_ROWS
 
@@ -315,9 +317,5 @@ def summed(
 
 
 def by_position(rounds: Sequence[Round], draft_length: int) -> list[float | None]:
-    """Share of kept drafts at each place of a round, of the drafts judged there; None where there was none."""
-    shares: list[float | None] = []
-    for place in range(draft_length):
-        judged = sum(round.drafted > place for round in rounds)
-        shares.append(sum(round.accepted > place for round in rounds) / judged if judged else None)
-    return shares
+    drafted, accepted = np.array([(round.drafted, round.accepted) for round in rounds]).reshape(-1, 2).T
+    return by_place(drafted, accepted, draft_length)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from layerskip.decode.options import Options
+from layerskip.decode.sampling import confidence
 from layerskip.measure.exits import chunks
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerskip.decode.language_model import LanguageModel
-    from layerskip.model.head import Head
 
 ROWS = 8  # prompts continued side by side
 Watch = Callable[[str, int, int], None]  # what is going on, done, of
@@ -98,11 +98,13 @@ def observed(
         for e in agreeing:
             for size in dict.fromkeys([0, *sizes] if e in exits else [0]):
                 logits = chunk.logits(e, heads.get(size))  # [N, V or reduced]
-                own, likely = _named(logits, heads.get(size))
+                own = logits.argmax(-1)  # [N], a place in the head
+                if (head := heads.get(size)) is not None:
+                    own = head.ids[own]
                 agreeing[e] += 0 if size else int((own == full).sum())
                 if (e, size) in bits:
                     bits[e, size][i].append(own == wanted)
-                    sure[e, size][i].append(likely)
+                    sure[e, size][i].append(confidence(logits))
     positions = counted["positions"]
     return Seen(
         bits={key: [_flat(parts) for parts in lists] for key, lists in bits.items()},
@@ -112,12 +114,6 @@ def observed(
         ties=counted["ties"] / positions,
         near_ties=counted["near"] / positions,
     )
-
-
-def _named(logits: Tensor, head: Head | None) -> tuple[Tensor, Tensor]:
-    """The most probable token and its probability: [N, size] -> [N], [N]."""
-    best, place = logits.max(-1)
-    return place if head is None else head.ids[place], (best - logits.logsumexp(-1)).exp()
 
 
 def _last_place(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """What a model would gain here, whether it is fit for it, and a verdict in words.
 
-    result = examine(lm, prompts, analysis, chat=True, name="smollm2-135m")
+    result = examine(lm, analysis, chat=True, name="smollm2-135m")
     print(result["verdict"])
 
 The predictions are `prediction.analyse`'s; here are the checks beside them: does an output end, is it the same
@@ -27,7 +27,7 @@ EXACT = (torch.float32, torch.float64)
 def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str, also: str = "") -> dict[str, Any]:
     """Put predictions, checks and verdict together.
 
-    `name` is how the user calls the model, `also` what tune needs to look at the same prompts.
+    `name` is how the user calls the model, `also` the options that let tune look at the same.
     """
     best = analysis.best
     checks = {**ending(lm, analysis, chat), **sameness(lm, analysis)}
@@ -64,11 +64,7 @@ def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None, 
         if cell == default:
             return f"You will get {gain} with self-speculation as it is the default: {given}."
         now = next((one for one in analysis.cells if one.cell == default), None)
-        than = (
-            ""
-            if now is None
-            else f" (the default, E {default_text(now.cell)}, is predicted {now.speedup:.2f} x)"
-        )
+        than = f" (the default, {cell_text(now.cell)}, is predicted {now.speedup:.2f} x)" if now else ""
         return f"You will get {gain} with {given}{than}; {confirm} measures it and makes it the default."
     keep = (
         "It is the default already."
@@ -93,9 +89,9 @@ def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None, 
     return f"You will get {gain} at best, with {given}: {plain} {why}"
 
 
-def default_text(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
     vocab = f"draft vocabulary {cell.draft_vocab}" if cell.draft_vocab else "no draft vocabulary"
-    return f"{cell.exit_layer}, K {cell.draft_length}, {vocab}"
+    return f"E {cell.exit_layer}, K {cell.draft_length}, {vocab}"
 
 
 # -- does an output end --------------------------------------------------------------------------------------
@@ -167,17 +163,13 @@ def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
     plain = {"mode": "ar", "max_new_tokens": analysis.budget}
     first, again = (lm.generate(one.prompt, **plain).tokens for _ in range(2))
     drafted = lm.generate(one.prompt, **{**plain, **analysis.best.cell.options}).tokens
-    parted = next((i for i, (a, b) in enumerate(zip(first, drafted, strict=False)) if a != b), None)
+    shorter, seen = min(len(first), len(drafted)), analysis.seen
+    parted = next((i for i in range(shorter) if first[i] != drafted[i]), shorter)
     equal = first == drafted
-    seen = analysis.seen
     return {
         "deterministic": first == again,
         "self_speculative_equal": equal,
-        "first_difference": None
-        if equal
-        else parted
-        if parted is not None
-        else min(len(first), len(drafted)),
+        "first_difference": None if equal else parted,
         "equality_promised": equality_promised(lm),
         "row_exact": lm.stack.row_exact,
         "dtype": str(lm.stack.dtype).removeprefix("torch."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from layerskip.measure import methods as ways
 from layerskip.measure.methods import SELF_SPECULATIVE
 from layerskip.measure.steps import Workbench, head_times, step_cost
+from layerskip.measure.vocabulary import DRAFT_VOCABULARIES
 from layerskip.model import cost as costs
 from layerskip.model.head import draft_ids
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from layerskip.decode.options import Plan
     from layerskip.measure.settings import Prompt, Settings
 
-DRAFT_VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)  # candidates; the whole head is one more
 ASSUMED_AGREEMENT = 0.8  # of an exit with the whole head, per token: a guess, and printed as one
 
 

@@ -6,7 +6,8 @@
 
 Plain decoding continues the prompts; one pass over those continuations says where each exit names the next token;
 `replay` turns that into rounds, `round_times` prices them. A cell's speed-up is the median over prompts of plain
-seconds over its own; its interval comes from drawing prompts and turns of the timing with replacement.
+seconds over its own; its interval comes from drawing prompts and turns of the timing with replacement. That the
+best of hundreds of cells was picked by the same numbers is not corrected for: it is the interval of any one cell.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from layerskip.errors import UserError
 from layerskip.measure.continuations import Continuation, Seen, Watch, continuations, observed, silent
 from layerskip.measure.replay import Replayed, by_place, joined, replay
 from layerskip.measure.round_times import Medians, RoundTimes, round_times
+from layerskip.measure.vocabulary import DRAFT_VOCABULARIES
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # K that are tried
 TIMED_LENGTHS = (1, 2, 4, 8, 12)
-SIZES = (1024, 2048, 4096, 8192, 16384, 32768)  # draft vocabularies that are tried
 SPREAD = 8  # exits that are tried where none is trained
 TIMED_EXITS = 4
 CURVE = 32  # exits whose agreement is told
@@ -111,8 +112,8 @@ class Analysis:
         longest = max(one.cell.draft_length for one in self.cells)
         places = {}
         for exit_layer in sorted({one.cell.exit_layer for one in self.cells}):
-            played = _replayed(self, Cell(exit_layer, longest, best.cell.draft_vocab))
-            places[str(exit_layer)] = by_place(joined(played), longest)
+            played = joined(_replayed(self, Cell(exit_layer, longest, best.cell.draft_vocab)))
+            places[str(exit_layer)] = by_place(played.drafted, played.accepted, longest)
         by_size = self.best_of(lambda cell: cell.draft_vocab)
         seconds = medians.seconds(best.cell.exit_layer, best.cell.draft_vocab)[0]
         return {
@@ -173,9 +174,9 @@ def analyse(
             "every continuation ends at its first token, so there is nothing to draft",
             "give other prompts, or a larger --max-new-tokens",
         )
-    curve = spread(lm.stack.num_layers, CURVE)
+    curve = spread(range(1, lm.stack.num_layers + 1), CURVE)
     seen = observed(lm, found, exits, sizes, curve, watch)
-    timed = [exits[i] for i in sorted(set(np.linspace(0, len(exits) - 1, TIMED_EXITS).round().astype(int)))]
+    timed = spread(exits, TIMED_EXITS)
     times = round_times(lm, _context(found), timed, TIMED_LENGTHS, sizes, batch_size, watch=watch)
     analysis = Analysis(found, max_new_tokens, seen, times)
     prices = _Prices(analysis)
@@ -188,28 +189,29 @@ def analyse(
 
 def candidate_exits(lm: LanguageModel) -> list[int]:
     """The trained exits; without any a spread over the layers."""
-    return sorted(lm.facts.exits) or spread(lm.stack.num_layers - 1, SPREAD)
+    return sorted(lm.facts.exits) or spread(range(1, lm.stack.num_layers), SPREAD)
 
 
-def spread(last: int, count: int) -> list[int]:
-    """Choose up to `count` layers from 1 to `last`, the ends among them."""
-    return sorted({int(layer) for layer in np.linspace(1, last, min(count, last)).round()})
+def spread(of: Sequence[int], count: int) -> list[int]:
+    """Choose up to `count` of them at equal distances, the ends among them."""
+    return [of[int(place)] for place in np.linspace(0, len(of) - 1, min(count, len(of))).round()]
 
 
 def candidate_sizes(lm: LanguageModel, wanted: int | str = "auto") -> list[int]:
     """Draft vocabularies worth trying; 0 is the whole head.
 
-    A checkpoint's ranked list ends somewhere: what stands behind its end was not worth a place.
+    A checkpoint's ranked list ends somewhere: what stands behind its end was not worth a place. What drafting uses
+    by default is tried too.
     """
     if wanted == "off":
         return [0]
     if wanted != "auto":
         lm.draft_head(Options.parse({"draft_vocab": wanted}))  # refuses a size out of range
         return [int(wanted)]
-    ranked = lm.ranked_vocabulary
-    own = [] if ranked is None else [len(set(ranked)), min(len(set(ranked)), lm.facts.draft_vocab_size or 0)]
-    last = lm.stack.vocab_size - 1 if ranked is None else len(set(ranked))
-    return sorted({0, *own, *(size for size in SIZES if size <= last)} - {lm.stack.vocab_size})
+    full, ranked = lm.stack.vocab_size, lm.ranked_vocabulary
+    last = full if ranked is None else len(set(ranked))
+    own = {last, min(last, lm.facts.draft_vocab_size or 0)}
+    return sorted({0, *own, *(size for size in DRAFT_VOCABULARIES if size <= last)} - {full})
 
 
 def default_cell(lm: LanguageModel) -> Cell | None:

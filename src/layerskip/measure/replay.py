@@ -76,13 +76,10 @@ def joined(parts: Sequence[Replayed]) -> Replayed:
     return Replayed(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def by_place(rounds: Replayed, draft_length: int) -> list[float | None]:
-    """Share of kept drafts at each place of a round, of the drafts made there; None where there was none."""
-    shares: list[float | None] = []
-    for place in range(draft_length):
-        made = int((rounds.drafted > place).sum())
-        shares.append(int((rounds.accepted > place).sum()) / made if made else None)
-    return shares
+def by_place(drafted: np.ndarray, accepted: np.ndarray, draft_length: int) -> list[float | None]:
+    """Share of kept drafts at each place of a round, of those judged there; None where none was. Shapes: [R]."""
+    judged, kept = ([int((count > k).sum()) for k in range(draft_length)] for count in (drafted, accepted))
+    return [b / a if a else None for a, b in zip(judged, kept, strict=True)]
 
 
 def _runs(ones: np.ndarray) -> np.ndarray:

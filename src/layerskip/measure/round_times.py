@@ -9,6 +9,7 @@ prompt runs again before it. All settings take turns, so that a disturbance meet
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerskip.decode.engine import Engine
+from layerskip.decode.engine import PREFILL_CHUNK, Engine
 from layerskip.decode.options import Options
 from layerskip.measure.continuations import Watch, silent
 
@@ -34,9 +35,8 @@ class RoundTimes:
     exits: tuple[int, ...]
     lengths: tuple[int, ...]
     rounds: np.ndarray  # [R, X, Y], with the reference's draft head
-    per_draft: dict[
-        int, np.ndarray
-    ]  # by size of the draft vocabulary, [R]: what a draft costs over the reference
+    # By size of the draft vocabulary, [R]: what a draft costs over the reference.
+    per_draft: dict[int, np.ndarray]
 
     def medians(self, turns: np.ndarray | None = None) -> Medians:
         """Take medians over turns: all of them once, or drawn ones, int64 [draws, R]."""
@@ -91,7 +91,7 @@ def round_times(
     """
     turns = TURNS if turns is None else turns
     reference = sorted(sizes)[len(sizes) // 2]
-    beds = {size: _Bed(lm, context, size, max(lengths), batch_size) for size in sizes}
+    repeated = {size: _RepeatedRounds(lm, context, size, max(lengths), batch_size) for size in sizes}
     middle, longest = exits[len(exits) // 2], max(lengths)
     plain = (reference, lm.stack.num_layers, 0)
     grid = [[(reference, e, k) for k in lengths] for e in exits]
@@ -102,7 +102,7 @@ def round_times(
         watch("timing rounds", turn, WARM_UP + turns)
         for cell in work:
             size, exit_layer, draft_length = cell
-            taken[cell].append(beds[size].round_s(exit_layer, draft_length))
+            taken[cell].append(repeated[size].round_s(exit_layer, draft_length))
     watch("timing rounds", WARM_UP + turns, WARM_UP + turns)
     seconds = {cell: np.array(values[WARM_UP:]) for cell, values in taken.items()}
     rounds = np.array([[seconds[plain], *(seconds[cell] for cell in line)] for line in grid])  # [X, Y, R]
@@ -125,15 +125,15 @@ def _per_draft(seconds: dict[int, np.ndarray], reference: int) -> dict[int, np.n
     return {size: slope * (size - reference) for size in seconds}
 
 
-class _Bed:
+class _RepeatedRounds:
     """An engine whose rows hold a context, on which a round of any E and K can be run again and again."""
 
     def __init__(
         self, lm: LanguageModel, context: Sequence[int], size: int, longest: int, batch_size: int
     ) -> None:
         self.lm = lm
-        # With several rows, those prefilled first make rounds while the others wait.
-        self.room = (longest + 1) * (batch_size + 1)
+        # With several rows, those prefilled first make rounds while the others wait, one a chunk.
+        self.room = (longest + 1) * (batch_size * math.ceil(len(context) / PREFILL_CHUNK) + 1)
         most = (lm.stack.context or len(context) + self.room) - self.room
         self.context = list(context[-most:] if most > 0 else context[-1:])
         capacity = min(len(self.context) + self.room, lm.stack.context or 1 << 62)
@@ -154,7 +154,8 @@ class _Bed:
         self.rows = [self.engine.add(request, row) for row in self.rows]
         waiting = set(self.rows)
         while waiting:
-            waiting -= {round.row for round in self.engine.step() if round.source == "prefill"}
+            # A chunk of a long prompt commits nothing: its row is not ready yet.
+            waiting -= {r.row for r in self.engine.step() if r.source == "prefill" and r.tokens}
         began = time.perf_counter()
         self.engine.step()
         seconds = time.perf_counter() - began

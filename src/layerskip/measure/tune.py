@@ -5,7 +5,8 @@
     order[0].measured()         # median of paired ratios with its 95% interval
 
 On each prompt plain decoding and all settings still in the race take turns; a ratio compares two runs on the same
-prompt, one right after the other, ends of sequence respected, timed from outside the engine.
+prompt in the same turn, ends of sequence respected, timed from outside the engine. What is told of the winner comes
+from a last rung of its own: the runs that chose it flatter it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import copy
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.continuations import Watch, silent
 from layerskip.measure.intervals import Interval, interval
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FINALISTS = 6
 LEADING_EXITS = 3  # each sends its best cell
 LEAST_TURNS = 2  # of a rung
+LAST_TURNS = 8  # at least, of the last one; fewer where there are fewer prompts
 WARM_UP = 8  # new tokens of a first call
 
 
@@ -44,11 +46,18 @@ class Trial:
     predicted: float
     confidence: float | None = None  # the policy's threshold
     policy: str = "fixed"
+    interval: tuple[float, float] | None = None  # of the prediction
     ratios: dict[int, list[float]] = field(default_factory=dict)
-    equal: int = 0
     of: int = 0
+    differing: list[int] = field(default_factory=list)  # prompts whose output was not plain decoding's
     drafted: int = 0
     accepted: int = 0
+
+    @classmethod
+    def predicted_by(cls, one: Predicted, policy: str = "fixed") -> Trial:
+        """Put a prediction to the test. The adaptive policy starts from it and was not predicted itself."""
+        interval = None if policy == "adaptive" else one.interval
+        return cls(one.cell, one.speedup, one.confidence, policy, interval)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -62,6 +71,11 @@ class Trial:
             groups = [[statistics.median(values)] for values in groups]
         return interval(groups)
 
+    @property
+    def mode(self) -> str:
+        """What to decode by: plainly where it was not measured to be faster."""
+        return "self-speculative" if self.measured().low > 1 else "ar"
+
     def record(self) -> dict[str, Any]:
         found = self.measured()
         return {
@@ -71,8 +85,7 @@ class Trial:
             "predicted_speedup": self.predicted,
             "speedup": {"median": found.median, "ci95": found.ci95},
             "acceptance": self.accepted / self.drafted if self.drafted else None,
-            "prompts": self.of,
-            "equal": self.equal,
+            "equal": self.of - len(self.differing),
             "of": self.of,
         }
 
@@ -80,8 +93,8 @@ class Trial:
 def finalists(analysis: Analysis, default: Cell | None = None, count: int = FINALISTS) -> list[Trial]:
     """Choose what is worth measuring: the best cell of each leading exit, then the best of the others.
 
-    The checkpoint's present default comes on top, and the other policies where the first is predicted at all: the
-    best cell of the confidence policy, and the adaptive one, which starts from the best cell and finds its own.
+    The checkpoint's present default comes on top, and the other policies: the best cell of the confidence policy
+    where it was predicted, and the adaptive one, which starts from the best cell and finds its own.
     """
     leading = analysis.best_of(lambda cell: cell.exit_layer)[:LEADING_EXITS]
     rows = analysis.best_of(lambda cell: (cell.exit_layer, cell.draft_length))  # sizes hardly differ
@@ -91,10 +104,10 @@ def finalists(analysis: Analysis, default: Cell | None = None, count: int = FINA
         if len(chosen) < count:
             chosen.setdefault(one.cell, one)
     chosen |= {one.cell: one for one in own}
-    trials = [Trial(one.cell, one.speedup) for one in chosen.values()]
-    if (sure := analysis.confident) is not None:
-        trials.append(Trial(sure.cell, sure.speedup, sure.confidence, "confidence"))
-        trials.append(Trial(analysis.best.cell, analysis.best.speedup, policy="adaptive"))
+    trials = [Trial.predicted_by(one) for one in chosen.values()]
+    if analysis.confident is not None:
+        trials.append(Trial.predicted_by(analysis.confident, "confidence"))
+    trials.append(Trial.predicted_by(analysis.best, "adaptive"))
     return sorted(trials, key=lambda trial: -trial.predicted)
 
 
@@ -108,9 +121,10 @@ def halving(
     watch: Watch = silent,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Trial]:
-    """Measure in rungs of equal time until one is left, then that one on further prompts; return them by rank.
+    """Measure in rungs of equal time until one is left, then that one anew; return them by rank.
 
-    Prompts go round, so each rung is played on others than the one before as long as they last.
+    Prompts go round, so each rung is played on others than the one before as long as they last. The winner's
+    ratios are those of its last rung alone.
     """
     groups = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     race = Race(lm, groups, max_new_tokens, clock)
@@ -118,8 +132,10 @@ def halving(
     rungs = math.ceil(math.log2(len(alive))) + 1 if alive else 0
     race.warm_up(alive)
     for rung in range(rungs):
-        began, turns = clock(), 0
-        while turns < LEAST_TURNS or clock() - began < seconds / rungs:
+        began, turns, least = clock(), 0, LEAST_TURNS
+        if rung == rungs - 1:
+            alive[0].ratios, least = {}, max(LEAST_TURNS, min(LAST_TURNS, len(groups)))
+        while turns < least or clock() - began < seconds / rungs:
             what = f"measuring, rung {rung + 1} of {rungs}, {len(alive)} settings"
             watch(what, int(clock() - began), int(seconds / rungs))
             race.turn(alive)
@@ -143,7 +159,7 @@ class Race:
     ) -> None:
         self.lm, self.groups, self.max_new_tokens, self.clock = lm, groups, max_new_tokens, clock
         self.turns = 0
-        self.faces: dict[int, LanguageModel] = {}
+        self.faces = defaultdict[int, "LanguageModel"](lambda: copy.copy(lm))  # each keeps its own engine
 
     def warm_up(self, trials: Sequence[Trial]) -> None:
         for trial in trials:
@@ -168,17 +184,20 @@ class Race:
                 run = runs[id(trial)]
                 trial.ratios.setdefault(index, []).append(run.rate / plain.rate)
                 trial.of += len(plain.tokens)
-                trial.equal += sum(a == b for a, b in zip(run.tokens, plain.tokens, strict=True))
+                first = index * len(self.groups[0])
+                pairs = zip(run.tokens, plain.tokens, strict=True)
+                trial.differing += [first + row for row, (own, other) in enumerate(pairs) if own != other]
                 trial.drafted += run.drafted
                 trial.accepted += run.accepted
             return
-        raise UserError("every output ends at its first token, so there is nothing to time", "other prompts?")
+        raise UserError(
+            "every output ends at its first token, so there is nothing to time",
+            "give other prompts, or --no-chat",
+        )
 
     def _decoded(self, trial: Trial | None, prompts: list[list[int]], budget: int) -> _Run:
         """Decode a group. On CUDA it is done twice: graphs are captured in a first call that nobody times."""
-        face = self.faces.setdefault(
-            id(trial), copy.copy(self.lm)
-        )  # each keeps its own engine, where one is kept
+        face = self.faces[id(trial)]
         options = {"mode": "ar"} if trial is None else trial.options
         for _ in range(2 if face.keep_engine else 1):
             began = self.clock()
@@ -203,26 +222,34 @@ class _Run:
     accepted: int
 
 
+def tuned(analysis: Analysis, ranked: Sequence[Trial]) -> dict[str, Any]:
+    """Join prediction and measurement: `best` is the race's winner."""
+    record, rows, winner = analysis.record(), [trial.record() for trial in ranked], ranked[0].measured()
+    names = ("exit_layer", "draft_length", "draft_vocab", "policy", "confidence", "predicted_speedup")
+    best = {
+        **{name: rows[0][name] for name in names},
+        "interval": ranked[0].interval and list(ranked[0].interval),
+        "measured_speedup": winner.median,
+        "measured_interval": winner.ci95,
+        "mode": ranked[0].mode,
+    }
+    return {**record, "best": best, "predicted_best": record["best"], "measured": rows}
+
+
 def save_choice(lm: LanguageModel, trial: Trial) -> Path:
     """Make a measured setting the checkpoint's default; where it was not faster, plain decoding.
 
-    A draft vocabulary that the checkpoint has no list for is written beside it. Raises: UserError when the
-    model has no folder, or one that cannot be written.
+    Raises: UserError when the model has no folder, or one that cannot be written.
     """
     if lm.path is None:
         raise UserError("this model has no folder to write into", "save it, load it from there, tune again")
-    size = trial.cell.draft_vocab
-    if size and lm.ranked_vocabulary is None:
-        head = lm.draft_head(Options.parse({"draft_vocab": size}))
-        assert head is not None
-        checkpoint.write_draft_vocabulary(lm.path, head.ids.tolist(), lm.facts)
     checkpoint.write_entry(
         lm.path,
         lm.facts,
         exit_layer=trial.cell.exit_layer,
         draft_length=trial.cell.draft_length,
-        draft_vocab_size=size,
-        mode="self-speculative" if trial.measured().low > 1 else "ar",
+        draft_vocab_size=trial.cell.draft_vocab,
+        mode=trial.mode,
         policy=trial.policy,
         confidence=trial.confidence,
     )

@@ -28,7 +28,7 @@ class Facts:
     exit_layer: int | None = None  # default E
     draft_length: int | None = None  # default K
     draft_vocab: str | None = None  # file beside config.json: token ids by falling frequency, a JSON list
-    draft_vocab_size: int | None = None  # drafting uses that many of its first ids; 0: none, None: all
+    draft_vocab_size: int | None = None  # how many of its first ids, without it of the lowest; 0: none
     mode: str | None = None  # default way of decoding, as measured; None: see `pays`
     policy: str | None = None  # default policy of drafting: fixed, confidence or adaptive
     confidence: float | None = None  # stop drafting where the exit's most probable token has less than this
@@ -172,7 +172,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error}", "--output writes elsewhere") from error
+        raise UserError(f"cannot write into {folder}: {error}", "use a copy that is writable") from error
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
