@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.separator = arguments.separator.encode().decode("unicode_escape")
+    arguments.separator = arguments.separator.replace("\\n", "\n")
     lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     prompts = read(lm, arguments)
     vocab = int(arguments.draft_vocab) if arguments.draft_vocab.isdecimal() else arguments.draft_vocab
