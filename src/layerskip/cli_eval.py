@@ -124,6 +124,9 @@ def evaluate(
     lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
     if lm.tokenizer is None:
         raise UserError(f"{model} has no tokenizer, so it cannot read text", "add its tokenizer.json")
+    wrap = lm.has_template if chat is None else chat
+    if prompts is not None and wrap and after:
+        raise UserError("--separator does nothing: this model's template wraps prompts", "add --no-chat")
     run = _Run(lm, chosen, work, quantize, limit)
     sources: dict[str, list[dict[str, Any]]] = {}
     tasks: dict[str, Any] = {}
@@ -133,7 +136,6 @@ def evaluate(
             if text is not None:
                 sources |= run.text(wanted["text"], text, window)
             if prompts is not None:
-                wrap = lm.has_template if chat is None else chat
                 budget = max_new_tokens or CONTINUATION
                 sources |= run.prompts(wanted["prompts"], prompts, budget, batch_size, wrap, after)
             if task == LIKELIHOOD:
@@ -145,10 +147,9 @@ def evaluate(
     except KeyboardInterrupt:
         err.print(Text("stopped; run the same command again to go on", style="dim"))
         sys.exit(130)
-    kept = {name: sources[name] for name in ("text", "prompts", "continuations") if name in sources}
     result = {
         "exits": next((sources[name] for name in SOURCES if name in sources), []),
-        "sources": kept,
+        "sources": sources,
         "tasks": tasks,
         "configuration": configuration(given, lm, load_s, layers=lm.stack.num_layers),
     }
@@ -267,8 +268,6 @@ class _Run:
         from layerskip.measure.records import Records
 
         lm = self.lm
-        if chat and separator:
-            raise UserError("--separator does nothing: this model's template wraps prompts", "add --no-chat")
         given = [encoded(lm, content, chat, separator) for content in contents]
         more = {"chat": chat, "separator": separator, "eos": sorted(lm.eos_ids(Options()))}
         records = self._records("prompts", path, exits=self.exits, max_new_tokens=budget, **more)

@@ -32,7 +32,7 @@ def prompt_lines(path: Path | None, limit: int | None) -> list[Any]:
 
 
 def encoded(lm: LanguageModel, content: Any, chat: bool | None = None, separator: str = "") -> list[int]:
-    """Encode text or messages, wrapped if the model can (None); `separator` follows text that is not."""
+    """Encode text or messages, wrapped if `chat` (None: if it can); `separator` follows text that is not."""
     wrap = lm.has_template if chat is None else chat
     return lm.encode(content if wrap or not isinstance(content, str) else content + separator, chat=wrap)
 
