@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -38,11 +37,12 @@ from layerskip.decode.language_model import LanguageModel, resolve_device
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.intervals import interval, resampled
+from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.tasks import TOPV2, Item, as_trained, decoded, ends, matches, read
+from layerskip.model.checkpoint import fingerprint
 from layerskip.model.cost import Cost
 
 FULL, BASELINE = "full", "baseline"
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main() -> None:
     lm = layerskip.load(arguments.model, **settings)
     other = None if arguments.baseline is None else layerskip.load(arguments.baseline, **settings)
     draft_vocab = checked_vocabulary(lm, arguments.draft_vocab, arguments.model)
-    remember(arguments, lm, other, exits, lengths)
+    work_folder(arguments.work.parent, arguments.work.name, setup(arguments, lm, other, exits, lengths))
 
     common = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": ends(lm)}
     full = Method(FULL, lm, {"mode": "ar", **common})
@@ -105,7 +105,7 @@ def main() -> None:
     chosen = dict.fromkeys(exits, lengths[0])
     tuning: dict[str, float] = {}
     if len(lengths) > 1:
-        found = run(tuned, [full, *grid.values()], arguments, "tuning.jsonl")
+        found = run(tuned, [full, *grid.values()], arguments, "tuning")
         tuning = {method.name: rate(found, method.name) for method in [full, *grid.values()]}
         chosen = {e: max(lengths, key=lambda k, e=e: tuning[grid[e, k].name]) for e in exits}
     # Unverified exits use the whole head: a reduced one would cut their quality, and nothing would mend it.
@@ -117,8 +117,8 @@ def main() -> None:
     methods = [full, *(grid[cell] for cell in cells), *early.values()]
     if other is not None:
         methods.append(Method(BASELINE, other, {"mode": "ar", **common, "eos_token_id": ends(other)}))
-    timed = run(reported[: arguments.timed], methods, arguments, "timed.jsonl")
-    found = run(reported, methods, arguments, "items.jsonl", arguments.batch)
+    timed = run(reported[: arguments.timed], methods, arguments, "timed")
+    found = run(reported, methods, arguments, "items", arguments.batch)
 
     table = {FULL: summary(found, FULL, timed)}
     if other is not None:
@@ -218,78 +218,48 @@ def differing(a: dict[str, Any] | None, b: dict[str, Any] | None) -> list[str] |
 # -- running, item by item -----------------------------------------------------------------------------------
 
 
-def remember(
+def setup(
     arguments: argparse.Namespace,
     lm: LanguageModel,
     other: LanguageModel | None,
     exits: Sequence[int],
     lengths: Sequence[int],
-) -> None:
-    """Note in the work folder what its records are of; refuse a folder with records of something else."""
+) -> dict[str, Any]:
+    """Say what the records of a work folder are of."""
     names = ("draft_vocab", "max_new_tokens", "separator", "dtype", "device", "stack", "threads", "tune")
-    now = {
+    weights = lambda lm: fingerprint(lm.path, "*.safetensors", "*.json")  # noqa: E731 (the draft vocabulary too)
+    return {
         **{name: getattr(arguments, name) for name in names},
         "exits": list(exits),
         "draft_lengths": list(lengths),
-        "model": digest(lm),
-        "baseline": None if other is None else digest(other),
+        "model": weights(lm),
+        "baseline": other and weights(other),
         "data": hashlib.sha256(arguments.data.read_bytes()).hexdigest(),
     }
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    file = arguments.work / "setup.json"
-    if file.exists() and (before := json.loads(file.read_text())) != now:
-        changed = ", ".join(name for name in now if before.get(name) != now[name])
-        raise SystemExit(
-            f"{arguments.work} has records of another run ({changed} differ): name another --work"
-        )
-    file.write_text(json.dumps(now, indent=1) + "\n")
-
-
-def digest(lm: LanguageModel) -> str:
-    """Hash weights and draft vocabulary."""
-    assert lm.path is not None
-    total = hashlib.sha256(json.dumps(lm.ranked_vocabulary).encode())
-    for file in sorted(lm.path.glob("*.safetensors")):
-        with open(file, "rb") as weights:
-            total.update(hashlib.file_digest(weights, "sha256").digest())
-    return total.hexdigest()
 
 
 def run(
     items: Sequence[Item], methods: Sequence[Method], arguments: argparse.Namespace, name: str, batch: int = 1
 ) -> list[Record]:
     """Decode items with every method in turn, `batch` at a time, those on file left out; a line per item."""
-    file = arguments.work / name
-    done = finished(file, [method.name for method in methods])
+    records, names = Records(arguments.work, name), {method.name for method in methods}
+    done = {index: one for index, one in records.found.items() if names <= {*one["methods"]}}
     waiting = [item for item in items if item.index not in done]
     if waiting and batch == 1:
         warm = as_trained(methods[0].lm, waiting[0].prompt, arguments.separator)
         for method in methods:
             method.lm.generate(warm, **{**method.options, "max_new_tokens": 24})
     began = time.perf_counter()
-    with open(file, "a", encoding="utf-8") as lines:
-        for start in range(0, len(waiting), batch):
-            together = waiting[start : start + batch]
-            for record_ in compared(methods, together, arguments.separator):
-                lines.write(json.dumps(record_) + "\n")
-                done[record_["index"]] = record_
-            lines.flush()
-            number = start + len(together)
-            if number % (20 * batch) < batch or number == len(waiting):
-                left = (time.perf_counter() - began) / number * (len(waiting) - number) / 60
-                so_far = f"{len(items) - len(waiting) + number} of {len(items)} items"
-                print(f"{name}: {so_far}, {left:.0f} minutes left", file=sys.stderr, flush=True)
-    return [done[item.index] for item in items]
-
-
-def finished(file: Path, names: Sequence[str]) -> dict[int, Record]:
-    """Read the records that have all methods; a line cut off by a kill is cut off the file."""
-    if not file.exists():
-        return {}
-    whole = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    file.write_bytes(b"".join(whole))
-    records = [json.loads(line) for line in whole]
-    return {found["index"]: found for found in records if {*names} <= {*found["methods"]}}
+    for start in range(0, len(waiting), batch):
+        together = waiting[start : start + batch]
+        for one in compared(methods, together, arguments.separator):
+            records.keep(one)
+        number = start + len(together)
+        if number % (20 * batch) < batch or number == len(waiting):
+            left = (time.perf_counter() - began) / number * (len(waiting) - number) / 60
+            so_far = f"{len(items) - len(waiting) + number} of {len(items)} items"
+            print(f"{name}: {so_far}, {left:.0f} minutes left", file=sys.stderr, flush=True)
+    return [records.found[item.index] for item in items]
 
 
 def compared(methods: Sequence[Method], items: Sequence[Item], separator: str) -> list[Record]:
@@ -351,10 +321,9 @@ def summary(found: Sequence[Record], method: str, timed: Sequence[Record]) -> di
         "equal": int(column(found, method, "equal").sum()),
         "equal_timed": int(column(timed, method, "equal").sum()),
         "acceptance": float(accepted / drafted) if drafted else None,
-        "tokens_per_round": float((tokens.sum() - len(found)) / rounds)
-        if rounds
-        else None,  # prefill gives one
-        "speedup": {"median": paired.median, "ci95": paired.ci95},
+        # Prefill gives one token of each item.
+        "tokens_per_round": float((tokens.sum() - len(found)) / rounds) if rounds else None,
+        "speedup": paired.record(),
         "speedup_of_sums": {
             "ratio": float(plain.sum() / seconds.sum()),
             "ci95": resampled(lambda a, b: a.sum(-1) / b.sum(-1), plain, seconds),

@@ -150,7 +150,7 @@ def dropout_saving(
     return {
         "p_max": P_MAX,
         "dropped": dropped,
-        "saved": {"median": found.median, "ci95": found.ci95, "wanted": WANTED_SAVING, "ideal": ideal},
+        "saved": {**found.record(), "wanted": WANTED_SAVING, "ideal": ideal},
         "seconds": _told(seconds),
     }
 
@@ -198,7 +198,7 @@ def cost_of_exits(
             {
                 "early_exits": count,
                 "exits": list(spread(layers, count)),
-                "ratio": {"median": found.median, "ci95": found.ci95},
+                "ratio": found.record(),
                 "bound": bound,
             }
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from layerskip.errors import UserError
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -63,7 +65,7 @@ def test_topv2_goes_on_after_a_kill_and_refuses_records_of_other_settings(topv2)
     lines = file.read_bytes().splitlines(keepends=True)
     assert lines[:2] == [first, second]
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
-    with pytest.raises(SystemExit, match="max_new_tokens"):
+    with pytest.raises(UserError, match="max_new_tokens"):
         topv2("--limit", 3, "--max-new-tokens", 9)
 
 

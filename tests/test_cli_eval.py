@@ -10,7 +10,7 @@ import transformers
 
 import layerskip
 import tiny
-from layerskip import display_eval
+from layerskip import display
 from layerskip.measure import evaluation, likelihood
 
 L = tiny.NUM_LAYERS
@@ -273,7 +273,7 @@ def test_the_table_has_a_bar_per_exit_and_marks_the_trained_ones(run, folder, te
     [last] = [line for line in lines if line.split()[:1] == ["5"]]
     assert second.split()[-1] == "trained"
     assert "trained" not in third
-    assert "█" * display_eval.BAR in last
+    assert "█" * display.BAR in last
     assert "100.0%" in last
     assert "all layers" in last
     assert f"running text  {len(TEXT) - 2} tokens predicted" in printed
@@ -293,7 +293,7 @@ def test_a_result_can_be_written(run, folder, text, tmp_path, monkeypatch):
     ("share", "drawn"), [(0.0, ""), (None, ""), (1.0, "█" * 20), (0.5, "█" * 10), (0.01, "▎")]
 )
 def test_a_share_is_drawn_as_a_bar(share, drawn):
-    assert display_eval.bar(share) == drawn.ljust(20)
+    assert display.bar(share) == drawn.ljust(20)
 
 
 def test_a_source_without_tokens_is_told_without_figures(run, folder, tmp_path):
@@ -307,6 +307,9 @@ def test_a_source_without_tokens_is_told_without_figures(run, folder, tmp_path):
 
 # -- mistakes ------------------------------------------------------------------------------------------------
 
+PARSES, SCORES = (("--task", name, "--data", file) for name, file in (
+    ("topv2", "parses.jsonl"), ("loglikelihood", "items.jsonl")
+))  # fmt: skip
 MISTAKES = {
     "no source": ((), "nothing to judge on"),
     "data alone": (("--data", "items.jsonl"), "--data comes without a task"),
@@ -315,9 +318,18 @@ MISTAKES = {
     "unknown task": (("--task", "loglikelyhood", "--data", "items.jsonl"), "did you mean 'loglikelihood'"),
     "unlike task": (("--task", "topv", "--data", "items.jsonl"), "did you mean 'topv2'"),
     "no such field": (("--task", "topv2", "--data", "bad.jsonl"), "bad.jsonl, line 1"),
-    "unknown mode": (("--text", "wiki.txt", "--modes", "ar,early"), "unknown mode 'early'"),
-    "no mode": (("--text", "wiki.txt", "--modes", ""), "unknown mode ''"),
-    "draft vocabulary": (("--text", "wiki.txt", "--draft-vocab", "many"), "draft vocabulary 'many'"),
+    "unknown mode": ((*PARSES, "--modes", "ar,early"), "unknown mode 'early'"),
+    "no mode": ((*PARSES, "--modes", ""), "unknown mode ''"),
+    "draft vocabulary": ((*PARSES, "--draft-vocab", "many"), "draft vocabulary 'many'"),
+    "window of no text": (("--prompts", "prompts.jsonl", "--window", "9"), "--window has nothing to do here"),
+    "exits of a task": ((*PARSES, "--exits", "2"), "--exits has nothing to do here"),
+    "exit of a text": (("--text", "wiki.txt", "--exit-layer", "2"), "--exit-layer has nothing to do here"),
+    "modes of a score": ((*SCORES, "--modes", "ar"), "--modes has nothing to do here"),
+    "K of a text": (("--text", "wiki.txt", "--draft-length", "2"), "it goes with --task topv2 or humaneval"),
+    "budget of a score": ((*SCORES, "--max-new-tokens", "2"), "--max-new-tokens has nothing to do here"),
+    "separator of a text": (("--text", "wiki.txt", "--separator", "x"), "--separator has nothing to do here"),
+    "separator and chat": ((*SCORES, "--separator", "x", "--chat"), "--separator does nothing under --chat"),
+    "separator and template": (("--prompts", "prompts.jsonl", "--separator", "x"), "add --no-chat"),
     "missing text": (("--text", "none.txt"), "cannot read none.txt"),
     "empty text": (("--text", "empty.txt"), "empty.txt is empty"),
     "no text": (("--text", "image.png"), "cannot read image.png"),
@@ -338,7 +350,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_in_two_lines(fails, folder, text, prompts, items, tmp_path, monkeypatch, name):
+def test_a_mistake_is_told_in_two_lines(
+    fails, folder, text, prompts, items, parses, tmp_path, monkeypatch, name
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "one.txt").write_text("a")

@@ -182,7 +182,7 @@ def test_a_slip_is_told_before_a_model_is_loaded(fails, arguments, expected):
     ("arguments", "expected"),
     [
         (("hi", "--exits", f"1,{L + 1}"), f"exit layer {L + 1} is out of range"),
-        (("hi", "--exits", "0"), "exit layer 0 is out of range"),
+        (("hi", "--exits", "0"), "exits '0'"),
         (("hi", "--generate", 4, "--exit-layer", L), "out of range"),
         (("x" * 400,), "positions are too many"),
     ],

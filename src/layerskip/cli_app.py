@@ -50,7 +50,7 @@ Policy = Annotated[
 Confidence = Annotated[
     float | None,
     typer.Option(
-        help="Stop drafting where the exit's largest probability is below.", show_default="by policy"
+        help="Stop drafting where the exit's largest probability is below this.", show_default="by policy"
     ),
 ]
 Guard = Annotated[
@@ -76,6 +76,16 @@ def vocabulary_size(given: str) -> int | str:
     if not given.isdecimal():
         raise UserError(f"draft vocabulary {given!r}", "--draft-vocab is a number of tokens, auto or off")
     return int(given)
+
+
+def exit_layers(given: str) -> list[int] | None:
+    """Read --exits: None for all. Raises: UserError."""
+    if given == "all":
+        return None
+    names = [name.strip() for name in given.split(",")]
+    if not all(name.isdecimal() and int(name) for name in names):
+        raise UserError(f"exits {given!r}", "--exits is all, or layers from 1 on with commas between: 1,4,8")
+    return sorted({int(name) for name in names})
 
 
 def load(

@@ -36,6 +36,7 @@ from layerskip.cli_app import (
     TopP,
     load,
 )
+from layerskip.cli_results import encoded, unescaped
 from layerskip.display import err, out
 from layerskip.errors import UserError
 
@@ -110,13 +111,13 @@ def distill_data(
         raise UserError(f"{model} has no tokenizer, so it cannot read prompts", "add its tokenizer.json")
     if lm.has_template if chat is None else chat:
         given = [_as_messages(prompt) for prompt in given]
-    after = separator.replace("\\n", "\n").replace("\\t", "\t")
+    after = unescaped(separator)
     settings = {key: value for key, value in options.items() if key not in ("batch_size", "chat")}
     settings |= {"separator": after, "dtype": str(lm.stack.dtype), "quantize": quantize}
     settings |= {"weights": fingerprint(lm.path)}
     _check_found(found, given, settings, output)
     left = [index for index in range(len(given)) if index not in found]
-    encoded = [lm.encode(_with(given[index], after)) for index in left]
+    tokens_of = [encoded(lm, given[index], False, after) for index in left]
     began = time.perf_counter()
     record: dict[str, Any] = {
         "output": str(output),
@@ -129,8 +130,8 @@ def distill_data(
     }
     try:
         with output.open("a", encoding="utf-8", newline="\n") as file, _bar(record) as advance:
-            results = lm.each(encoded, indices=left, **options)
-            for index, tokens, result in zip(left, encoded, results, strict=True):
+            results = lm.each(tokens_of, indices=left, **options)
+            for index, tokens, result in zip(left, tokens_of, results, strict=True):
                 first = not found and not record["written"]
                 file.write(_line(index, given[index], tokens, result, settings if first else None) + "\n")
                 file.flush()
@@ -165,10 +166,6 @@ def _to_continue(content: Prompt, number: int) -> Prompt:
 
 def _as_messages(prompt: Prompt) -> Prompt:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _with(prompt: Prompt, separator: str) -> Prompt:
-    return prompt + separator if isinstance(prompt, str) else prompt
 
 
 def _line(

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,14 +24,17 @@ from layerskip.cli_app import (
     Quantize,
     StackName,
     Threads,
+    exit_layers,
     vocabulary_size,
 )
-from layerskip.cli_results import check_counts, configuration, loaded, progress
+from layerskip.cli_results import check_counts, configuration, encoded, loaded, progress, unescaped
 from layerskip.cli_results import save as save_result
 from layerskip.display import err
 from layerskip.errors import UserError, nearest
+from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
+    from layerskip.config import LikelihoodLine
     from layerskip.decode.language_model import LanguageModel
     from layerskip.measure.records import Record, Records
 
@@ -70,10 +74,14 @@ def evaluate(
         typer.Option(help="Budget of a continuation.", show_default=f"{CONTINUATION}; of a task, its own"),
     ] = None,
     exit_layer: Annotated[
-        int | None, typer.Option(help="E, the exit a task is done at.", show_default="by checkpoint")
+        int | None,
+        typer.Option(
+            help="E, the exit a task is done at.", show_default="by checkpoint, or a quarter of the layers"
+        ),
     ] = None,
     modes: Annotated[
-        str, typer.Option(help="How a generation task is done.")
+        str,
+        typer.Option(help="How a generation task is done; of ar, early-exit, self-speculative."),
     ] = "ar,early-exit,self-speculative",
     draft_length: DraftLength = None,
     draft_vocab: DraftVocab = "auto",
@@ -107,9 +115,8 @@ def evaluate(
     check_counts(**counts, threads=threads, **{"batch-size": batch_size})
     if window == 1:
         raise UserError("window is 1", "a window needs a token and one that follows it: at least 2")
-    chosen = _exits(exits)
-    wanted = _read(text, prompts, task, data, limit)
-    after = separator.replace("\\n", "\n").replace("\\t", "\t")
+    chosen, after = exit_layers(exits), unescaped(separator)
+    wanted = _read(given)
     mode_names = [name.strip() for name in modes.split(",") if name.strip()]
     drafting: dict[str, Any] = {"draft_length": draft_length, "draft_vocab": vocabulary_size(draft_vocab)}
     for name in mode_names or [modes]:
@@ -117,15 +124,18 @@ def evaluate(
     lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
     if lm.tokenizer is None:
         raise UserError(f"{model} has no tokenizer, so it cannot read text", "add its tokenizer.json")
+    wrap = lm.has_template if chat is None else chat
+    if prompts is not None and wrap and after:
+        raise UserError("--separator does nothing: this model's template wraps prompts", "add --no-chat")
     run = _Run(lm, chosen, work, quantize, limit)
     sources: dict[str, list[dict[str, Any]]] = {}
     tasks: dict[str, Any] = {}
     try:
-        with progress() as run.watch:
+        with progress() as watch:
+            run.watch = watch
             if text is not None:
                 sources |= run.text(wanted["text"], text, window)
             if prompts is not None:
-                wrap = lm.has_template if chat is None else chat
                 budget = max_new_tokens or CONTINUATION
                 sources |= run.prompts(wanted["prompts"], prompts, budget, batch_size, wrap, after)
             if task == LIKELIHOOD:
@@ -137,14 +147,11 @@ def evaluate(
     except KeyboardInterrupt:
         err.print(Text("stopped; run the same command again to go on", style="dim"))
         sys.exit(130)
-    kept = {name: sources[name] for name in ("text", "prompts", "continuations") if name in sources}
     result = {
         "exits": next((sources[name] for name in SOURCES if name in sources), []),
-        "sources": kept,
+        "sources": sources,
         "tasks": tasks,
-        "configuration": configuration(
-            given, lm, load_s, layers=lm.stack.num_layers, trained_exits=list(lm.facts.exits)
-        ),
+        "configuration": configuration(given, lm, load_s, layers=lm.stack.num_layers),
     }
     if as_json:
         print(json.dumps(result))
@@ -160,24 +167,13 @@ def evaluate(
 # -- before the model is loaded ------------------------------------------------------------------------------
 
 
-def _exits(given: str) -> list[int] | None:
-    """Read --exits: None for all. Raises: UserError."""
-    if given == "all":
-        return None
-    names = [name.strip() for name in given.split(",")]
-    if not all(name.isdecimal() and int(name) > 0 for name in names):
-        raise UserError(f"exits {given!r}", "--exits is all, or layers from 1 on with commas between: 1,4,8")
-    return sorted({int(name) for name in names})
-
-
-def _read(
-    text: Path | None, prompts: Path | None, task: str | None, data: Path | None, limit: int | None
-) -> dict[str, Any]:
-    """Read what is asked for. Raises: UserError for a file that cannot be used, or nothing to do."""
+def _read(given: dict[str, Any]) -> dict[str, Any]:
+    """Read what is asked for. Raises: UserError for a file or an option of no use, or nothing to do."""
     from layerskip.config import read_likelihoods, read_prompts
     from layerskip.measure import tasks
     from layerskip.measure.evaluation import read_text
 
+    text, prompts, task, data, limit = (given[k] for k in ("text", "prompts", "task", "data", "limit"))
     known = (LIKELIHOOD, *tasks.NAMES)
     if text is None and prompts is None and task is None:
         if data is not None:
@@ -188,16 +184,40 @@ def _read(
     if (task is None) != (data is None):
         missing = "--data" if data is None else "--task"
         raise UserError(f"{missing} is missing", "a task needs its items: --task NAME --data FILE.jsonl")
+    _check_used(given)
     found: dict[str, Any] = {}
     if text is not None:
         found["text"] = read_text(text)
     if prompts is not None:
         found["prompts"] = [line.content for line in read_prompts(prompts)][:limit]
-    if data is not None and task == LIKELIHOOD:
+    if task == LIKELIHOOD:
         found["items"] = read_likelihoods(data)[:limit]
-    elif data is not None and task is not None:
+    elif task is not None:
         found["items"] = tasks.read(task, data, limit)
     return found
+
+
+def _check_used(given: dict[str, Any]) -> None:
+    """Refuse an option that nothing asked for would read. Raises: UserError."""
+    text, prompts, task = (given[name] is not None for name in ("text", "prompts", "task"))
+    scores = given["task"] == LIKELIHOOD
+    generates, generation = task and not scores, "--task topv2 or humaneval"
+    needs = {
+        "window": (text, "--text"),
+        "exits": (text or prompts, "--text or --prompts; a task has --exit-layer"),
+        "exit_layer": (task, "--task"),
+        **dict.fromkeys(("modes", "draft_length", "draft_vocab"), (generates, generation)),
+        **dict.fromkeys(
+            ("max_new_tokens", "batch_size"), (prompts or generates, f"--prompts, or {generation}")
+        ),
+        "chat": (prompts or task, "--prompts or --task"),
+        "separator": (prompts or scores, f"--prompts, or --task {LIKELIHOOD}"),
+    }
+    for name, (used, needed) in needs.items():
+        if not used and given[name] != signature(evaluate).parameters[name].default:
+            raise UserError(f"--{name.replace('_', '-')} has nothing to do here", f"it goes with {needed}")
+    if given["chat"] and given["separator"]:
+        raise UserError("--separator does nothing under --chat", "a template says what follows a prompt")
 
 
 # -- with the model ------------------------------------------------------------------------------------------
@@ -212,17 +232,16 @@ class _Run:
     work: Path | None
     quantize: str | None
     limit: int | None
-    watch: Callable[[str, int, int], None] = lambda what, done, of: None
+    watch: Watch = silent
 
     def __post_init__(self) -> None:
+        from layerskip.measure.exits import check_exits
+
         layers = self.lm.stack.num_layers
         self.files: list[Path] = []
         if self.exits is None:
             self.exits = list(range(1, layers + 1))
-        elif max(self.exits) > layers:
-            raise UserError(
-                f"exit layer {max(self.exits)} is out of range", f"exits are layers 1 to {layers}"
-            )
+        check_exits(self.exits, layers)
         self.exits = sorted({*self.exits, layers})
 
     def text(self, content: str, path: Path, window: int | None) -> dict[str, list[dict[str, Any]]]:
@@ -249,9 +268,9 @@ class _Run:
         from layerskip.measure.records import Records
 
         lm = self.lm
-        given = [lm.encode(_with(content, separator, chat), chat=chat) for content in contents]
-        told = {"chat": chat, "separator": separator, "eos": sorted(lm.eos_ids(Options()))}
-        records = self._records("prompts", path, exits=self.exits, max_new_tokens=budget, **told)
+        given = [encoded(lm, content, chat, separator) for content in contents]
+        more = {"chat": chat, "separator": separator, "eos": sorted(lm.eos_ids(Options()))}
+        records = self._records("prompts", path, exits=self.exits, max_new_tokens=budget, **more)
         written = Records(records.file.parent, "continuations")
         left = [i for i in range(len(given)) if i not in written.found]
         options = {"mode": "ar", "chat": False, "max_new_tokens": budget, "batch_size": batch_size}
@@ -269,14 +288,18 @@ class _Run:
         return self._judged(texts, records, ("prompts", "continuations"))
 
     def likelihood(
-        self, lines: Sequence[Any], path: Path | None, exit_layer: int | None, chat: bool, separator: str
+        self,
+        items: Sequence[LikelihoodLine],
+        path: Path | None,
+        exit_layer: int | None,
+        chat: bool,
+        separator: str,
     ) -> dict[str, Any]:
         """Score responses or choices at an exit and with all layers."""
-        from layerskip.measure.likelihood import Item, encoded, scored, summary
+        from layerskip.measure.likelihood import pairs_of, scored, summary
 
         exits = [self._exit_layer(exit_layer), self.lm.stack.num_layers]
-        items = [Item.of(line) for line in lines]
-        pairs = [encoded(self.lm, item, separator, chat) for item in items]
+        pairs = [pairs_of(self.lm, item, separator, chat) for item in items]
         records = self._records(LIKELIHOOD, path, exits=exits, chat=chat, separator=separator)
         left = [i for i in range(len(items)) if i not in records.found]
         advance = self._advance("scoring", [sum(n for _, n in of_item) for of_item in pairs], left)
@@ -284,8 +307,8 @@ class _Run:
         for i, record in zip(left, found, strict=True):
             records.keep({"index": i, **record})
         kept = [records.found[i] for i in range(len(items))]
-        told = {"ar": summary(kept, exits[1]), "early-exit": summary(kept, exits[0])}
-        return {"items": len(items), "modes": told}
+        modes = {"ar": summary(kept, exits[1]), "early-exit": summary(kept, exits[0])}
+        return {"items": len(items), "modes": modes}
 
     def task(
         self,
@@ -302,21 +325,22 @@ class _Run:
 
         lm = self.lm
         plan = lm.plan(Options(mode="self-speculative", **drafting))
-        told = {**drafting, "exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
-        told |= {key: value for key, value in more.items() if key != "batch_size"}
-        told |= {"policy": lm.facts.policy, "confidence": lm.facts.confidence}
+        options = {**drafting, "exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
+        options |= {key: value for key, value in more.items() if key != "batch_size"}
+        options |= {"policy": lm.facts.policy, "confidence": lm.facts.confidence}
         ranked = json.dumps([lm.ranked_vocabulary, lm.facts.draft_vocab_size])
-        told |= {"ranked": hashlib.sha256(ranked.encode()).hexdigest()[:16], "eos": tasks.ends(lm)}
-        records = self._records(name, path, **told)
+        options |= {"ranked": hashlib.sha256(ranked.encode()).hexdigest()[:16], "eos": tasks.ends(lm)}
+        records = self._records(name, path, **options)
         more |= {"watch": self.watch, "done": records.found, "keep": records.keep}
         chosen = {"exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
         return {**chosen, **tasks.run(lm, name, items, modes, **drafting, **more)}
 
     def _exit_layer(self, given: int | None) -> int:
+        from layerskip.measure.exits import check_exits
+
         layers = self.lm.stack.num_layers
         chosen = next(k for k in (given, self.lm.facts.exit_layer, max(1, layers // 4)) if k is not None)
-        if not 1 <= chosen <= layers:
-            raise UserError(f"exit layer {chosen} is out of range", f"exits are layers 1 to {layers}")
+        check_exits([chosen], layers)
         return chosen
 
     def _judged(
@@ -371,7 +395,3 @@ class _Run:
         if records.found:
             err.print(Text(f"{len(records.found)} results of an earlier run found", style="dim"))
         return records
-
-
-def _with(content: Any, separator: str, chat: bool) -> Any:
-    return content + separator if isinstance(content, str) and not chat else content

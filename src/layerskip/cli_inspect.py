@@ -21,6 +21,7 @@ from layerskip.cli_app import (
     Policy,
     StackName,
     Threads,
+    exit_layers,
     vocabulary_size,
 )
 from layerskip.cli_results import configuration, loaded
@@ -123,16 +124,6 @@ def inspect(
         err.print(Text(f"written: {', '.join(map(str, written))}", style="dim"))
     if save:
         err.print(Text(f"written: {save_result(result, 'inspect')}", style="dim"))
-
-
-def exit_layers(given: str) -> list[int] | None:
-    """Read --exits: None for all. Raises: UserError."""
-    if given == "all":
-        return None
-    parts = [part.strip() for part in given.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"exits {given!r}", "--exits is all, or layers such as 1,4,8")
-    return sorted({int(part) for part in parts})
 
 
 def _print(seen: Lens, shown: Timeline | None) -> None:

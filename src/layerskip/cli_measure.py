@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,7 @@ from layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.watch import Watch
 
 METHODS = "ar,self-speculative,early-exit"
 
@@ -206,7 +207,7 @@ def draft_vocab(
 # -- shared by the verbs -------------------------------------------------------------------------------------
 
 
-def _watched(texts: Iterator[str], watch: Callable[[str, int, int], None]) -> Iterator[str]:
+def _watched(texts: Iterator[str], watch: Watch) -> Iterator[str]:
     for number, text in enumerate(texts):
         if number % 100 == 0:
             watch("counting documents", number, 0)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.watch import Watch
 
 
 def check_counts(**given: int | None) -> None:
@@ -51,7 +50,7 @@ def loaded(*arguments: Any) -> tuple[LanguageModel, float]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress() -> Iterator[Watch]:
     """Show on stderr what is going on; a line per kind of work, drawn only while a terminal looks on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
@@ -70,33 +69,18 @@ def configuration(
 
     `given` are the verb's arguments by name, `model` among them.
     """
-    import subprocess
-    import time
+    from layerskip.measure import results
 
-    from layerskip.environment import environment
-    from layerskip.measure.card import device_name
-
-    facts = environment()
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a checkout
     model, kernels = given["model"], getattr(lm.stack, "kernels", None)
-    return {
-        **{name: value.name if isinstance(value, Path) else value for name, value in given.items()},
-        "model": Path(model).name if Path(model).exists() else model,
+    told = {
+        "model": results.named(Path(model)) if Path(model).exists() else model,
         **more,
         "dtype": str(lm.stack.dtype).removeprefix("torch."),
-        "device": lm.stack.device.type,
-        "device_name": device_name(lm.stack.device),
         "trained_exits": list(lm.facts.exits),
         "load_s": load_s,
         "compile_s": kernels and kernels.compile_s,
-        "commit": commit,
-        "versions": {name: facts[name] for name in ("layerskip", "python", "torch", "transformers")},
-        "date": time.strftime("%Y-%m-%d"),
     }
+    return results.configuration({**given, **told}, lm.stack.device)
 
 
 def save(result: dict[str, Any], kind: str, *parts: str) -> Path:
@@ -104,19 +88,8 @@ def save(result: dict[str, Any], kind: str, *parts: str) -> Path:
 
     `result` carries its `configuration`. Raises: UserError when it cannot be written.
     """
-    told = result["configuration"]
-    names = [kind, told["model"].replace("/", "-"), told["dtype"], *parts, told["device"], told["date"]]
+    from layerskip.measure import results
+
+    made = result["configuration"]
     folder = Path("benchmarks/results") if Path("benchmarks/results").is_dir() else Path()
-    file = folder / ("_".join(names) + ".json")
-    try:
-        file.write_text(_laid_out(result) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error}") from error
-    return file
-
-
-def _laid_out(result: dict[str, Any]) -> str:
-    """Write JSON with an item per line, but a list of plain values on one line: a row of a table is a line."""
-    text = r'"(?:[^"\\]|\\.)*"'
-    found = re.compile(rf'{text}|\[(?:{text}|[^\[\]{{}}"])*\]')  # text first: brackets in it are no lists
-    return found.sub(lambda part: json.dumps(json.loads(part[0])), json.dumps(result, indent=1))
+    return results.save(result, folder, kind, made["model"], made["dtype"], *parts, made["device"])

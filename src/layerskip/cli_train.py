@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from layerskip.train.recipe import Recipe
+    from layerskip.watch import Watch
 
 DRAWN_LAYERS = 30  # of the built-in model
 recipes = typer.Typer(no_args_is_help=True, help="List, show and draw the recipes of `layerskip train`.")
@@ -174,7 +175,7 @@ def _trained(recipe: Recipe, resume: bool, console: Console, first: bool) -> dic
 
 
 @contextmanager
-def _status(console: Console, first: bool) -> Iterator[Callable[[str, int, int], None]]:
+def _status(console: Console, first: bool) -> Iterator[Watch]:
     """Show on stderr what is being read, while a terminal looks on."""
     if not (first and console.is_terminal):
         yield lambda what, done, of: None

@@ -73,6 +73,8 @@ class LikelihoodLine(BaseModel):
                 raise ValueError("a choice needs at least two choices")
             if type(self.answer) is not int or not 0 <= self.answer <= last:
                 raise ValueError(f"answer is {self.answer!r}, not the place of a choice, 0 to {last}")
+        else:
+            self.answer = None  # whatever another column of this name holds
         return self
 
     @property

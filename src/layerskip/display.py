@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 KEPT = "green"  # drafted and kept
+BAR = 20  # characters
+PARTS = " ▏▎▍▌▋▊▉█"
 
 
 def print_rounds(lm: LanguageModel, rounds: Iterable[Any], stop: Any) -> list[Any]:
@@ -69,6 +71,12 @@ def rate(tokens_per_s: float | None) -> str:
 
 def share(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f}%"
+
+
+def bar(share: float | None, width: int = BAR) -> str:
+    """Draw a share as a bar of eighths of characters."""
+    eighths = round((share or 0.0) * width * 8)
+    return (PARTS[8] * (eighths // 8) + PARTS[eighths % 8].strip()).ljust(width)
 
 
 def print_contests(model: str, lm: LanguageModel, results: Sequence[Contest]) -> None:

@@ -8,10 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.display import out
+from layerskip.display import bar, out
 
-BAR = 20  # characters
-PARTS = " ▏▎▍▌▋▊▉█"
 TITLES = {
     "text": "running text",
     "prompts": "prompts",
@@ -52,12 +50,6 @@ def print_exits(title: str, rows: Sequence[dict[str, Any]], trained: Sequence[in
             style="bold" if last else "green" if known else None,
         )
     out.print(table)
-
-
-def bar(share: float | None) -> str:
-    """Draw a share as a bar of eighths of characters."""
-    eighths = round((share or 0.0) * BAR * 8)
-    return (PARTS[8] * (eighths // 8) + PARTS[eighths % 8].strip()).ljust(BAR)
 
 
 def print_task(name: str, task: dict[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """The lens and the timeline in a terminal: pure functions of their data and a width, made of rich texts.
 
-for line in lens_lines(seen, width=100, coloured=True): out.print(line)
+    for line in lens_lines(seen, width=100, coloured=True):
+        out.print(line)
+
+Marks say what colours say, so nothing is lost without them.
 """
 
 from __future__ import annotations

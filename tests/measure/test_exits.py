@@ -79,6 +79,16 @@ def test_no_sequences_are_no_chunks(llama):
     assert list(chunks(llama[1], [], [2])) == []
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_exit_whose_logits_are_not_numbers_is_refused_when_it_is_read(llama, value):
+    [chunk] = chunks(llama[1], sequences([6]), [2, L])
+    with torch.inference_mode():
+        chunk.states[2][3, 0] = value
+    with pytest.raises(UserError, match="exit 2 are not all finite"):
+        chunk.logits(2)
+    assert chunk.logits(L) is chunk.full
+
+
 @pytest.mark.parametrize(
     ("texts", "exits", "message"),
     [

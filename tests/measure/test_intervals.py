@@ -27,6 +27,7 @@ def test_the_interval_holds_the_median_and_repeats_with_the_seed(groups):
 def test_equal_values_have_an_interval_of_no_width():
     found = interval([[2.0, 2.0], [2.0, 2.0]])
     assert (found.median, found.ci95) == (2.0, [2.0, 2.0])
+    assert found.record() == {"median": 2.0, "ci95": [2.0, 2.0]}
 
 
 def test_more_trials_of_the_same_prompts_do_not_narrow_what_prompts_disagree_about():

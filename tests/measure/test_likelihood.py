@@ -8,11 +8,17 @@ import torch
 
 import layerskip
 import tiny
-from layerskip.config import read_likelihoods
+from layerskip.config import LikelihoodLine, read_likelihoods
 from layerskip.errors import UserError
-from layerskip.measure.likelihood import Item, encoded, scored, summary
+from layerskip.measure.likelihood import pairs_of, scored, summary
 
 L = tiny.NUM_LAYERS
+
+
+def item(context, *texts, answer=None):
+    if answer is None:
+        return LikelihoodLine(context=context, response=texts[0])
+    return LikelihoodLine(context=context, choices=list(texts), answer=answer)
 
 
 def log_softmax_at(stack, model, tokens, exit_layer):
@@ -30,7 +36,7 @@ def test_an_exit_scores_by_itself_and_all_layers_as_hugging_face_does(name):
     draw = torch.Generator().manual_seed(1)
     texts = [torch.randint(2, tiny.VOCAB, (n,), generator=draw).tolist() for n in (12, 300 - 60, 9)]
     counts = (5, 230, 1)
-    items = [Item("", ("abc",))] * 3
+    items = [item("", "abc")] * 3
     records = list(scored(stack, items, [[pair] for pair in zip(texts, counts, strict=True)], [2, L]))
     for record, tokens, count in zip(records, texts, counts, strict=True):
         for exit_layer in (2, L):
@@ -48,17 +54,17 @@ def test_greedy_says_whether_the_exit_would_have_written_it(llama):
     tokens, prompt = [5, 6, 7], 3
     for _ in range(6):
         tokens.append(int(log_softmax_at(stack, model, tokens, L)[-1].argmax()))
-    [record] = scored(stack, [Item("", ("abc",))], [[(tokens, len(tokens) - prompt)]], [1, L])
+    [record] = scored(stack, [item("", "abc")], [[(tokens, len(tokens) - prompt)]], [1, L])
     assert record["exits"][str(L)][0]["greedy"] is True
     assert record["exits"]["1"][0]["greedy"] is False
     tokens[5] = (tokens[5] + 1) % tiny.VOCAB
-    [record] = scored(stack, [Item("", ("abc",))], [[(tokens, len(tokens) - prompt)]], [L])
+    [record] = scored(stack, [item("", "abc")], [[(tokens, len(tokens) - prompt)]], [L])
     assert record["exits"][str(L)][0]["greedy"] is False
 
 
 def test_items_of_several_choices_come_back_whole_and_in_order(llama):
     pairs = [[([5, 6, 7], 1), ([5, 6, 8, 9], 2)], [([3, 4], 1)], [([2, 3, 4], 2)] * 3]
-    items = [Item("", ("ab", "c"), 1), Item("", ("a",)), Item("", ("a", "b", "c"), 0)]
+    items = [item("", "ab", "c", answer=1), item("", "a"), item("", "a", "b", "c", answer=0)]
     told = []
     records = list(scored(llama[1], items, pairs, [2, L], told.append))
     assert [len(record["exits"]["2"]) for record in records] == [2, 1, 3]
@@ -92,6 +98,15 @@ def test_accuracy_with_and_without_the_length_of_a_choice():
     assert told["greedy"] == 0.5
 
 
+def test_an_exit_whose_logits_are_not_numbers_has_no_score():
+    model = tiny.random_model("gpt2")
+    stack = tiny.stack("gpt2", model=model)
+    with torch.no_grad():
+        model.transformer.h[3].mlp.c_fc.weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match="not all finite"):
+        list(scored(stack, [item("", "abc")], [[([5, 6, 7], 1)]], [4]))
+
+
 # -- tokens --------------------------------------------------------------------------------------------------
 
 
@@ -105,45 +120,63 @@ def words(context=None, bos=None):
     )
 
 
+@pytest.fixture
+def bos_lm(folder):
+    """A checkpoint whose tokenizer puts a start token in front, as Llama's does."""
+    lm = layerskip.load(str(folder), dtype="float32")
+    plain, bos = lm.tokenizer.encode, lm.tokenizer.bos_token_id
+    lm.tokenizer.encode = lambda text, **_: [bos, *plain(text)]
+    return lm
+
+
 def test_a_space_at_the_end_of_the_context_belongs_to_the_response():
     lm = words()
-    [(apart, one)] = encoded(lm, Item("a b", (" c d",)))
-    [(ending, two)] = encoded(lm, Item("a b ", ("c d",)))
+    [(apart, one)] = pairs_of(lm, item("a b", " c d"))
+    [(ending, two)] = pairs_of(lm, item("a b ", "c d"))
     assert apart == ending
     assert one == two == 2
-    [(_, lines)] = encoded(lm, Item("a b", ("c",)), separator="\n")
+    [(_, lines)] = pairs_of(lm, item("a b", "c"), separator="\n")
     assert lines == 1
 
 
 def test_each_choice_is_scored_behind_the_same_context():
-    pairs = encoded(words(), Item("a b", (" c", " d e f"), 0))
+    pairs = pairs_of(words(), item("a b", " c", " d e f", answer=0))
     assert [count for _, count in pairs] == [1, 3]
     assert pairs[0][0][:2] == pairs[1][0][:2]
 
 
 def test_a_context_that_is_too_long_loses_its_front_and_a_response_too_long_is_refused():
-    [(tokens, count)] = encoded(words(context=4), Item("a b c d e", (" f g",)))
-    [(whole, _)] = encoded(words(), Item("a b c d e", (" f g",)))
+    [(tokens, count)] = pairs_of(words(context=4), item("a b c d e", " f g"))
+    [(whole, _)] = pairs_of(words(), item("a b c d e", " f g"))
     assert tokens == whole[-5:], "the last one is predicted, never read"
     assert count == 2
     with pytest.raises(UserError, match="does not fit the context of 4"):
-        encoded(words(context=4), Item("a", (" b c d e f",)))
+        pairs_of(words(context=4), item("a", " b c d e f"))
 
 
 def test_an_empty_context_starts_with_the_start_token():
-    assert encoded(words(bos=99), Item("", ("a b",))) == [([99, 1, 2], 2)]
+    assert pairs_of(words(bos=99), item("", "a b")) == [([99, 1, 2], 2)]
     with pytest.raises(UserError, match="no start token"):
-        encoded(words(), Item("", ("a b",)))
+        pairs_of(words(), item("", "a b"))
+
+
+def test_a_start_token_that_the_tokenizer_adds_itself_stands_there_once(bos_lm):
+    [(alone, count)] = pairs_of(bos_lm, item("", "yes"))
+    assert alone == bos_lm.encode("yes")
+    assert alone[0] == bos_lm.tokenizer.bos_token_id != alone[1]
+    assert count == 3
+    [(behind, count)] = pairs_of(bos_lm, item("a", "yes"))
+    assert (behind, count) == (bos_lm.encode("ayes"), 3)
 
 
 def test_a_response_that_is_nothing_in_tokens_is_refused():
     with pytest.raises(UserError, match="is nothing in tokens"):
-        encoded(words(), Item("a", ("!",)))
+        pairs_of(words(), item("a", "!"))
 
 
 def test_a_context_can_be_wrapped_as_a_message(folder):
     lm = layerskip.load(str(folder), dtype="float32")
-    [(tokens, count)] = encoded(lm, Item("hi", ("yes",)), chat=True)
+    [(tokens, count)] = pairs_of(lm, item("hi", "yes"), chat=True)
     assert count == 3
     assert tokens[:-3] == lm.encode("hi", chat=True)
 
@@ -157,10 +190,8 @@ def test_lines_may_hold_responses_and_choices_and_other_columns(tmp_path):
         '{"prompt": "a", "response": "b", "answer": "not read"}\n\n'
         '{"context": "", "choices": ["x", "y"], "answer": 1, "id": 7}\n'
     )
-    assert [Item.of(line) for line in read_likelihoods(file)] == [
-        Item("a", ("b",)),
-        Item("", ("x", "y"), 1),
-    ]
+    found = [(line.before, line.continuations, line.answer) for line in read_likelihoods(file)]
+    assert found == [("a", ["b"], None), ("", ["x", "y"], 1)]
 
 
 @pytest.mark.parametrize(

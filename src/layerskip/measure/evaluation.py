@@ -118,10 +118,6 @@ def measured(chunk: Chunk, following: Tensor) -> dict[int, Tensor]:
         pieces = zip(whole, torch.split(logits, rows_at_once), wanted, strict=True)
         compared = torch.cat([_compared(*piece) for piece in pieces], dim=1)  # [4, N]
         found[exit_layer] = compared.cpu().double()  # not every device has float64
-        if not found[exit_layer].isfinite().all():
-            raise UserError(
-                f"the logits at exit {exit_layer} are not all finite", "try --dtype float32 or bfloat16"
-            )
     return found
 
 

@@ -10,7 +10,7 @@ the head reads them `CHUNK` positions at a time, so no [exits, N, V] is ever hel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,10 +44,13 @@ class Chunk:
 
     @torch.inference_mode()  # a norm with a gradient could not save the states, which are inference tensors
     def logits(self, exit_layer: int, head: Head | None = None) -> Tensor:
-        """Read one exit: float32 [N, V], or [N, head.size] with a draft head; the last layer is `full` itself."""
+        """Read one exit: float32 [N, V], or [N, head.size] with a draft head; the last layer is `full` itself.
+
+        Raises: UserError for logits that are not numbers.
+        """
         if head is None and exit_layer == self.stack.num_layers:
             return self.full
-        return self.stack.logits(self.states[exit_layer], head)
+        return _finite(self.stack.logits(self.states[exit_layer], head), exit_layer)
 
     def exits(self, head: Head | None = None) -> Iterator[tuple[int, Tensor]]:
         """Read one exit after the other, by ascending layer."""
@@ -66,9 +69,11 @@ def chunks(
 
     `firsts[i]` is the first position of sequence i that is wanted (default 0): the last token of its prompt, say,
     where its continuation is judged. The last position is handed out too; it predicts what is not there yet.
-    Raises: UserError for an exit that is no layer of the model, an empty sequence, or one beyond the context.
+    Raises: UserError for an exit that is no layer of the model, an empty sequence, one beyond the context, and for
+    logits that are not numbers.
     """
-    _check(stack, sequences, exits)
+    check_exits(exits, stack.num_layers)
+    _check(stack, sequences)
     firsts = [0] * len(sequences) if firsts is None else firsts
     for group in _batches([len(tokens) for tokens in sequences], batch_tokens):
         states = _states(stack, [sequences[i] for i in group], exits)
@@ -77,16 +82,26 @@ def chunks(
                 positions = range(start, min(start + size, len(sequences[i])))
                 own = {k: h[row, positions.start : positions.stop] for k, h in states.items()}  # [N, D]
                 with torch.inference_mode():
-                    full = stack.logits(own[stack.num_layers])
+                    full = _finite(stack.logits(own[stack.num_layers]), stack.num_layers)
                 yield Chunk(stack, i, positions, {k: own[k] for k in exits}, full)
 
 
-def _check(stack: Stack, sequences: Sequence[Sequence[int]], exits: Sequence[int]) -> None:
+def check_exits(exits: Iterable[int], layers: int) -> None:
+    """Refuse what is no layer of a model of `layers`. Raises: UserError."""
     for exit_layer in exits:
-        if not 1 <= exit_layer <= stack.num_layers:
-            raise UserError(
-                f"exit layer {exit_layer} is out of range", f"exits are layers 1 to {stack.num_layers}"
-            )
+        if not 1 <= exit_layer <= layers:
+            raise UserError(f"exit layer {exit_layer} is out of range", f"exits are layers 1 to {layers}")
+
+
+def _finite(logits: Tensor, exit_layer: int) -> Tensor:
+    if not torch.stack(logits.aminmax()).isfinite().all():  # one pass, no copy; NaN is passed on
+        raise UserError(
+            f"the logits at exit {exit_layer} are not all finite", "try --dtype float32 or bfloat16"
+        )
+    return logits
+
+
+def _check(stack: Stack, sequences: Sequence[Sequence[int]]) -> None:
     for number, tokens in enumerate(sequences, 1):
         if not tokens:
             raise UserError(f"text {number} is empty", "leave it out")

@@ -23,6 +23,10 @@ class Interval:
     def ci95(self) -> list[float]:
         return [self.low, self.high]
 
+    def record(self) -> dict[str, Any]:
+        """Say it as result files do."""
+        return {"median": self.median, "ci95": self.ci95}
+
 
 def interval(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """Take the median of all values and bootstrap it, percentile method, in two stages.

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerskip.decode.sampling import confidence
 from layerskip.errors import UserError
-from layerskip.measure.exits import chunks
+from layerskip.measure.exits import check_exits, chunks
 
 if TYPE_CHECKING:
     from layerskip.model.stack import Stack
@@ -59,17 +60,14 @@ def lens(
             f"{count} positions are too many to look at", f"give a text of up to {LONGEST} tokens"
         )
     layers = stack.num_layers
-    for exit_layer in exits or ():
-        if not 1 <= exit_layer <= layers:
-            raise UserError(f"exit layer {exit_layer} is out of range", f"exits are layers 1 to {layers}")
+    check_exits(exits or (), layers)
     ids: dict[int, list[int]] = {k: [] for k in range(1, layers + 1)}
     probability: dict[int, list[float]] = {k: [] for k in ids}
     with torch.inference_mode():
-        for chunk in chunks(stack, [tokens], range(1, layers), firsts=[first]):
-            for exit_layer, logits in [*chunk.exits(), (layers, chunk.full)]:
-                best, place = logits.max(-1)  # [N]
-                ids[exit_layer] += place.tolist()
-                probability[exit_layer] += (best - logits.logsumexp(-1)).exp().tolist()
+        for chunk in chunks(stack, [tokens], [*ids], firsts=[first]):
+            for exit_layer, logits in chunk.exits():
+                ids[exit_layer] += logits.argmax(-1).tolist()  # [N]
+                probability[exit_layer] += confidence(logits).tolist()
     agrees = {k: [a == b for a, b in zip(ids[k], ids[layers], strict=True)] for k in ids}
     kept = sorted({*(exits or ids), layers})
     text = spelled(tokenizer, [*tokens[first:], *(token for k in kept for token in ids[k])])

@@ -1,7 +1,7 @@
 """Log-likelihood tasks at an exit, beside the full model: responses, and multiple choice.
 
-    items = [Item.of(line) for line in read_likelihoods(path)]
-    pairs = [encoded(lm, item, separator="", chat=False) for item in items]
+    items = read_likelihoods(path)
+    pairs = [pairs_of(lm, item, separator="", chat=False) for item in items]
     records = list(scored(lm.stack, items, pairs, exits=[6, 30]))
     summary(records, 6)                          # {"accuracy": 0.41, ...}
 
@@ -12,7 +12,6 @@ are scored: a space at the end of a context then belongs to the first scored tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,30 +28,16 @@ if TYPE_CHECKING:
     from layerskip.measure.exits import Chunk
     from layerskip.model.stack import Stack
 
-Pair = tuple[
-    list[int], int
-]  # context and continuation in tokens, and how many of them are scored, from the end
+# Context and continuation in tokens, and how many of them are scored, from the end.
+Pair = tuple[list[int], int]
 
 
-@dataclass(frozen=True)
-class Item:
-    """A context with one response, or with several of which `answer` is the right one."""
-
-    context: str
-    continuations: tuple[str, ...]
-    answer: int | None = None
-
-    @classmethod
-    def of(cls, line: LikelihoodLine) -> Item:
-        return cls(line.before, tuple(line.continuations), line.answer if line.choices else None)
-
-
-def encoded(lm: LanguageModel, item: Item, separator: str = "", chat: bool = False) -> list[Pair]:
+def pairs_of(lm: LanguageModel, item: LikelihoodLine, separator: str = "", chat: bool = False) -> list[Pair]:
     """Tokenise an item, a pair per continuation; what exceeds the model's context is cut off the front.
 
     Raises: UserError for a continuation that does not fit, or is nothing in tokens.
     """
-    before = item.context if chat else item.context + separator
+    before = item.before if chat else item.before + separator
     start = lm.encode(before, chat=chat) if before else []
     pairs = []
     for text in item.continuations:
@@ -62,7 +47,8 @@ def encoded(lm: LanguageModel, item: Item, separator: str = "", chat: bool = Fal
             whole = lm.encode(before + text)
             shared = _shared(start, whole)
         if shared == 0:  # a first token is scored too, after what starts a text
-            whole = [_start(lm), *whole]
+            first = [_start(lm)]
+            whole = whole if whole[:1] == first else first + whole  # some tokenizers put it there themselves
             shared = 1
         count = len(whole) - shared
         if count < 1:
@@ -91,7 +77,7 @@ def _start(lm: LanguageModel) -> int:
 
 def scored(
     stack: Stack,
-    items: Sequence[Item],
+    items: Sequence[LikelihoodLine],
     pairs: Sequence[Sequence[Pair]],
     exits: Sequence[int],
     watch: Callable[[int], None] = lambda tokens: None,
@@ -131,7 +117,7 @@ def _read(chunk: Chunk, following: Tensor) -> dict[int, tuple[list[float], bool]
     return found
 
 
-def _record(item: Item, tried: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+def _record(item: LikelihoodLine, tried: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "answer": item.answer,
         "characters": [len(text) for text in item.continuations],

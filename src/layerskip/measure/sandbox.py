@@ -100,12 +100,12 @@ def run(program: str, test: str = "", limits: Limits = Limits(), layers: Sequenc
         "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
     try:
-        with tempfile.TemporaryFile() as told:  # a pipe would block on a long program
-            told.write(b"%010d" % len(job) + job + word.encode())
-            told.seek(0)
+        with tempfile.TemporaryFile() as given:  # a pipe would block on a long program
+            given.write(b"%010d" % len(job) + job + word.encode())
+            given.seek(0)
             with subprocess.Popen(
                 [sys.executable, "-s", "-P", "-B", "-X", "utf8", str(INSIDE)],
-                stdin=told, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+                stdin=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
                 cwd=folder, env=environment, start_new_session=True,
             ) as process:  # fmt: skip
                 try:
@@ -137,7 +137,7 @@ def _outcome(process: subprocess.Popen[bytes], word: str, seconds: float) -> Out
     if ready != "ready":
         raise UserError(
             f"programs cannot be run safely here: {' '.join([ready, *layers])}",
-            "nothing was run",
+            "nothing was run; try a virtual machine, or a container whose seccomp profile permits Landlock",
         )
     began = time.monotonic()
     line = _line(pipe, seconds)

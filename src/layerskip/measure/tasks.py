@@ -29,11 +29,12 @@ from layerskip.measure import sandbox
 from layerskip.measure.card import synchronise
 from layerskip.measure.intervals import resampled
 from layerskip.measure.methods import AR, EARLY_EXIT, SELF_SPECULATIVE
+from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.measure.records import Record
 
-Record = dict[str, Any]
 TOPV2, HUMANEVAL = NAMES = ("topv2", "humaneval")
 METRICS = {TOPV2: "exact_match", HUMANEVAL: "pass@1"}
 KEYS = {TOPV2: ("prompt", "response"), HUMANEVAL: ("task_id", "prompt", "entry_point", "test")}
@@ -92,7 +93,7 @@ def run(
     max_new_tokens: int | None = None,
     batch_size: int = 8,
     chat: bool = False,
-    watch: Callable[[str, int, int], None] = lambda what, done, of: None,
+    watch: Watch = silent,
     done: Mapping[int, Record] = {},
     keep: Callable[[Record], None] = lambda record: None,
 ) -> dict[str, Any]:
@@ -135,21 +136,15 @@ def run(
     for start in range(0, len(waiting), batch_size):
         watch(f"task: {name}", len(items) - len(waiting) + start, len(items))
         together = waiting[start : start + batch_size]
-        told = {
-            mode: decoded(lm, [prompts[item.index] for item in together], **given)
-            for mode, given in each.items()
-        }
-        for mode, found in told.items():
-            for one, plain in zip(found, told.get(AR, ()), strict=False):
+        asked = [prompts[item.index] for item in together]
+        answers = {mode: decoded(lm, asked, **given) for mode, given in each.items()}
+        for mode, found in answers.items():
+            for one, plain in zip(found, answers.get(AR, ()), strict=False):
                 if mode == SELF_SPECULATIVE:
                     one["equal"] = one["tokens"] == plain["tokens"]
-        judge(
-            name,
-            [(item, found[place]) for place, item in enumerate(together) for found in told.values()],
-            chat,
-        )
+        judge(name, [pair for found in answers.values() for pair in zip(together, found, strict=True)], chat)
         for place, item in enumerate(together):
-            known[item.index] = {"index": item.index, "modes": {mode: told[mode][place] for mode in modes}}
+            known[item.index] = {"index": item.index, "modes": {mode: answers[mode][place] for mode in modes}}
             keep(known[item.index])
     watch(f"task: {name}", len(items), len(items))
     records = [known[item.index] for item in items]
@@ -185,7 +180,7 @@ def decoded(lm: LanguageModel, prompts: Sequence[list[int]], **options: Any) -> 
 
 def as_trained(lm: LanguageModel, prompt: str, separator: str = "\n") -> list[int]:
     """Tokens of a prompt as `layerskip train` made them from prompt and completion."""
-    return list(lm.tokenizer(prompt + separator)["input_ids"])
+    return lm.encode(prompt + separator, chat=False)
 
 
 def ends(lm: LanguageModel) -> list[int]:
@@ -245,16 +240,14 @@ def summed(name: str, records: Sequence[Record]) -> dict[str, Any]:
     total = {
         key: sum(record[key] for record in records) for key in ("new_tokens", "drafted", "accepted", "rounds")
     }
+    decoded_tokens = total["new_tokens"] - len(records)  # prefill gives one token of each item
     scores = np.array([record["score"] for record in records])
     told = {
         "score": float(scores.mean()),
         "score_ci95": resampled(lambda x: x.mean(-1), scores),
         "metric": METRICS[name],
         "acceptance": total["accepted"] / total["drafted"] if total["drafted"] else None,
-        # prefill gives one token of each item
-        "tokens_per_round": (total["new_tokens"] - len(records)) / total["rounds"]
-        if total["rounds"]
-        else None,
+        "tokens_per_round": decoded_tokens / total["rounds"] if total["rounds"] else None,
         "new_tokens": total["new_tokens"],
     }
     if all("equal" in record for record in records):

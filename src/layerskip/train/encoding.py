@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from layerskip.train.sources import Example
+    from layerskip.watch import Watch
 
     Tokens = NDArray[np.int32]
     Pieces = list[tuple[Sequence[int] | Tokens, bool]]  # tokens, and whether they are learnt
@@ -72,7 +73,7 @@ def encode(
     examples: Iterable[Example],
     tokenizer: Any,
     options: DataOptions,
-    watch: Callable[[str, int, int], None] | None = None,
+    watch: Watch | None = None,
     ends: Iterable[int] = (),
 ) -> list[Encoded]:
     """Tokenise examples in order; running text comes back in windows of at most `length` tokens.

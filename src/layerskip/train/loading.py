@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,7 @@ from layerskip.errors import UserError
 if TYPE_CHECKING:
     from layerskip.train.data import Rows
     from layerskip.train.recipe import Recipe
-
-Watch = Callable[[str, int, int], None]
+    from layerskip.watch import Watch
 
 
 def configuration_of(recipe: Recipe) -> tuple[Path, Any]:

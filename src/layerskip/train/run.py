@@ -25,7 +25,6 @@ from layerskip.model.checkpoint import Facts, write_text
 from layerskip.train import checkpoints
 from layerskip.train.export import export
 from layerskip.train.loading import (
-    Watch,
     check_length,
     check_packing,
     configuration_of,
@@ -41,6 +40,7 @@ from layerskip.train.schedule import Schedule
 if TYPE_CHECKING:
     from layerskip.train.data import Rows
     from layerskip.train.trainer import LayerSkipArguments
+    from layerskip.watch import Watch
 
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
