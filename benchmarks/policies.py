@@ -22,6 +22,7 @@ import record
 import torch
 
 import layerskip
+from layerskip.cli_results import encoded, unescaped
 from layerskip.config import read_prompts
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
@@ -62,7 +63,6 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.separator = arguments.separator.replace("\\n", "\n")
     lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     prompts = read(lm, arguments)
     vocab = int(arguments.draft_vocab) if arguments.draft_vocab.isdecimal() else arguments.draft_vocab
@@ -133,10 +133,8 @@ def read(lm: LanguageModel, arguments: argparse.Namespace) -> Prompts:
     for path in arguments.prompts or [prompt_file()]:
         lines = read_prompts(path)[arguments.skip :][: arguments.limit]
         chat = False if arguments.no_chat else lm.has_template
-        contents = [
-            x.content + arguments.separator if isinstance(x.content, str) else x.content for x in lines
-        ]
-        files.append([(path.name, lm.encode(content, chat=chat)) for content in contents])
+        separator = unescaped(arguments.separator)
+        files.append([(path.name, encoded(lm, line.content, chat, separator)) for line in lines])
     longest = max(map(len, files))
     return [file[i] for i in range(longest) for file in files if i < len(file)]
 
@@ -189,8 +187,7 @@ def speeds(runs: Sequence[Sequence[Run]]) -> list[list[float]]:
 
 
 def told(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> dict[str, Any]:
-    found = interval(ratios(above, below))
-    return {"median": found.median, "ci95": found.ci95}
+    return interval(ratios(above, below)).record()
 
 
 def part(values: Sequence[Any], prompts: Prompts, file: str) -> list[Any]:

@@ -40,7 +40,7 @@ from layerskip.measure.prediction import (
 from layerskip.measure.tune import Race, Trial, finalists, halving, tuned
 
 if TYPE_CHECKING:
-    from layerskip.measure.continuations import Watch
+    from layerskip.watch import Watch
 
 
 def main() -> None:
@@ -174,7 +174,7 @@ def against_best(choice: Trial, grid: list[Trial]) -> dict[str, Any]:
     return {
         "choice": choice.record(),
         "best": best.record(),
-        "ratio": {"median": found.median, "ci95": found.ci95},
+        "ratio": found.record(),
         "significantly_worse": found.high < 1,
     }
 

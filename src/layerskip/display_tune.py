@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.display import out, share
+from layerskip.display import bar, out, share
 
 BAR = 30
 CURVE = 12  # exits of the curve that are printed, beside those that matter
@@ -59,8 +59,10 @@ def print_curve(result: dict[str, Any]) -> None:
         marks = [
             word for word, holds in (("trained", int(name) in trained), ("best", int(name) == best)) if holds
         ]
-        bar = Text("█" * round(BAR * value) or "·", style="green" if marks else "dim")
-        table.add_row(name, bar, Text(f"{share(value)} {' '.join(marks)}", style="bold" if marks else "dim"))
+        drawn = Text(bar(value, BAR), style="green" if marks else "dim")
+        table.add_row(
+            name, drawn, Text(f"{share(value)} {' '.join(marks)}", style="bold" if marks else "dim")
+        )
     out.print(table)
 
 

@@ -477,7 +477,16 @@ def test_a_model_offloaded_whole_decodes_and_says_that_its_head_cannot_be_reduce
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_length": 3}
 MESSAGES = [{"role": "user", "content": "hello"}]
-KEYS = ["mode", "exit_layer", "draft_length", "policy", "prompt_tokens", "new_tokens", "prefill_s", "decode_s"]
+KEYS = [
+    "mode",
+    "exit_layer",
+    "draft_length",
+    "policy",
+    "prompt_tokens",
+    "new_tokens",
+    "prefill_s",
+    "decode_s",
+]
 KEYS += [
     "decode_tokens_per_s",
     "rounds",

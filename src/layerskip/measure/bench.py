@@ -28,6 +28,7 @@ from layerskip.measure.methods import AR, EARLY_EXIT, HF, HF_EARLY_EXIT, SELF_SP
 from layerskip.measure.replay import by_place
 from layerskip.measure.steps import Workbench, plain_step, step_cost
 from layerskip.model.attention import MOST_EXACT_ROWS
+from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
@@ -42,7 +43,6 @@ PAIRS = (  # compared besides every method over ar
     (SELF_SPECULATIVE, HF_EARLY_EXIT),
     (HF_EARLY_EXIT, HF),
 )
-Watch = Callable[[str, int, int], None]  # what is going on, done, of
 
 
 class NotLossless(Exception):  # noqa: N818 - it names what was found
@@ -54,7 +54,7 @@ def bench(
     prompts: Sequence[Prompt],
     settings: Settings,
     announce: Callable[[Card], None] = lambda card: None,
-    watch: Watch = lambda what, done, of: None,
+    watch: Watch = silent,
 ) -> dict[str, Any]:
     """Measure; returns the result without its `configuration`. `announce` gets the card before anything is timed.
 
@@ -310,7 +310,7 @@ def summed(
     ratio = {f"{a}/{b}": interval(ratios(speeds[a], speeds[b])) for a, b in pairs}
     return {
         "methods": methods,
-        "speedup": {name: {"median": r.median, "ci95": r.ci95} for name, r in ratio.items()},
+        "speedup": {name: r.record() for name, r in ratio.items()},
         "predicted_speedup": None,
         "per_prompt": per_prompt,
     }

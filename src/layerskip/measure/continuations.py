@@ -7,7 +7,7 @@ seen.bits[4, 4096]          # per continuation: where exit 4 names the next toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.watch import Watch
 
 ROWS = 8  # prompts continued side by side
-Watch = Callable[[str, int, int], None]  # what is going on, done, of
-
-
-def silent(what: str, done: int, of: int) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ import numpy as np
 
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure.continuations import Continuation, Seen, Watch, continuations, observed, silent
+from layerskip.measure.continuations import Continuation, Seen, continuations, observed
 from layerskip.measure.replay import Replayed, by_place, joined, replay
 from layerskip.measure.round_times import Medians, RoundTimes, round_times
 from layerskip.measure.vocabulary import DRAFT_VOCABULARIES
+from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

@@ -19,7 +19,7 @@ import numpy as np
 
 from layerskip.decode.engine import PREFILL_CHUNK, Engine
 from layerskip.decode.options import Options
-from layerskip.measure.continuations import Watch, silent
+from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError
-from layerskip.measure.continuations import Watch, silent
 from layerskip.measure.intervals import Interval, interval
 from layerskip.model import checkpoint
+from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ class Trial:
             "policy": self.policy,
             "confidence": self.confidence,
             "predicted_speedup": self.predicted,
-            "speedup": {"median": found.median, "ci95": found.ci95},
+            "speedup": found.record(),
             "acceptance": self.accepted / self.drafted if self.drafted else None,
             "equal": self.of - len(self.differing),
             "of": self.of,
