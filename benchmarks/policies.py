@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--draft-lengths", default="2,4,8")
     parser.add_argument("--draft-vocab", default="auto")
     parser.add_argument("--confidence", type=float, default=None)
+    parser.add_argument("--no-fixed", action="store_true", help="leave the best fixed out of the second part")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
@@ -85,7 +86,7 @@ def main() -> None:
     best = max(rates, key=lambda name: rates[name])
     e, k = (int(x) for x in best.split()[1].split("x"))
 
-    contestants = {"ar": plain, best: grid[best]}
+    contestants = {"ar": plain} if arguments.no_fixed else {"ar": plain, best: grid[best]}
     given = {"exit_layer": e, "draft_length": k, **common}
     policies: dict[str, dict[str, Any]] = {
         "fixed, guarded": {"policy": FIXED, "guard": True},
@@ -101,11 +102,11 @@ def main() -> None:
         name: {
             "tokens_per_s": interval(rates_by[name]).median,
             "over_plain": told(rates_by[name], rates_by["ar"]),
-            "over_best_fixed": told(rates_by[name], rates_by[best]),
+            "over_best_fixed": None if best not in runs else told(rates_by[name], rates_by[best]),
             "acceptance": acceptance(runs[name]),
             "choices": choices(runs[name]),
-            "per_file": {
-                file: told(*(part(rates_by[x], prompts, file) for x in (name, best)))
+            "over_plain_by_file": {
+                file: told(*(part(rates_by[x], prompts, file) for x in (name, "ar")))
                 for file in dict.fromkeys(name for name, _ in prompts)
             },
         }
@@ -215,15 +216,14 @@ def choices(runs: Sequence[Sequence[Run]]) -> dict[str, int]:
 
 def show(result: dict[str, Any]) -> None:
     print(f"all outputs equal plain decoding's ({result['prompts']} prompts)")
-    low_high: Callable[[dict[str, Any]], str] = lambda x: (  # noqa: E731
-        f"{x['median']:.3f} [{x['ci95'][0]:.3f}, {x['ci95'][1]:.3f}]"
-    )
     for name, row in result["methods"].items():
         most = ", ".join(f"{kind} {count}" for kind, count in [*row["choices"].items()][:4])
-        print(
-            f"{name:<22} {row['tokens_per_s']:7.1f} tokens/s  over plain {low_high(row['over_plain'])}  "
-            f"over best fixed {low_high(row['over_best_fixed'])}  {most}"
-        )
+        ratios = [
+            f"{what} {x['median']:.3f} [{x['ci95'][0]:.3f}, {x['ci95'][1]:.3f}]"
+            for what, x in (("over plain", row["over_plain"]), ("over best fixed", row["over_best_fixed"]))
+            if x is not None
+        ]
+        print(f"{name:<22} {row['tokens_per_s']:7.1f} tokens/s  {'  '.join(ratios)}  {most}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     controller.learn(choice, seconds, rows)    # what it gave
 
 A controller sees counts and seconds of rounds that are over. The next token's law does not depend on how it was
-drafted, so no choice made before a round can change what is said; a draft that is stopped within a round is stopped
-by q alone, before its token is drawn (arXiv 2211.17192 keeps any q; dropping drawn tokens would be biased).
+drafted, so no choice made before a round can change what is said. Within a round drafting stops by q alone, before
+the token is drawn: acceptance is exact for any q (arXiv 2211.17192), while dropping drawn tokens would be biased.
 
 Tokens a round are expected from the agreement of each exit with the full model, which judged drafts tell and, for
 exits not in use, probes: states that pass by anyway, read by the draft head now and then (DEL, arXiv 2504.05598).
@@ -32,7 +32,7 @@ WINDOW = 96  # tokens after which an observation counts 1/e: a paragraph or two
 PRIOR = 4.0  # judged positions, or tokens, that a first guess weighs
 TRAINED, UNTRAINED = 0.8, 0.05  # agreement guessed before anything was seen
 MARGIN = 1.03  # another way must look this much faster to be taken
-PROBE_SHARE = 0.01  # of the time may go into probes
+PROBE_SHARE = 0.005  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
@@ -155,9 +155,8 @@ class Controller:
         self.exits = tuple(sorted({arm.exit_layer for arm in arms}))
         self.prior = TRAINED if trained else UNTRAINED
         self._agreement = {exit_layer: _Fading() for exit_layer in self.exits}
-        self._surplus = (
-            _Fading()
-        )  # tokens of rounds against those expected: drafts are not kept independently
+        # Tokens of rounds against those expected: drafts are not kept independently of each other.
+        self._surplus = _Fading()
         self._books: dict[int, _Book] = defaultdict(_Book)
         self._current: Choice | None = None
         self._since_plain = self._since_probe = self._num_probes = 0
@@ -195,7 +194,7 @@ class Controller:
             drafting = self._current in self.arms
             bar = self.tokens_per_s(self.plain, num_rows) * (1.0 if drafting else MARGIN)
             if rates[best] < bar:
-                due = self._since_probe >= min(2 * self._num_probes, self._probe_every(self.plain))
+                due = self._since_probe >= min(4 * self._num_probes, self._probe_every(self.plain))
                 return replace(self.plain, probes=self.exits) if due else self.plain
             if self._since_plain >= PLAIN_EVERY:
                 return self.plain

@@ -28,9 +28,8 @@ DEFAULT_DRAFT_LENGTH = 4  # short drafts lose little on untrained exits and fit 
 class Options:
     """Options of `generate`, `stream` and `chat`; names are those of Hugging Face where it has one."""
 
-    mode: str | None = (
-        None  # None: self-speculative when the checkpoint has a default exit or one is given, else ar
-    )
+    # None: self-speculative when the checkpoint has a default exit, or an exit or policy is given; else ar.
+    mode: str | None = None
     exit_layer: int | None = None  # E; None: the checkpoint's default, else a quarter of the layers
     draft_length: int | None = None  # K; None: the checkpoint's default, else 4
     max_new_tokens: int = 256
