@@ -89,7 +89,7 @@ def exits(results: list[dict[str, Any]], file: Path) -> Path:
 
 
 def fastest(results: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(results, key=lambda result: max(cell["speedup"]["median"] for cell in result["grid"]))
+    return max(results, key=lambda result: max(cell["speedup"]["ratio"] for cell in result["grid"]))
 
 
 def acceptance(results: list[dict[str, Any]], file: Path) -> Path:

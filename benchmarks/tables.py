@@ -113,7 +113,10 @@ def _bench_cells(path: Path, report: dict) -> list[str]:
 
 
 def _ratio(figures: dict | None) -> str:
-    return "" if figures is None else "{:.2f} x [{:.2f}, {:.2f}]".format(figures["median"], *figures["ci95"])
+    if figures is None:
+        return ""
+    middle = figures["median"] if "median" in figures else figures["ratio"]
+    return "{:.2f} x [{:.2f}, {:.2f}]".format(middle, *figures["ci95"])
 
 
 def topv2() -> str:
@@ -188,8 +191,9 @@ def tuning() -> str:
             lines.append("| " + " | ".join(cells) + " |")
     note = (
         "Both looked at some prompts; measured is on others, in turn with plain decoding, ends of sequence "
-        "respected. The best of the grid is picked by the very numbers it is compared with. Medians with 95% "
-        f"intervals over prompts, {told['dtype']}, {told['threads']} threads of an {told['device_name']}."
+        "respected: plain seconds over its own, all prompts together, 95% interval over prompts. The best of the "
+        f"grid is picked by the very numbers it is compared with. {told['dtype']}, {told['threads']} threads of an "
+        f"{told['device_name']}."
     )
     return "\n".join([*lines, "", note])
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import record
@@ -27,7 +27,7 @@ from layerskip.config import read_prompts
 from layerskip.decode.language_model import LanguageModel, resolve_device
 from layerskip.measure.doctor import equality_promised, examine
 from layerskip.measure.draw import BAND
-from layerskip.measure.intervals import interval
+from layerskip.measure.intervals import ratio_of_sums
 from layerskip.measure.prediction import (
     LENGTHS,
     Analysis,
@@ -143,7 +143,7 @@ def measured(
         "doctor_choice": prediction_of(by_doctor),
         "tuner_choice": by_tuner.record(),
         "tuned_against_best": against_best(by_tuner, grid),
-        "grid_predicted_over_measured": [trial.predicted / trial.measured().median for trial in grid],
+        "grid_predicted_over_measured": [trial.predicted / trial.measured().ratio for trial in grid],
     }
 
 
@@ -159,18 +159,15 @@ def grid_of(analysis: Analysis, exits: list[int], lengths: list[int]) -> list[Tr
 def prediction_of(trial: Trial) -> dict[str, Any]:
     """How far the predicted speed-up of a choice was from the measured one."""
     row = trial.record()
-    ratio = row["predicted_speedup"] / row["speedup"]["median"]
+    ratio = row["predicted_speedup"] / row["speedup"]["ratio"]
     return {**row, "predicted_over_measured": ratio, "within_15_percent": abs(ratio - 1) <= BAND}
 
 
 def against_best(choice: Trial, grid: list[Trial]) -> dict[str, Any]:
-    """Compare a choice with the best cell of the grid: paired by turn, a prompt counts once by its median."""
-    best = max(grid, key=lambda trial: trial.measured().median)
-    paired = [
-        [median(a / b for a, b in zip(choice.ratios[prompt], best.ratios[prompt], strict=True))]
-        for prompt in best.ratios
-    ]
-    found = interval(paired)
+    """Compare a choice with the best cell of the grid: seconds of the one over those of the other."""
+    best = max(grid, key=lambda trial: trial.measured().ratio)
+    seconds = [[mean(x for _, x in one.seconds[prompt]) for prompt in best.seconds] for one in (best, choice)]
+    found = ratio_of_sums(*seconds)
     return {
         "choice": choice.record(),
         "best": best.record(),
@@ -185,7 +182,7 @@ def show(result: dict[str, Any]) -> None:
         sure = "" if row["policy"] == "fixed" else f", {row['policy']} {row['confidence'] or ''}".rstrip()
         return (
             f"E {row['exit_layer']:>2}, K {row['draft_length']:>2}, vocabulary {row['draft_vocab']}{sure}: "
-            f"predicted {row['predicted_speedup']:.2f} x, measured {found['median']:.2f} x "
+            f"predicted {row['predicted_speedup']:.2f} x, measured {found['ratio']:.2f} x "
             f"[{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}], outputs equal {row['equal']} of {row['of']}"
         )
 
@@ -196,7 +193,7 @@ def show(result: dict[str, Any]) -> None:
     ratio = compared["ratio"]
     worse = "significantly worse" if compared["significantly_worse"] else "not significantly worse"
     print(
-        f"tuner:  {line(result['tuner_choice'])}; over the best of the grid {ratio['median']:.2f} "
+        f"tuner:  {line(result['tuner_choice'])}; over the best of the grid {ratio['ratio']:.2f} "
         f"[{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}]: {worse}"
     )
 

@@ -144,7 +144,7 @@ def test_every_figure_has_its_result_file(script, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     configuration = {"model": "tiny", "trained_exits": [2]}
     cell = {"exit_layer": 2, "draft_length": 3, "draft_vocab": "off", "predicted_speedup": 1.3}
-    measured = cell | {"speedup": {"median": 1.2, "ci95": [1.1, 1.3]}}
+    measured = cell | {"speedup": {"ratio": 1.2, "ci95": [1.1, 1.3]}}
     row = {"exit_layer": 2, "agreement": 0.5, "kl": 1.0, "tv": 0.4, "perplexity": 20.0, "tokens": 9}
     doctor = {"surface": [cell], "acceptance_by_position": {"2": [0.9, 0.5, None]}}
     files = {
@@ -212,7 +212,7 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     module = sys.modules["tuning"]
     best, choice = ({0: [2.0, 2.0], 1: [2.0]}, {0: [1.0, 3.0], 1: [2.0]})
     trials = [Trial(Cell(1, 1, 0), 1.0, ratios=ratios) for ratios in (choice, best)]
-    ratio = module.against_best(trials[0], trials[1:])["ratio"]["median"]
+    ratio = module.against_best(trials[0], trials[1:])["ratio"]["ratio"]
     assert ratio == 1, "a prompt passed over gives its turn to another, which counts once all the same"
     pytest.importorskip("matplotlib")
     from layerskip.measure.draw import speedup_surface

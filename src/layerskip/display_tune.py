@@ -133,7 +133,7 @@ def print_tune(result: dict[str, Any]) -> None:
             str(row["draft_vocab"]),
             sure,
             f"{row['predicted_speedup']:.2f} x",
-            speedup(row["speedup"]["median"], row["speedup"]["ci95"]),
+            speedup(row["speedup"]["ratio"], row["speedup"]["ci95"]),
             share(row["acceptance"]),
             str(row["of"]),
         )

@@ -102,7 +102,7 @@ def speedup_surface(result: Mapping[str, Any], file: Path) -> Path:
     """
     grid = [cell for cell in result["grid"] if cell.get("speedup")]
     predicted = _by_cell((cell, cell["predicted_speedup"]) for cell in result["doctor"]["surface"])
-    measured = _by_cell((cell, cell["speedup"]["median"]) for cell in grid)
+    measured = _by_cell((cell, cell["speedup"]["ratio"]) for cell in grid)
     figure = _canvas(4.4)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.25))
     shared = [*predicted.values(), *measured.values()]
@@ -111,7 +111,7 @@ def speedup_surface(result: Mapping[str, Any], file: Path) -> Path:
     _dress(left, "Predicted speed-up, x", "draft length K", "exit layer E", grid=None)
     _dress(middle, "Measured speed-up, x", "draft length K", "", grid=None)
     points = [
-        (cell["predicted_speedup"], cell["speedup"]["median"], *cell["speedup"]["ci95"]) for cell in grid
+        (cell["predicted_speedup"], cell["speedup"]["ratio"], *cell["speedup"]["ci95"]) for cell in grid
     ]
     ends = [end for point in points for end in point] or [0.5, 1.5]
     span = (0.92 * min(ends), 1.06 * max(ends))

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: of medians of paired ratios, of any statistic over items. Pure: the seed is given."""
+"""Bootstrap intervals of medians of paired ratios, ratios of sums, any statistic. Pure: the seed is given."""
 
 from __future__ import annotations
 
@@ -63,3 +63,27 @@ def resampled(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0
     """95% bootstrap interval of a statistic over items; columns [N] are resampled alike to [RESAMPLES, N]."""
     picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
     return [float(end) for end in np.percentile(statistic(*(c[picks] for c in columns)), [2.5, 97.5])]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two sums over items and the ends of its 95% interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def ci95(self) -> list[float]:
+        return [self.low, self.high]
+
+    def record(self) -> dict[str, Any]:
+        """Say it as result files do."""
+        return {"ratio": self.ratio, "ci95": self.ci95}
+
+
+def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    """Divide the sums of two columns over the same items. Items of a few rounds have lumpy ratios of their own."""
+    a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    low, high = resampled(lambda x, y: x.sum(-1) / y.sum(-1), a, b)
+    return Ratio(float(a.sum() / b.sum()), low, high)

@@ -4,10 +4,11 @@
     analysis.best               # the cell with the largest predicted speed-up
     analysis.record()           # what `layerskip doctor --json` and `tune --json` have in common
 
-Plain decoding continues the prompts; one pass over those continuations says where each exit names the next token;
-`replay` turns that into rounds, `round_times` prices them. A cell's speed-up is the median over prompts of plain
-seconds over its own; its interval comes from drawing prompts and turns of the timing with replacement. That the
-best of hundreds of cells was picked by the same numbers is not corrected for: it is the interval of any one cell.
+Plain decoding continues the prompts; one pass over those continuations says where each exit names the next
+token; `replay` turns that into rounds, `round_times` prices them. A cell's speed-up is plain seconds over its
+own, both for all prompts; its interval comes from drawing prompts and turns of the timing with replacement.
+That the best of hundreds of cells was picked by the same numbers is not corrected for: it is the interval of
+any one cell.
 """
 
 from __future__ import annotations
@@ -258,13 +259,13 @@ class _Prices:
 
     def predicted(self, cell: Cell, threshold: float | None = None) -> Predicted:
         rounds = _replayed(self.analysis, cell, threshold)
-        sampled = np.take_along_axis(_ratios(rounds, cell, self.drawn), self.chosen, axis=1)  # [draws, P]
-        low, high = np.percentile(np.median(sampled, axis=1), [2.5, 97.5])
+        drawn = (np.take_along_axis(x, self.chosen, axis=1) for x in _seconds(rounds, cell, self.drawn))
+        low, high = np.percentile(_ratio(*drawn), [2.5, 97.5])
         seconds = self.middle.seconds(cell.exit_layer, cell.draft_vocab)[0]
         together = joined(rounds)
         return Predicted(
             cell,
-            float(np.median(_ratios(rounds, cell, self.middle))),
+            float(_ratio(*_seconds(rounds, cell, self.middle))[0]),
             (float(low), float(high)),
             together,
             float(seconds[together.drafted].mean()),
@@ -272,17 +273,21 @@ class _Prices:
         )
 
 
-def _ratios(rounds: Sequence[Replayed], cell: Cell, times: Medians) -> np.ndarray:
-    """Plain seconds over a cell's, of every prompt: [draws, P]."""
+def _ratio(plain: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Divide sums over prompts, [draws, P] each: [draws]. Of single outputs the ratios are lumpy, in few rounds."""
+    made: np.ndarray = plain.sum(1) / own.sum(1)
+    return made
+
+
+def _seconds(rounds: Sequence[Replayed], cell: Cell, times: Medians) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of plain decoding and of a cell, of every prompt: [draws, P] each."""
     seconds = times.seconds(cell.exit_layer, cell.draft_vocab)  # [draws, longest + 1]
     counts = np.stack([np.bincount(one.drafted, minlength=seconds.shape[1]) for one in rounds])
     looked = np.array([one.looked.sum() for one in rounds])  # [P]
     tokens = np.array([one.tokens.sum() for one in rounds])  # [P]
     # A look at the exit that draws nothing was not timed; what a first draft adds to a round bounds it.
     look = np.clip(seconds[:, 1] - seconds[:, 0], 0, None)
-    total = seconds @ counts.T + np.outer(look, looked)
-    made: np.ndarray = tokens * times.plain[:, None] / total
-    return made
+    return tokens * times.plain[:, None], seconds @ counts.T + np.outer(look, looked)
 
 
 def _confident(analysis: Analysis, prices: _Prices) -> Predicted:

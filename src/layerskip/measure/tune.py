@@ -2,7 +2,7 @@
 
     trials = finalists(analysis, default_cell(lm))
     order = halving(lm, trials, prompts, max_new_tokens=64, seconds=180)
-    order[0].measured()         # median of paired ratios with its 95% interval
+    order[0].measured()         # plain seconds over its own, with the 95% interval
 
 On each prompt plain decoding and all settings still in the race take turns; a ratio compares two runs on the same
 prompt in the same turn, ends of sequence respected, timed from outside the engine. What is told of the winner comes
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError
-from layerskip.measure.intervals import Interval, interval
+from layerskip.measure.intervals import Ratio, ratio_of_sums
 from layerskip.model import checkpoint
 from layerskip.watch import Watch, silent
 
@@ -40,14 +40,14 @@ WARM_UP = 8  # new tokens of a first call
 
 @dataclass
 class Trial:
-    """A setting in the race, and how it did: ratios to plain decoding by group of prompts."""
+    """A setting in the race, and how it did: seconds of plain decoding and its own, by group of prompts."""
 
     cell: Cell
     predicted: float
     confidence: float | None = None  # the policy's threshold
     policy: str = "fixed"
     interval: tuple[float, float] | None = None  # of the prediction
-    ratios: dict[int, list[float]] = field(default_factory=dict)
+    seconds: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     of: int = 0
     differing: list[int] = field(default_factory=list)  # prompts whose output was not plain decoding's
     drafted: int = 0
@@ -64,12 +64,13 @@ class Trial:
         sure = {} if self.confidence is None else {"confidence": self.confidence}
         return {**self.cell.options, "policy": self.policy, **sure}
 
-    def measured(self) -> Interval:
-        """Median over prompts with its interval; a prompt seen several times counts once, by its median."""
-        groups = list(self.ratios.values())
-        if len(groups) > 1:
-            groups = [[statistics.median(values)] for values in groups]
-        return interval(groups)
+    def measured(self) -> Ratio:
+        """Plain seconds over its own, both for all prompts; one that was played several times counts once."""
+        groups = [
+            [statistics.mean(column) for column in zip(*pairs, strict=True)]
+            for pairs in self.seconds.values()
+        ]
+        return ratio_of_sums(*zip(*groups, strict=True))
 
     @property
     def mode(self) -> str:
@@ -134,13 +135,13 @@ def halving(
     for rung in range(rungs):
         began, turns, least = clock(), 0, LEAST_TURNS
         if rung == rungs - 1:
-            alive[0].ratios, least = {}, max(LEAST_TURNS, min(LAST_TURNS, len(groups)))
+            alive[0].seconds, least = {}, max(LEAST_TURNS, min(LAST_TURNS, len(groups)))
         while turns < least or clock() - began < seconds / rungs:
             what = f"measuring, rung {rung + 1} of {rungs}, {len(alive)} settings"
             watch(what, int(clock() - began), int(seconds / rungs))
             race.turn(alive)
             turns += 1
-        alive.sort(key=lambda trial: -trial.measured().median)
+        alive.sort(key=lambda trial: -trial.measured().ratio)
         kept = math.ceil(len(alive) / 2)
         dropped = [*alive[kept:], *dropped]
         alive = alive[:kept]
@@ -180,9 +181,11 @@ class Race:
             plain = runs[id(None)]
             if not plain.rate:
                 continue
+            decoded = sum(len(tokens) - 1 for tokens in plain.tokens)
             for trial in trials:
                 run = runs[id(trial)]
-                trial.ratios.setdefault(index, []).append(run.rate / plain.rate)
+                pair = (decoded / plain.rate, decoded / run.rate)
+                trial.seconds.setdefault(index, []).append(pair)
                 trial.of += len(plain.tokens)
                 first = index * len(self.groups[0])
                 pairs = zip(run.tokens, plain.tokens, strict=True)
@@ -229,7 +232,7 @@ def tuned(analysis: Analysis, ranked: Sequence[Trial]) -> dict[str, Any]:
     best = {
         **{name: rows[0][name] for name in names},
         "interval": ranked[0].interval and list(ranked[0].interval),
-        "measured_speedup": winner.median,
+        "measured_speedup": winner.ratio,
         "measured_interval": winner.ci95,
         "mode": ranked[0].mode,
     }
