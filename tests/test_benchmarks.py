@@ -210,8 +210,8 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     assert result["tuned_against_best"]["significantly_worse"] == (high < 1)
     assert "predicted / measured" in capsys.readouterr().out
     module = sys.modules["tuning"]
-    best, choice = ({0: [2.0, 2.0], 1: [2.0]}, {0: [1.0, 3.0], 1: [2.0]})
-    trials = [Trial(Cell(1, 1, 0), 1.0, ratios=ratios) for ratios in (choice, best)]
+    best, choice = ({0: [(4.0, 2.0)] * 2, 1: [(4.0, 2.0)]}, {0: [(4.0, 1.0), (4.0, 3.0)], 1: [(4.0, 2.0)]})
+    trials = [Trial(Cell(1, 1, 0), 1.0, seconds=seconds) for seconds in (choice, best)]
     ratio = module.against_best(trials[0], trials[1:])["ratio"]["ratio"]
     assert ratio == 1, "a prompt passed over gives its turn to another, which counts once all the same"
     pytest.importorskip("matplotlib")

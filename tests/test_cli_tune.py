@@ -108,7 +108,7 @@ def test_tune_measures_and_leaves_the_checkpoint_alone_unless_told(run, checkpoi
     result = json.loads(line)
     assert {"agreement", "step_s", "best", "surface", "measured", "saved", "configuration"} <= set(result)
     best, first = result["best"], result["measured"][0]
-    assert first["speedup"] == {"median": best["measured_speedup"], "ci95": best["measured_interval"]}
+    assert first["speedup"] == {"ratio": best["measured_speedup"], "ci95": best["measured_interval"]}
     assert {row["exit_layer"] for row in result["measured"]} == {2, 3}
     assert all(row["equal"] == row["of"] >= 2 for row in result["measured"]), "float32"
     assert result["saved"] is None

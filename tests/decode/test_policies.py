@@ -105,6 +105,11 @@ def test_stop_strings_and_conversations_work_under_every_policy(name):
         ),
         (
             {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
+            {"temperature": 0.8},
+            ("self-speculative", "fixed", 0.0, False),
+        ),
+        (
+            {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
             {"policy": "confidence", "guard": False},
             ("self-speculative", "confidence", DEFAULT_CONFIDENCE, False),
         ),

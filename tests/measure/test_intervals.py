@@ -1,10 +1,11 @@
 """Medians and their bootstrap intervals."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip.measure.intervals import interval, ratios
+from layerskip.measure.intervals import interval, ratio_of_sums, ratios
 
 GROUPS = st.integers(1, 4).flatmap(
     lambda trials: st.lists(
@@ -48,3 +49,10 @@ def test_the_interval_covers_the_true_median_about_as_often_as_it_says():
 
 def test_ratios_pair_the_same_prompt_and_trial():
     assert ratios([[4.0, 9.0], [8.0]], [[2.0, 3.0], [2.0]]) == [[2.0, 3.0], [4.0]]
+
+
+def test_a_ratio_of_sums_weighs_items_by_their_size():
+    found = ratio_of_sums([90.0, 1.0], [30.0, 1.0])
+    assert found.ratio == pytest.approx(91 / 31)
+    assert found.ci95 == pytest.approx([1.0, 3.0])
+    assert found.record() == {"ratio": found.ratio, "ci95": found.ci95}

@@ -103,12 +103,12 @@ def test_the_worse_half_is_dropped_after_every_rung_and_the_winner_runs_on(scrip
     runs = [trial.of for trial in ranked]
     assert runs[0] > runs[1] > runs[2] == runs[3] >= tune.LEAST_TURNS
     found = ranked[0].measured()
-    assert (found.median, found.low, found.high) == pytest.approx((1.4, 1.4, 1.4))
+    assert (found.ratio, found.low, found.high) == pytest.approx((1.4, 1.4, 1.4))
     told = tune.tuned(Predictions(), ranked)["best"]
     assert (told["exit_layer"], told["mode"], told["interval"]) == (4, "self-speculative", None)
     assert [told["measured_speedup"], *told["measured_interval"]] == pytest.approx([1.4] * 3)
     assert ranked[0].record()["acceptance"] == 0.5
-    assert list(ranked[0].ratios) == [0, 1, 2], "prompts go round"
+    assert list(ranked[0].seconds) == [0, 1, 2], "prompts go round"
 
 
 def test_the_winners_gain_is_told_by_runs_that_did_not_choose_it(monkeypatch, lm):
@@ -116,26 +116,26 @@ def test_the_winners_gain_is_told_by_runs_that_did_not_choose_it(monkeypatch, lm
 
     def decoded(self, trial, prompts, budget):
         lucky = trial is not None and trial.cell.exit_layer == 2 and self.turns <= tune.LEAST_TURNS
-        return tune._Run([[1]] * len(prompts), 3.0 if lucky else 1.0, 4, 2)
+        return tune._Run([[1, 1]] * len(prompts), 3.0 if lucky else 1.0, 4, 2)
 
     monkeypatch.setattr(Race, "_decoded", decoded)
     [winner, _] = halving(lm, trials(1, 2), [[n] for n in range(20)], 8, seconds=0, clock=Clock())
     assert winner.cell.exit_layer == 2
-    assert winner.measured().median == 1
+    assert winner.measured().ratio == 1
     assert winner.mode == "ar"
-    assert len(winner.ratios) == tune.LAST_TURNS
+    assert len(winner.seconds) == tune.LAST_TURNS
 
 
 def test_no_time_at_all_still_gives_every_rung_its_least_turns(scripted, lm):
     ranked = halving(lm, trials(1, 2), PROMPTS[:1], 8, seconds=1, clock=Clock())
     assert ranked[0].of == 2 * tune.LEAST_TURNS
-    assert len(ranked[0].ratios) == 1
+    assert len(ranked[0].seconds) == 1
 
 
 def test_a_prompt_seen_often_counts_once(lm):
-    trial = Trial(Cell(2, 2, 0), 1.0, ratios={0: [1.0, 5.0, 1.0], 1: [2.0], 2: [3.0]})
-    assert trial.measured().median == 2.0
-    alone = Trial(Cell(2, 2, 0), 1.0, ratios={0: [1.0, 2.0, 3.0]})
+    trial = Trial(Cell(2, 2, 0), 1.0, seconds={0: [(2.0, 1.0)] * 9, 1: [(4.0, 2.0)], 2: [(3.0, 6.0)]})
+    assert trial.measured().ratio == 1.0
+    alone = Trial(Cell(2, 2, 0), 1.0, seconds={0: [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0)]})
     assert alone.measured().low < 2.0 < alone.measured().high, "with one prompt its repeats are all there is"
 
 
@@ -150,12 +150,12 @@ def test_a_race_decodes_plainly_and_with_every_trial_and_compares_outputs(lm, ba
         assert trial.of == sum(map(len, groups[:2]))
         assert trial.differing == []
         assert trial.drafted >= trial.accepted > 0
-        assert all(value > 0 for values in trial.ratios.values() for value in values)
+        assert all(value > 0 for pairs in trial.seconds.values() for pair in pairs for value in pair)
 
 
 def test_prompts_whose_output_differs_are_named(monkeypatch, lm):
     def decoded(self, trial, prompts, budget):
-        return tune._Run([[prompt[0] if trial and prompt[0] == 3 else 0] for prompt in prompts], 1.0, 1, 1)
+        return tune._Run([[prompt[0] if trial and prompt[0] == 3 else 0, 1] for prompt in prompts], 1.0, 1, 1)
 
     monkeypatch.setattr(Race, "_decoded", decoded)
     race, [trial] = Race(lm, [PROMPTS[:2], PROMPTS[2:]], 8), trials(2)
@@ -171,7 +171,7 @@ def test_prompts_that_end_at_once_are_passed_over(lm):
     lm.generation_config = type("Config", (), {"eos_token_id": first})
     race, [trial] = Race(lm, [[PROMPTS[1]], [PROMPTS[0]]], 8), trials(2)
     race.turn([trial])
-    assert list(trial.ratios) == [1]
+    assert list(trial.seconds) == [1]
     with pytest.raises(UserError, match="nothing to time"):
         Race(lm, [[PROMPTS[1]]], 8).turn([trial])
 
@@ -201,7 +201,7 @@ def entry(path):
 
 def test_the_choice_becomes_the_default_of_the_checkpoint(own):
     lm = layerskip.load(own, device="cpu")
-    winner = Trial(Cell(2, 3, 0), 1.2, ratios={0: [1.5], 1: [1.6]})
+    winner = Trial(Cell(2, 3, 0), 1.2, seconds={0: [(1.5, 1.0)], 1: [(1.6, 1.0)]})
     assert save_choice(lm, winner) == own / "config.json"
     assert entry(own) == {
         "exit_layer": 2, "draft_length": 3, "draft_vocab_size": 0, "mode": "self-speculative", "policy": "fixed",
@@ -213,7 +213,7 @@ def test_the_choice_becomes_the_default_of_the_checkpoint(own):
 def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
     save_choice(
         layerskip.load(own, device="cpu"),
-        Trial(Cell(2, 3, 0), 1.2, 0.4, "confidence", ratios={0: [0.9], 1: [1.6]}),
+        Trial(Cell(2, 3, 0), 1.2, 0.4, "confidence", seconds={0: [(0.9, 1.0)], 1: [(1.6, 1.0)]}),
     )
     assert entry(own)["mode"] == "ar"
     assert (entry(own)["policy"], entry(own)["confidence"]) == ("confidence", 0.4)
@@ -222,7 +222,7 @@ def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
 
 def test_a_draft_vocabulary_nobody_ranked_is_the_default_without_an_invented_ranking(own):
     lm = layerskip.load(own, device="cpu")
-    save_choice(lm, Trial(Cell(2, 3, 40), 1.2, ratios={0: [1.5]}))
+    save_choice(lm, Trial(Cell(2, 3, 40), 1.2, seconds={0: [(1.5, 1.0)]}))
     again = layerskip.load(own, device="cpu")
     assert again.ranked_vocabulary is None
     assert entry(own)["draft_vocab_size"] == 40
@@ -234,4 +234,4 @@ def test_a_draft_vocabulary_nobody_ranked_is_the_default_without_an_invented_ran
 
 def test_a_model_without_a_folder_cannot_be_written(lm):
     with pytest.raises(UserError, match="no folder"):
-        save_choice(lm, Trial(Cell(2, 3, 0), 1.2, ratios={0: [1.5]}))
+        save_choice(lm, Trial(Cell(2, 3, 0), 1.2, seconds={0: [(1.5, 1.0)]}))

@@ -134,7 +134,9 @@ class Options:
         if mode == "ar":
             return Plan(mode, num_layers, 0)
         given = self.exit_layer is not None or self.draft_length is not None
-        by_checkpoint = None if given or self.simulate_acceptance is not None else facts.policy
+        # Only greedy decoding follows the checkpoint's policy unasked: sampled outputs should repeat by seed.
+        unasked = given or self.simulate_acceptance is not None or self.temperature > 0
+        by_checkpoint = None if unasked else facts.policy
         if self.confidence is not None and by_checkpoint != "adaptive":
             by_checkpoint = "confidence"
         policy = self.policy or by_checkpoint or "fixed"

@@ -66,11 +66,13 @@ class Trial:
 
     def measured(self) -> Ratio:
         """Plain seconds over its own, both for all prompts; one that was played several times counts once."""
-        groups = [
-            [statistics.mean(column) for column in zip(*pairs, strict=True)]
-            for pairs in self.seconds.values()
-        ]
-        return ratio_of_sums(*zip(*groups, strict=True))
+        played = list(self.seconds.values())
+        if len(played) > 1:
+            played = [
+                [(statistics.mean(a), statistics.mean(b))]
+                for a, b in (zip(*own, strict=True) for own in played)
+            ]
+        return ratio_of_sums(*zip(*(pair for pairs in played for pair in pairs), strict=True))
 
     @property
     def mode(self) -> str:
