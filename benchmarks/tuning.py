@@ -82,6 +82,7 @@ def main() -> None:
         "dtype": str(lm.stack.dtype).removeprefix("torch."),
         "stack": lm.stack.name,
         "num_prompts": {"choose": len(chosen), "measure": len(others)},
+        "trained_exits": list(lm.facts.exits),
     }
     show(result)
     if arguments.save:

@@ -92,7 +92,8 @@ def exits(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path:
 
 def trained_exits(result: Mapping[str, Any]) -> Sequence[int]:
     """The exits that were trained, by a result's configuration."""
-    return result.get("configuration", {}).get("trained_exits") or ()
+    told = result.get("configuration", {}).get("trained_exits") or result.get("doctor", {}).get("exits")
+    return told or ()
 
 
 def speedup_surface(result: Mapping[str, Any], file: Path) -> Path:
