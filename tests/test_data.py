@@ -151,7 +151,7 @@ def test_missing_empty_and_broken_sources_are_named(tmp_path):
         ("broken.jsonl", b'{"text": "a"}\n{"text', "line 2 is not JSON"),
         ("object.json", b"{}", "not a list"),
         ("latin.txt", b"\xff", "not UTF-8"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "cannot read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "cannot read"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):

@@ -84,7 +84,8 @@ def test_a_controller_comes_close_to_the_best_fixed_choice(name, trained):
             tokens, seconds = tokens + got, seconds + took
         shares.append(tokens / seconds / best)
     shares.sort()
-    assert shares[len(shares) // 2] > 0.93, shares
+    wanted = 0.93 if trained else 0.9  # an untrained exit has to prove itself by sparse probes first
+    assert shares[len(shares) // 2] > wanted, shares
 
 
 def test_untrained_exits_cost_a_guarded_controller_next_to_nothing():
