@@ -33,14 +33,14 @@ import torch
 import yaml
 
 import layerskip
+from layerskip.decode.control import Prices
 from layerskip.decode.language_model import LanguageModel, resolve_device
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure.intervals import interval, resampled
+from layerskip.measure.intervals import interval, ratio_of_sums, resampled
 from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.tasks import TOPV2, Item, as_trained, decoded, ends, matches, read
 from layerskip.model.checkpoint import fingerprint
-from layerskip.model.cost import Cost
 
 FULL, BASELINE = "full", "baseline"
 
@@ -126,7 +126,8 @@ def main() -> None:
     vocabulary = lm.draft_head(Options.parse(grid[exits[0], chosen[exits[0]]].options))
     for e, k in cells:
         told = summary(found, grid[e, k].name, timed)
-        predicted = cost(lm, e, vocabulary and vocabulary.size).speedup(k, told["tokens_per_round"] or 1.0)
+        cost = Prices.of(lm.stack, vocabulary).cost(e)
+        predicted = cost.speedup(k, told["tokens_per_round"] or 1.0)
         table[f"self-speculative {e}x{k}"] = {
             "exit_layer": e, "draft_length": k, **told, "predicted_speedup": predicted,
         }  # fmt: skip
@@ -191,13 +192,6 @@ def over_budget(items: Sequence[Item], lm: LanguageModel, budget: int) -> int:
     return sum(
         len(ids) + 1 > budget for ids in lm.tokenizer([i.fields["response"] for i in items])["input_ids"]
     )
-
-
-def cost(lm: LanguageModel, exit_layer: int, draft_vocabulary: int | None) -> Cost:
-    """Price a round by the bytes each part reads, in layers."""
-    head = lm.stack.head_bytes / lm.stack.layer_bytes
-    share = 1.0 if draft_vocabulary is None else draft_vocabulary / lm.stack.vocab_size
-    return Cost(lm.stack.num_layers, exit_layer, head, head * share)
 
 
 def recipe_of(lm: LanguageModel) -> dict[str, Any] | None:
@@ -324,10 +318,7 @@ def summary(found: Sequence[Record], method: str, timed: Sequence[Record]) -> di
         # Prefill gives one token of each item.
         "tokens_per_round": float((tokens.sum() - len(found)) / rounds) if rounds else None,
         "speedup": paired.record(),
-        "speedup_of_sums": {
-            "ratio": float(plain.sum() / seconds.sum()),
-            "ci95": resampled(lambda a, b: a.sum(-1) / b.sum(-1), plain, seconds),
-        },
+        "speedup_of_sums": ratio_of_sums(plain, seconds).record(),
         "decode_speedup": float(decode[0] / decode[1]) if decode[1] else None,
     }
 

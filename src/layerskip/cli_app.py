@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +62,13 @@ Guard = Annotated[
         show_default="unless the policy is fixed",
     ),
 ]
+Prompts = Annotated[
+    Path | None, typer.Option(help="JSON lines with prompt or messages.", show_default="ten built in")
+]
+Limit = Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")]
+Separator = Annotated[
+    str, typer.Option(help="What follows a text prompt that is not wrapped; \\n is a line break.")
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
@@ -80,11 +88,15 @@ def vocabulary_size(given: str) -> int | str:
 
 def exit_layers(given: str) -> list[int] | None:
     """Read --exits: None for all. Raises: UserError."""
-    if given == "all":
-        return None
+    allowed = "--exits is all, or layers from 1 on with commas between: 1,4,8"
+    return None if given == "all" else listed_layers(given, allowed)
+
+
+def listed_layers(given: str, allowed: str) -> list[int]:
+    """Read layers with commas between. Raises: UserError with what is allowed."""
     names = [name.strip() for name in given.split(",")]
     if not all(name.isdecimal() and int(name) for name in names):
-        raise UserError(f"exits {given!r}", "--exits is all, or layers from 1 on with commas between: 1,4,8")
+        raise UserError(f"exits {given!r}", allowed)
     return sorted({int(name) for name in names})
 
 

@@ -22,6 +22,7 @@ from layerskip.cli_app import (
     Dtype,
     Model,
     Quantize,
+    Separator,
     StackName,
     Threads,
     exit_layers,
@@ -90,9 +91,7 @@ def evaluate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Wrap prompts as messages.", show_default="prompts, if it can"),
     ] = None,
-    separator: Annotated[
-        str, typer.Option(help="What follows a text prompt that is not wrapped; \\n is a line break.")
-    ] = "",
+    separator: Separator = "",
     work: Annotated[
         Path | None, typer.Option(help="Keep results per item here.", show_default="in the cache folder")
     ] = None,

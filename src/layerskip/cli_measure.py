@@ -19,15 +19,25 @@ from layerskip.cli_app import (
     Dtype,
     ExitLayer,
     Guard,
+    Limit,
     Model,
     Policy,
+    Prompts,
     Quantize,
     StackName,
     Threads,
     load,
     vocabulary_size,
 )
-from layerskip.cli_results import check_counts, configuration, encoded, loaded, progress, prompt_lines
+from layerskip.cli_results import (
+    check_counts,
+    configuration,
+    encoded,
+    loaded,
+    looked_at,
+    progress,
+    prompt_lines,
+)
 from layerskip.cli_results import save as save_result
 from layerskip.display import err, out, print_bench, print_card, print_coverage
 from layerskip.errors import UserError
@@ -47,10 +57,8 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     model: Model,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines with prompt or messages.", show_default="ten built in")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")] = None,
+    prompts: Prompts = None,
+    limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(help="Every method makes exactly this many.")] = 64,
     exit_layer: ExitLayer = None,
     draft_length: DraftLength = None,
@@ -127,8 +135,7 @@ def bench(
     except benches.NotLossless as error:
         err.print(Text(f"not lossless: {error}", style="bold red"))
         sys.exit(1)
-    told = {"prompts": "built in" if prompts is None else prompts.name, "num_prompts": len(items)}
-    result["configuration"] = configuration(given, lm, load_s, **told)
+    result["configuration"] = configuration(given, lm, load_s, **looked_at(prompts, len(items)))
     if simulate_acceptance is not None:
         result["simulated"] = simulate_acceptance
     if as_json:

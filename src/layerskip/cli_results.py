@@ -31,6 +31,11 @@ def prompt_lines(path: Path | None, limit: int | None) -> list[Any]:
     return read_prompts(path or prompt_file())[:limit]
 
 
+def looked_at(path: Path | None, count: int) -> dict[str, Any]:
+    """Say which prompts a result is of, and how many."""
+    return {"prompts": "built in" if path is None else path.name, "num_prompts": count}
+
+
 def encoded(lm: LanguageModel, content: Any, chat: bool | None = None, separator: str = "") -> list[int]:
     """Encode text or messages, wrapped if `chat` (None: if it can); `separator` follows text that is not."""
     wrap = lm.has_template if chat is None else chat

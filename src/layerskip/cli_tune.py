@@ -12,12 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from layerskip.cli_app import AsJson, Device, Dtype, Model, Quantize, StackName, Threads, vocabulary_size
+from layerskip.cli_app import (
+    AsJson,
+    Device,
+    Dtype,
+    Limit,
+    Model,
+    Prompts,
+    Quantize,
+    Separator,
+    StackName,
+    Threads,
+    listed_layers,
+    vocabulary_size,
+)
 from layerskip.cli_results import (
     check_counts,
     configuration,
     encoded,
     loaded,
+    looked_at,
     progress,
     prompt_lines,
     unescaped,
@@ -29,10 +43,6 @@ from layerskip.errors import UserError
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
 
-Prompts = Annotated[
-    Path | None, typer.Option(help="JSON lines with prompt or messages.", show_default="ten built in")
-]
-Limit = Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")]
 MaxNewTokens = Annotated[int, typer.Option(help="Budget of each continuation.")]
 AsChat = Annotated[
     bool | None,
@@ -40,9 +50,6 @@ AsChat = Annotated[
 ]
 Exits = Annotated[
     str | None, typer.Option(help="E to try, comma-separated.", show_default="trained ones, or a spread")
-]
-Separator = Annotated[
-    str, typer.Option(help="What follows a text prompt that is not wrapped; \\n is a line break.")
 ]
 Vocabulary = Annotated[str, typer.Option(help="Draft vocabulary: a number, auto (try several) or off.")]
 
@@ -85,7 +92,7 @@ def doctor(
         analysis = analyse(lm, items, max_new_tokens, layers, size, watch=watch)
         watch("decoding twice", 0, 0)
         result = examine(lm, analysis, as_chat, shlex.quote(model), _repeated(given))
-    result["configuration"] = _configuration(given, lm, load_s, prompts, len(items))
+    result["configuration"] = configuration(given, lm, load_s, **looked_at(prompts, len(items)))
     if as_json:
         print(json.dumps(result))
     else:
@@ -140,7 +147,7 @@ def tune(
     result = tuned(analysis, ranked)
     result["saved"] = None if saved is None else str(saved)
     result["how_to_save"] = f"layerskip tune {model} ... --save makes it the default of every verb"
-    result["configuration"] = _configuration(given, lm, load_s, prompts, len(items))
+    result["configuration"] = configuration(given, lm, load_s, **looked_at(prompts, len(items)))
     if as_json:
         print(json.dumps(result))
     else:
@@ -178,12 +185,8 @@ def _checked(
         raise UserError(
             f"max_new_tokens is {max_new_tokens}", "at least two: the first comes from the prompt"
         )
-    layers = None
-    if exits is not None:
-        names = [name.strip() for name in exits.split(",")]
-        if not all(name.isdecimal() and int(name) for name in names):
-            raise UserError(f"exits {exits!r}", "--exits is a comma-separated list of layers, such as 4,6,8")
-        layers = [int(name) for name in names]
+    allowed = "--exits is a comma-separated list of layers, such as 4,6,8"
+    layers = None if exits is None else listed_layers(exits, allowed)
     return prompt_lines(prompts, limit), layers, vocabulary_size(draft_vocab)
 
 
@@ -200,10 +203,3 @@ def _encoded(
                 "lower --max-new-tokens, or leave such prompts out",
             )
     return items
-
-
-def _configuration(
-    given: dict[str, Any], lm: LanguageModel, load_s: float, prompts: Path | None, count: int
-) -> dict[str, Any]:
-    looked_at = {"prompts": "built in" if prompts is None else prompts.name, "num_prompts": count}
-    return configuration(given, lm, load_s, **looked_at)

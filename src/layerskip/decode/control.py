@@ -76,10 +76,11 @@ class Prices:
     def plain(self) -> float:
         return self.layers + self.head
 
+    def cost(self, exit_layer: int) -> Cost:
+        return Cost(self.layers, exit_layer, self.head, self.draft_head)
+
     def round(self, exit_layer: int, draft_length: int) -> float:
-        if exit_layer == self.layers:
-            return self.plain
-        return Cost(self.layers, exit_layer, self.head, self.draft_head).round(draft_length)
+        return self.plain if exit_layer == self.layers else self.cost(exit_layer).round(draft_length)
 
 
 def arms(
@@ -92,7 +93,7 @@ def arms(
     if not adaptive:
         return (Choice(exit_layer, draft_length, confidence),)
     wanted = (exit_layer, exit_layer // 2, exit_layer * 3 // 2, exit_layer * 2)
-    depths = {exit_layer, *(min(exits, key=lambda k: (abs(k - w), k)) for w in wanted if exits)}
+    depths = {exit_layer, *(min(exits, key=lambda k: (abs(k - w), k)) for w in wanted)}
     longest = max(draft_length, LONGEST)
     lengths = {max(1, draft_length // 4), max(1, draft_length // 2), draft_length, 2 * draft_length}
     return tuple(Choice(e, min(k, longest), confidence) for e in sorted(depths) for k in sorted(lengths))
@@ -104,7 +105,7 @@ class _Fading:
     def __init__(self) -> None:
         self.total, self.weight = 0.0, 0.0
 
-    def add(self, total: float, weight: float, window: float = math.inf) -> None:
+    def add(self, total: float, weight: float, window: float) -> None:
         self.fade(weight, window)
         self.total, self.weight = self.total + total, self.weight + weight
 

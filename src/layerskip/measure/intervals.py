@@ -11,17 +11,24 @@ import numpy as np
 RESAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A median and the ends of its 95% interval."""
+class _Ends:
+    """The ends of a 95% interval."""
 
-    median: float
     low: float
     high: float
 
     @property
     def ci95(self) -> list[float]:
         return [self.low, self.high]
+
+
+@dataclass(frozen=True)
+class Interval(_Ends):
+    """A median and the ends of its 95% interval."""
+
+    median: float
+    low: float
+    high: float
 
     def record(self) -> dict[str, Any]:
         """Say it as result files do."""
@@ -66,16 +73,12 @@ def resampled(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(_Ends):
     """A ratio of two sums over items and the ends of its 95% interval."""
 
     ratio: float
     low: float
     high: float
-
-    @property
-    def ci95(self) -> list[float]:
-        return [self.low, self.high]
 
     def record(self) -> dict[str, Any]:
         """Say it as result files do."""
