@@ -68,6 +68,11 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             for name, column in zip(names, columns, strict=True)
         }
 
+    def frequent(self, size: int) -> list[int]:
+        """The `size` tokens that are learnt most often, by falling count, the lower id first."""
+        counts = np.bincount(self.labels[self.labels != IGNORED])
+        return [int(token) for token in np.argsort(-counts, kind="stable")[:size]]
+
     def collate(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return collate(batch, self.pad_id)
 

@@ -16,6 +16,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from layerskip.errors import UserError, nearest
@@ -31,6 +32,7 @@ from layerskip.train.encoding import IGNORED
 from layerskip.train.loss import EXIT_LOSSES, Sums, multi_exit_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from torch import Tensor
@@ -74,6 +76,7 @@ class ExitTraining:
         seed: int = 0,
         distributed: bool = False,
         eval_exits: tuple[int, ...] | None = None,
+        vocabulary: Sequence[int] | None = None,
     ) -> None:
         # A router's loss, an encoder: what is not seen here would be left out silently.
         refuse_architecture(hf)
@@ -92,15 +95,30 @@ class ExitTraining:
             )
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.eval_exits = schedule.trained if eval_exits is None else eval_exits
+        if schedule.last_every > 1 and exit_loss != "ce":
+            raise UserError(
+                f"exit_loss {exit_loss} with last_every {schedule.last_every}: rows that end early have no last layer to learn from",
+                "exit_loss=ce, or last_every=1",
+            )
+        self.learn_only(vocabulary)
         self.dropout = LayerDropout(layers, residual_scale, distributed)
         self.totals = Totals()
         self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
         self.step, self.total, self.first_row = 0, 1, 0
+        self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
         self._wanted: set[int] = set()
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._before: Any = None
         self._eager: dict[Any, Any] = {}
+
+    def learn_only(self, vocabulary: Sequence[int] | None) -> None:
+        """Let rows that end early tell these token ids apart and no others, as a reduced draft head does; None: all."""
+        self._ids = None if vocabulary is None else torch.tensor(sorted(vocabulary), device=self.head.weight.device)
+        self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
+        if self._ids is not None:
+            self._place_of = torch.full((self.head.weight.shape[0],), -1, device=self._ids.device)
+            self._place_of[self._ids] = torch.arange(len(self._ids), device=self._ids.device)
 
     @property
     def attached(self) -> bool:
@@ -200,15 +218,22 @@ class ExitTraining:
     def _prepare(self, tokens: Tensor) -> dict[int, float]:
         """Draw who is dropped in this pass; return the weights of the exits."""
         rows, last = tokens.shape[0], self.schedule.num_layers
+        self._whole = None
         if not self.hf.training:
             return {last: 1.0}
         rates = self.schedule.drop_rates(self.step, self.total)
         kept = keep_masks(rates, self.seed, self.step, self.first_row, rows) if any(rates) else None
+        weights = self.schedule.weights(self.step, self.total)
+        deepest = max((k for k in weights if k < last), default=last)
+        if self.schedule.last_every > 1 and deepest < last:
+            self._whole = self.schedule.whole(self.step, self.first_row, rows)
+            kept = np.ones((last, rows), dtype=np.bool_) if kept is None else kept
+            kept[deepest:] &= self._whole
         self.dropout.set(rates, kept, tokens.device)
         self.totals.layer_rows += last * rows
         self.totals.dropped += 0 if kept is None else last * rows - int(kept.sum())
         self.totals.seen += rows * tokens.shape[1]
-        return self.schedule.weights(self.step, self.total)
+        return weights
 
     def _note(self, loss: Tensor, labels: Tensor, divisor: Tensor | int | None) -> None:
         """Add a loss that the model worked out itself to the totals."""
@@ -227,23 +252,39 @@ class ExitTraining:
     ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        wanted = labels[:, 1:].reshape(-1)
-        places = (wanted != IGNORED).nonzero()[:, 0]  # the one wait for the device of a call
-        states = {self.schedule.num_layers: _picked(final, places)}
+        wanted, last = labels[:, 1:].reshape(-1), self.schedule.num_layers
+        learnt, short = wanted != IGNORED, None
+        if self._whole is not None:
+            whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
+            divisor = learnt.sum() if divisor is None else divisor
+            # As often as the last layer is left out it counts for more: the expected loss is the whole one.
+            weights = {k: w * (self.schedule.last_every if k == last else 1) for k, w in weights.items()}
+            short, learnt = learnt & ~whole, learnt & whole
+        places = learnt.nonzero()[:, 0]  # the one wait for the device of a call
+        states = {last: _picked(final, places)}
         for k in sorted(caught, reverse=True):
             states[k] = self._finished(_picked(caught[k], places))
+        given = {"softcap": self.softcap, "exit_loss": self.exit_loss, "divisor": divisor}
         loss, sums = multi_exit_loss(
-            states,
-            wanted[places],
-            weights,
-            self.head.weight,
-            self.head.bias,
-            self.softcap,
-            exit_loss=self.exit_loss,
-            divisor=divisor,
+            states, wanted[places], weights, self.head.weight, self.head.bias, **given
         )
-        self.totals.add(sums)
+        self.totals.add(sums)  # figures are those of whole rows: there is a last layer to agree with
+        if short is not None:
+            loss = loss + self._short(short, caught, wanted, weights, given)
         return CausalLMOutputWithPast(loss=loss)
+
+    def _short(
+        self, learnt: Tensor, caught: dict[int, Tensor], wanted: Tensor, weights: dict[int, float], given: Any
+    ) -> Tensor:
+        """Loss of the early exits over rows that end at the deepest of them: [B * (T - 1)] of them are learnt."""
+        head, bias = self.head.weight, self.head.bias
+        if self._place_of is not None and self._ids is not None:
+            wanted = self._place_of[wanted.clamp_min(0)]
+            learnt = learnt & (wanted >= 0)
+            head, bias = head[self._ids], None if bias is None else bias[self._ids]
+        places = learnt.nonzero()[:, 0]
+        states = {k: self._finished(_picked(state, places)) for k, state in caught.items()}
+        return multi_exit_loss(states, wanted[places], weights, head, bias, **given)[0]
 
     def _finished(self, x: Tensor) -> Tensor:
         for module in self.finish:

@@ -124,6 +124,10 @@ class Recipe(_Strict):
     """R: each exit is on once in R steps (rotational curriculum only); null is one exit a step."""
     exits: list[Count] | Literal["auto"] | None = None
     """Exit layers to train: null all, auto 1/8, 1/4, 3/8, 1/2 of the depth rounded down; paper leaves 1 out."""
+    last_every: Count = 1
+    """Every so-manieth row runs through all layers and trains the last; the others end at the deepest exit in use."""
+    exit_vocab: Count | None = None
+    """Rows that end early tell only the most frequent tokens of the data apart, so many, as a draft head does."""
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
     """Exits learn the data (ce), the last layer's distribution (kl), or both (ce+kl); the last layer always ce."""
 

@@ -166,6 +166,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         data_collator=run.train_rows.collate,
         callbacks=list(callbacks),
     )
+    if run.recipe.exit_vocab is not None:
+        trainer.exits.learn_only(run.train_rows.frequent(run.recipe.exit_vocab))
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()

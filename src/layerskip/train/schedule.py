@@ -119,6 +119,7 @@ class Schedule:
     curriculum: str = "rotational"
     rotation: int | None = None
     exits: tuple[int, ...] | None = None
+    last_every: int = 1
 
     def __post_init__(self) -> None:
         self.drop_rates(0, 1)
@@ -133,6 +134,8 @@ class Schedule:
                 f"exits {list(self.exits)} have no weight, so no exit would be trained",
                 "weighting=uniform counts every exit; the paper's counts all but exit 1",
             )
+        if self.last_every < 1:
+            raise UserError(f"last_every is {self.last_every}", "1 runs every row through all layers")
         count = len(self.candidates)
         if self.curriculum == "rotational" and (self.rotation or 0) > max(1, count):
             raise UserError(
@@ -155,6 +158,13 @@ class Schedule:
         """Weights of the exits on at this step."""
         enabled = enabled_exits(self.num_layers, self.curriculum, step, total, self.rotation, self.exits)
         return exit_weights(self.num_layers, enabled, self.e_scale, self.weighting)
+
+    def whole(self, step: int, first_row: int, rows: int) -> list[bool]:
+        """Which rows of a pass go through all layers; the others end at the deepest early exit that is on.
+
+        Of the rows of a step's global batch, every `last_every`-th, moving by one each step: each place has its turn.
+        """
+        return [(first_row + row + step) % self.last_every == 0 for row in range(rows)]
 
     @property
     def candidates(self) -> tuple[int, ...]:

@@ -61,6 +61,9 @@ class LayerSkipFields:
         default=None, metadata={"help": "Every rotation-th exit is on; default: one exit a step."}
     )
     exits: list[int] | None = field(default=None, metadata={"help": "Exits to train; default: all."})
+    last_every: int = field(
+        default=1, metadata={"help": "Every so-manieth row runs all layers; the others end at an early exit."}
+    )
     exit_loss: str = field(default="ce", metadata={"help": "ce, kl (to the final layer) or ce+kl."})
 
     def schedule(self, num_layers: int) -> Schedule:

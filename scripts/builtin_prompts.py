@@ -1,0 +1,190 @@
+"""Prompts and documents that the built-in model's exits are trained on; every source is permissive and counted.
+
+    python scripts/builtin_prompts.py work/prompts --data DATA --questions work/questions.jsonl
+
+Writes JSON lines, one file for each kind, and `sources.json`: per source its name, licence and count. `--data` is a
+folder with gsm8k/, oasst-en-100/, synthetic-conversations/ and standard-ebooks/ (what is missing is left out);
+Python source comes from the interpreter's own library and from the packages named here, where installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gzip
+import importlib.util
+import json
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PACKAGES = {
+    "sympy": "BSD-3-Clause",
+    "networkx": "BSD-3-Clause",
+    "numpy": "BSD-3-Clause",
+    "pandas": "BSD-3-Clause",
+    "sklearn": "BSD-3-Clause",
+    "django": "BSD-3-Clause",
+    "twisted": "MIT",
+    "sqlalchemy": "MIT",
+    "nltk": "Apache-2.0",
+    "sphinx": "BSD-2-Clause",
+    "transformers": "Apache-2.0",
+}
+SUMMARIES = (
+    "Summarize: {}",
+    "Article: {}\nSummary:",
+    "Summarize the following text:\n\n{}",
+    "{}\n\nWrite a short summary of the text above.",
+    "Summarize in three sentences:\n\n{}",
+)
+ABOUT = (
+    "{}\n\nWhat is the main point of this passage?",
+    "Read the text and answer in your own words: who or what is it about?\n\n{}",
+    "Continue the story:\n\n{}",
+    "Rewrite this in plain modern English:\n\n{}",
+)
+
+
+class Collection:
+    """Files of JSON lines, and what went into them."""
+
+    def __init__(self, folder: Path, seed: int, share: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.random, self.share = folder, random.Random(seed), share
+        self.sources: list[dict[str, Any]] = []
+
+    def count(self, number: int) -> int:
+        return max(4, round(number * self.share))
+
+    def write(self, kind: str, lines: list[dict[str, Any]], source: str, licence: str) -> None:
+        """Append lines to the kind's file; nothing is said of a source that gave nothing."""
+        if not lines:
+            return
+        with (self.folder / f"{kind}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.sources.append({"kind": kind, "source": source, "licence": licence, "count": len(lines)})
+
+    def sample(self, items: list[Any], number: int) -> list[Any]:
+        return self.random.sample(items, min(len(items), self.count(number)))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines, also .gz; nothing where there is no such file."""
+    if not path.is_file():
+        return []
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as file:
+        return [json.loads(line) for line in file]
+
+
+def maths(made: Collection, data: Path) -> None:
+    questions = read_lines(data / "gsm8k" / "train.jsonl.gz")
+    lines = [{"prompt": line["prompt"]} for line in questions[: made.count(7473)]]
+    made.write("maths", lines, "GSM8K, training questions", "MIT")
+
+
+def chat(made: Collection, data: Path, questions: Path | None) -> None:
+    """People's questions, and those the model makes up itself (what it continues a user's turn with)."""
+    asked = [str(line) for line in read_lines(data / "oasst-en-100" / "prompt_lottery_en_250_text.jsonl")]
+    asked += [t["prompt"]["text"] for t in read_lines(data / "oasst-en-100" / "en_100_tree.jsonl")]
+    unique = [{"prompt": text} for text in dict.fromkeys(asked)]
+    made.write("chat", made.sample(unique, 400), "OpenAssistant, English prompts", "Apache-2.0")
+    chats = read_lines(data / "synthetic-conversations" / "synthetic_conversations_1k.jsonl")
+    plain = {re.sub(r" \(v\d+\)", "", line["messages"][0]["content"]): None for line in chats}
+    lines = [{"prompt": text} for text in plain]
+    made.write("chat", lines, "synthetic conversations, first turns without their number", "Apache-2.0")
+    own = [line for line in read_lines(questions)] if questions is not None else []
+    ended = {line["completion"].strip() for line in own if line.get("finish_reason") == "eos"}
+    lines = [{"prompt": text} for text in sorted(ended) if 15 <= len(text) <= 500 and text.isascii()]
+    made.write("chat", lines, "questions written by SmolLM2-135M-Instruct itself", "Apache-2.0")
+
+
+def passages(text: str, random_: random.Random, low: int, high: int) -> Iterator[str]:
+    """Cut running text at its paragraphs into passages of `low` to `high` characters."""
+    passage, size = [], random_.randint(low, high)
+    for paragraph in re.split(r"\n\s*\n", text):
+        passage.append(" ".join(paragraph.split()))
+        if sum(map(len, passage)) >= size:
+            if (joined := "\n\n".join(passage)) and len(joined) <= 1.3 * high:
+                yield joined
+            passage, size = [], random_.randint(low, high)
+
+
+def books(made: Collection, data: Path) -> None:
+    path = data / "standard-ebooks" / "standard_ebooks_en.txt.gz"
+    if not path.is_file():
+        return
+    text = gzip.decompress(path.read_bytes()).decode("utf-8").replace("<|book|>", "\n\n")
+    source, licence = "Standard Ebooks, 14 books", "CC0-1.0"
+    short = made.sample(list(passages(text, made.random, 500, 1800)), 1500)
+    cut = len(short) * 2 // 3
+    for kind, templates, part in (("summaries", SUMMARIES, short[:cut]), ("chat", ABOUT, short[cut:])):
+        lines = [{"prompt": made.random.choice(templates).format(passage)} for passage in part]
+        made.write(kind, lines, source, licence)
+    long = made.sample(list(passages(text, made.random, 3000, 6000)), 1200)
+    made.write("documents", [{"text": passage} for passage in long], source, licence)
+
+
+def python_files() -> Iterator[tuple[str, str, list[Path]]]:
+    """Python source by package: the interpreter's own library, then the named packages that are installed."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    own = [path for path in library.rglob("*.py") if not {"site-packages", "test", "tests"} & {*path.parts}]
+    yield "Python standard library", "PSF-2.0", sorted(own)
+    for name, licence in PACKAGES.items():
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            files = Path(spec.origin).parent.rglob("*.py")
+            yield f"{name} (PyPI)", licence, sorted(path for path in files if "tests" not in path.parts)
+
+
+def beginnings(source: str) -> Iterator[str]:
+    """The head of each documented function, up to the end of its docstring."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    lines = source.splitlines()
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+            continue
+        told = ast.get_docstring(node)
+        if told is None or not 60 <= len(told) <= 700 or len(node.body) < 2:
+            continue
+        yield "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
+
+
+def code(made: Collection) -> None:
+    for source, licence, files in python_files():
+        texts = [path.read_text(encoding="utf-8", errors="ignore") for path in made.sample(files, 400)]
+        heads = [head for text in texts for head in beginnings(text)]
+        made.write("code", [{"prompt": head} for head in made.sample(heads, 150)], source, licence)
+        kept = [text[:8000] for text in texts if 500 < len(text)]
+        made.write("documents", [{"text": text} for text in made.sample(kept, 60)], source, licence)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--questions", type=Path, help="what distill-data wrote for open user turns")
+    parser.add_argument("--share", type=float, default=1.0, help="of the default counts")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    for old in given.output.glob("*.json*"):
+        old.unlink()
+    made = Collection(given.output, given.seed, given.share)
+    maths(made, given.data)
+    chat(made, given.data, given.questions)
+    books(made, given.data)
+    code(made)
+    (given.output / "sources.json").write_text(json.dumps(made.sources, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
