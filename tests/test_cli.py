@@ -199,9 +199,10 @@ def test_models_are_listed_for_people_and_for_machines(run, monkeypatch, tmp_pat
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
     code, printed, message = run("models", "--json")
     assert (code, message) == (0, "")
-    [builtin] = json.loads(printed)
+    builtin, base = json.loads(printed)
     assert set(builtin) == {"name", "description", "licence", "download_bytes", "path"}
     assert (builtin["name"], builtin["path"]) == ("smollm2-135m", None)
+    assert (base["name"], base["path"]) == ("smollm2-135m-base", None)
     code, printed, _ = run("models")
     assert code == 0
     assert "smollm2-135m" in printed
@@ -285,7 +286,7 @@ def test_an_unknown_model_is_an_error_with_a_suggestion(fails, command):
     verb, *rest = command
     message = fails(verb, "smollm2-135", *rest)
     assert "no model 'smollm2-135'" in message
-    assert "did you mean 'smollm2-135m'?" in message
+    assert "did you mean 'smollm2-135m' or" in message
 
 
 @pytest.mark.parametrize("arguments", [("",), ("  \n",), ()])

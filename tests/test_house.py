@@ -29,6 +29,7 @@ FLOORS = {
     "cli_eval": 4,
     "cli_tune": 4,
     "cli_inspect": 4,
+    "cli_delta": 4,
     "display_train": 3,
     "display_eval": 3,
     "display_tune": 3,

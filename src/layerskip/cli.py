@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from layerskip import cli_distill, cli_eval, cli_inspect, cli_measure, cli_train, cli_tune
+from layerskip import cli_delta, cli_distill, cli_eval, cli_inspect, cli_measure, cli_train, cli_tune
 from layerskip.cli_app import (
     AsJson,
     Confidence,
@@ -374,3 +374,4 @@ cli_train.register(app)
 cli_distill.register(app)
 cli_inspect.register(app)
 cli_tune.register(app)
+cli_delta.register(app)

@@ -546,7 +546,7 @@ def test_a_folder_that_lacks_a_shard_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_name_suggests_the_nearest(name: str) -> None:
     with pytest.raises(UserError) as refusal:
         hub.resolve(name)
-    assert refusal.value.hint == "did you mean 'smollm2-135m'?"
+    assert refusal.value.hint.startswith("did you mean 'smollm2-135m'")
 
 
 def test_a_hub_id_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

