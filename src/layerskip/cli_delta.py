@@ -73,9 +73,8 @@ def _print(report: dict[str, Any]) -> None:
     for row in report["kinds"]:
         rank = "" if row["mean_rank"] is None else f"{row['mean_rank']:.0f}"
         many = "" if row["parameters"] == 1 else f" ({row['parameters']})"
-        table.add_row(
-            row["name"] + many, share(row["share"]), share(row["kept"]), rank, f"{row['bytes'] / 1e6:.2f}"
-        )
+        name = row["name"].removeprefix("model.").removesuffix(".weight")
+        table.add_row(name + many, share(row["share"]), share(row["kept"]), rank, f"{row['bytes'] / 1e6:.2f}")
     out.print(table)
     ids = f", {report['draft_vocab']} ids of the draft vocabulary" if report["draft_vocab"] else ""
     out.print(
