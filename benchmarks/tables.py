@@ -239,7 +239,16 @@ def builtin() -> str:
         f"whole head and with the draft vocabulary. {told['dtype']}, {told['threads']} threads of an "
         f"{told['device_name']} ([{path.name}](benchmarks/results/{path.name}))."
     )
-    return "\n".join([*builtin_table(result), "", note])
+    lines = [*builtin_table(result), "", note]
+    if (path := newest("builtin-cost_*.json")) is not None:
+        cost = json.loads(path.read_text())
+        told = cost["configuration"]
+        note = (
+            "The full model, greedy; differences paired by window and by item, 95% intervals. Perplexity of "
+            f"running text in windows of 1,024 tokens; {told['dtype']} ([{path.name}](benchmarks/results/{path.name}))."
+        )
+        lines += ["", *builtin_cost_table(cost), "", note]
+    return "\n".join(lines)
 
 
 def builtin_table(result: dict) -> list[str]:
@@ -275,6 +284,28 @@ def builtin_table(result: dict) -> list[str]:
             cells = [task, str(plain["prompts"]), equal[0], _ratio(plain["speedup"]), equal[1]]
             lines.append(_line(*cells, _ratio(early["speedup"])))
     return lines
+
+
+def builtin_cost_table(result: dict) -> list[str]:
+    """What training the exits cost the full model: a row for the text, a row per task."""
+    lines = [_line("all layers", "trained exits", "base", "difference"), "| --- " * 4 + "|"]
+    text, away = result["perplexity"], result["perplexity"].get("relative_difference")
+    cells = [f"{text[who]['all_layers']:.2f}" if who in text else "" for who in ("model", "base")]
+    title = f"WikiText-2 perplexity, {text['model']['tokens']:,} tokens"
+    lines.append(_line(title, *cells, _away(away, "%")))
+    for name, task in result["tasks"].items():
+        title = {"humaneval": "HumanEval", "gsm8k": "GSM8K"}[name]
+        cells = [_share(task[who]["score"]) if who in task else "" for who in ("model", "base")]
+        title = f"{title} {task['metric'].replace('_', ' ')}, {task['items']} items"
+        lines.append(_line(title, *cells, _away(task.get("difference"), " points")))
+    return lines
+
+
+def _away(found: dict | None, unit: str) -> str:
+    if found is None:
+        return ""
+    low, high = (100 * end for end in found["ci95"])
+    return f"{100 * found['mean']:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
 
 
 def _line(*cells: str) -> str:

@@ -211,6 +211,37 @@ def test_the_builtin_benchmark_goes_on_after_a_kill_and_takes_questions_in_turn(
         builtin("--tasks", "chats")
 
 
+def test_what_training_cost_is_paired_and_goes_on_after_a_kill(
+    script, folder, data, tmp_path, monkeypatch, capsys
+):
+    import record
+    import tables
+
+    (tmp_path / "results").mkdir()
+    for module in (record, tables):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    (data / "wikitext-2").mkdir()
+    (data / "wikitext-2" / "test.txt").write_text("some words of a text " * 200)
+    given = ("--model", folder, "--base", folder, "--data", data, "--quality-limit", 2, "--max-new-tokens", 4,
+             "--dtype", "float32", "--threads", 1, "--work", tmp_path / "work")  # fmt: skip
+    monkeypatch.setattr("builtin_cost.WINDOW", 64)
+    script("builtin_cost", *given, "--windows", 2)
+    first = capsys.readouterr()
+    assert first.err.count("text: window") == 4  # both models
+    script("builtin_cost", *given, "--windows", 3, "--save")
+    again = capsys.readouterr()
+    assert again.err.count("text: window") == 2
+    (saved,) = (tmp_path / "results").iterdir()
+    result = json.loads(saved.read_text())
+    assert result["perplexity"]["model"] == result["perplexity"]["base"]
+    assert result["perplexity"]["model"]["tokens"] == 3 * 63
+    assert result["perplexity"]["relative_difference"] == {"mean": 0.0, "ci95": [0.0, 0.0]}
+    assert {name: task["items"] for name, task in result["tasks"].items()} == {"humaneval": 2, "gsm8k": 2}
+    assert result["tasks"]["gsm8k"]["difference"]["only_base"] == 0
+    assert "| GSM8K accuracy, 2 items | 0.0% | 0.0% | +0.0 points [+0.0, +0.0] |" in again.out
+    assert str(tmp_path) not in saved.read_text()
+
+
 def test_a_shorter_output_differs_where_it_ends(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     difference = importlib.import_module("builtin").difference
