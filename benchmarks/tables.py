@@ -244,8 +244,8 @@ def builtin() -> str:
         cost = json.loads(path.read_text())
         told = cost["configuration"]
         note = (
-            "The full model, greedy; differences paired by window and by item, 95% intervals. Perplexity of "
-            f"running text in windows of 1,024 tokens; {told['dtype']} ([{path.name}](benchmarks/results/{path.name}))."
+            "The full model, greedy; differences paired by window and by item, 95% intervals. Perplexity is per "
+            f"token of text in windows of 1,024; {told['dtype']} ([{path.name}](benchmarks/results/{path.name}))."
         )
         lines += ["", *builtin_cost_table(cost), "", note]
     return "\n".join(lines)
