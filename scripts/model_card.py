@@ -200,8 +200,8 @@ def _limits(builtin: Builtin, trainings: Sequence[Training], place: str | None) 
     amount = f"{sum(tokens) / 1e6:.1f} million tokens" if tokens else f"a number of tokens {NOT_RECORDED}"
     return [
         f"- Trained with {amount} on {_or(place, 'a machine ' + NOT_RECORDED)}, little beside the billions that "
-        "the paper's models saw. On kinds of text that are not in the data the exit may draft worse; the guard then "
-        "falls back to plain decoding.",
+        "the paper's models saw. On kinds of text that are not in the data the exit may draft worse; the guard "
+        "then falls back to plain decoding.",
         "- The weights were rounded to 4 bits before training: figures of the original SmolLM2 do not hold here.",
         "- English. 135 million parameters: it makes mistakes of fact, arithmetic and code.",
         "- Figures are of greedy decoding, one prompt at a time; sampled outputs follow the same law as plain "

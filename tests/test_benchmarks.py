@@ -165,7 +165,9 @@ def builtin(script, folder, data, tmp_path, monkeypatch):
     return call
 
 
-def test_the_builtin_model_is_held_against_its_base_on_every_task(builtin, tmp_path, monkeypatch, capsys):
+def test_the_builtin_model_is_held_against_its_base_on_every_task(
+    builtin, script, tmp_path, monkeypatch, capsys
+):
     import tables
 
     monkeypatch.setattr(tables, "HERE", tmp_path)
@@ -186,6 +188,9 @@ def test_the_builtin_model_is_held_against_its_base_on_every_task(builtin, tmp_p
         assert models["model"]["methods"]["hf"]["prompts"] == 1
     assert f"results/{saved.name}" in tables.builtin()
     assert "| mean of 4 | base |" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    script("figures", "--results", tmp_path / "results", "--figures", tmp_path / "figures")
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["builtin-speedup.png"]
 
 
 def test_the_builtin_benchmark_goes_on_after_a_kill_and_takes_questions_in_turn(builtin, data, monkeypatch):
@@ -287,7 +292,7 @@ def test_every_figure_has_its_result_file(script, tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "exits.png", "speedup-surface.png", "acceptance-by-position.png"
     }  # fmt: skip
-    assert capsys.readouterr().out.count("no result file yet") == 2
+    assert capsys.readouterr().out.count("no result file yet") == 3
     (tmp_path / "tuning_tiny_float32_cpu_2026-01-01.json").unlink()
     own = {"exit_layer": 2, "acceptance_by_position": [0.7, 0.3]}
     bench = {"methods": {"self-speculative": own}, "configuration": configuration}
