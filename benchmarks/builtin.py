@@ -240,7 +240,7 @@ def columns(found: Sequence[Record], name: str, whole: bool) -> tuple[np.ndarray
 
 
 def summary(found: Sequence[Record], name: str) -> dict[str, Any]:
-    """Sum a method up over the prompts it decoded; equality and counts are of the first trial."""
+    """Sum a method up over the prompts it decoded; counts are of the first trial."""
     kind = name.split()[1]
     runs = [one["runs"][name] for one in found if name in one["runs"]]
     first = [one["runs"][name] for one in found if name in one["runs"] and one["trial"] == 0]
@@ -256,8 +256,10 @@ def summary(found: Sequence[Record], name: str) -> dict[str, Any]:
     }
     if kind == AR:
         return told
-    told["equal"] = sum(run["difference"] is None for run in first)
-    told["first_differences"] = [run["difference"] for run in first if run["difference"] is not None]
+    at = [(one["index"], one["runs"][name]["difference"]) for one in found if name in one["runs"]]
+    differing = {index: place for index, place in at[::-1] if place is not None}
+    told["equal"] = len(first) - len(differing)  # in every trial
+    told["first_differences"] = [differing[index] for index in sorted(differing)]
     told["tokens_per_round"] = total["decode_tokens"] / total["rounds"] if total["rounds"] else None
     for key, whole in (("speedup", False), ("speedup_with_prompt", True)):
         above, below = columns(found, name, whole)

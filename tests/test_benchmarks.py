@@ -249,7 +249,16 @@ def test_what_training_cost_is_paired_and_goes_on_after_a_kill(
 
 def test_a_shorter_output_differs_where_it_ends(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    difference = importlib.import_module("builtin").difference
+    module = importlib.import_module("builtin")
+    run = {"tokens": [1, 2], "decode_s": 1.0, "prompt_s": 1.0, "decode_tokens": 1, "rounds": 1}
+    run |= {"plain_rounds": 0, "drafted": 0, "accepted": 0}
+    found = [
+        {"trial": t, "index": i, "runs": {"base ar": run, "base self-speculative": {**run, "difference": at}}}
+        for t, i, at in ((0, 0, None), (0, 1, None), (1, 0, None), (1, 1, 7))
+    ]
+    told = module.summary(found, "base self-speculative")
+    assert (told["equal"], told["prompts"], told["first_differences"]) == (1, 2, [7])  # in any trial
+    difference = module.difference
     assert [difference([1, 2], other) for other in ([1, 2], [1], [1, 3], [1, 2, 3])] == [None, 1, 1, 2]
 
 
