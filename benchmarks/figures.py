@@ -4,7 +4,7 @@
     python benchmarks/figures.py --inspect FILE --figures FOLDER  # that lens and timeline; somewhere else
 
 Lens and timeline come from `layerskip inspect ... --generate N --save`, the exits from `layerskip eval ... --save`
-of one or more models, the speed-ups from `tuning.py --save`.
+of one or more models, the speed-ups from `tuning.py --save`, those by task from `builtin.py --save`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main() -> None:
             tuned or newest(arguments.results, "doctor") or newest(arguments.results, "bench"),
             acceptance,
         ),
+        "builtin-speedup.png": (newest(arguments.results, "builtin")[-1:], builtin),
         "lens.png": (inspected, lens),
         "timeline.png": (inspected, timeline),
     }
@@ -90,6 +91,22 @@ def exits(results: list[dict[str, Any]], file: Path) -> Path:
 
 def fastest(results: list[dict[str, Any]]) -> dict[str, Any]:
     return max(results, key=lambda result: max(cell["speedup"]["ratio"] for cell in result["grid"]))
+
+
+def builtin(results: list[dict[str, Any]], file: Path) -> Path:
+    """A group per task and one of their means; the base comes before what training made of it."""
+    result = results[-1]
+    names = {"base": "base, untrained exits", "model": "trained exits"}
+    by_task = {
+        task: {who: models[who]["methods"]["self-speculative"] for who in models}
+        for task, models in result["tasks"].items()
+    }
+    groups = {**by_task, f"mean of {len(result['mean_of'])}": result["mean"]}
+    told = {
+        group: {name: rows[who]["speedup"] for who, name in names.items() if who in rows}
+        for group, rows in groups.items()
+    }
+    return draw.speedups(told, file)
 
 
 def acceptance(results: list[dict[str, Any]], file: Path) -> Path:

@@ -223,6 +223,95 @@ def policies() -> str:
     return "\n".join([*lines, "", note])
 
 
+def builtin() -> str:
+    """The built-in model and its base, task by task, and what training cost."""
+    path = newest("builtin_*.json")
+    if path is None:
+        return "(no result file yet)"
+    result = json.loads(path.read_text())
+    told, drafting = result["configuration"], result["drafting"]
+    note = (
+        f"Greedy, up to {told['max_new_tokens']} new tokens, ends respected, methods in turn on every prompt; "
+        f"E {drafting['exit_layer']}, K {drafting['draft_length']}, draft vocabulary {drafting['draft_vocab']}, "
+        f"policy {drafting['policy']}, guard on, for both. Speed-up: plain seconds of the same model over its "
+        "own behind the first token, all prompts of a task together, 95% interval over prompts; with the prompt: "
+        "from the call on. Exit alone: share of the tokens of plain decoding that layers 1 to E name, with the "
+        f"whole head and with the draft vocabulary. {told['dtype']}, {told['threads']} threads of an "
+        f"{told['device_name']} ([{path.name}](benchmarks/results/{path.name}))."
+    )
+    lines = [*builtin_table(result), "", note]
+    if (path := newest("builtin-cost_*.json")) is not None:
+        cost = json.loads(path.read_text())
+        told = cost["configuration"]
+        note = (
+            "The full model, greedy; differences paired by window and by item, 95% intervals. Perplexity is per "
+            f"token of text in windows of 1,024; {told['dtype']} ([{path.name}](benchmarks/results/{path.name}))."
+        )
+        lines += ["", *builtin_cost_table(cost), "", note]
+    return "\n".join(lines)
+
+
+def builtin_table(result: dict) -> list[str]:
+    """A row per task and model, their means, and Hugging Face's where it was asked for."""
+    names = {"model": "trained exits", "base": "base"}
+    heads = (
+        "task", "model", "outputs equal to plain", "acceptance", "tokens/round", "exit alone",
+        "in draft vocabulary", "speed-up", "with the prompt",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for task, models in result["tasks"].items():
+        for who, found in models.items():
+            row, alone = found["methods"]["self-speculative"], found["exit"]
+            per_round = row["tokens_per_round"]
+            cells = [task, names[who], f"{row['equal']} of {row['prompts']}", _share(row["acceptance"])]
+            cells += ["" if per_round is None else f"{per_round:.2f}", _share(alone["agreement"])]
+            cells += [_share(alone["agreement_draft_vocab"])]
+            lines.append(_line(*cells, _ratio(row["speedup"]), _ratio(row["speedup_with_prompt"])))
+    for who, mean in result["mean"].items():
+        ratios = (_ratio(mean[key]) for key in ("speedup", "speedup_with_prompt"))
+        if result["mean_of"]:
+            lines.append(_line(f"mean of {len(result['mean_of'])}", names[who], *[""] * 5, *ratios))
+    theirs = {task: told["model"]["methods"] for task, told in result["tasks"].items()}
+    if any("hf" in methods for methods in theirs.values()):
+        heads = (
+            "Hugging Face, trained exits", "prompts", "plain, equal to ours", "over our plain",
+            "`assistant_early_exit`, equal to ours", "over its plain",
+        )  # fmt: skip
+        lines += ["", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+        for task, methods in theirs.items():
+            plain, early = methods["hf"], methods["hf-early-exit"]
+            equal = [f"{row['equal']} of {row['prompts']}" for row in (plain, early)]
+            cells = [task, str(plain["prompts"]), equal[0], _ratio(plain["speedup"]), equal[1]]
+            lines.append(_line(*cells, _ratio(early["speedup"])))
+    return lines
+
+
+def builtin_cost_table(result: dict) -> list[str]:
+    """What training the exits cost the full model: a row for the text, a row per task."""
+    lines = [_line("all layers", "trained exits", "base", "difference"), "| --- " * 4 + "|"]
+    text, away = result["perplexity"], result["perplexity"].get("relative_difference")
+    cells = [f"{text[who]['all_layers']:.2f}" if who in text else "" for who in ("model", "base")]
+    title = f"WikiText-2 perplexity, {text['model']['tokens']:,} tokens"
+    lines.append(_line(title, *cells, _away(away, "%")))
+    for name, task in result["tasks"].items():
+        title = {"humaneval": "HumanEval", "gsm8k": "GSM8K"}[name]
+        cells = [_share(task[who]["score"]) if who in task else "" for who in ("model", "base")]
+        title = f"{title} {task['metric'].replace('_', ' ')}, {task['items']} items"
+        lines.append(_line(title, *cells, _away(task.get("difference"), " points")))
+    return lines
+
+
+def _away(found: dict | None, unit: str) -> str:
+    if found is None:
+        return ""
+    low, high = (100 * end for end in found["ci95"])
+    return f"{100 * found['mean']:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _newest_of_each(pattern: str) -> list[Path]:
     """The latest result file of each model, dtype and device."""
     found = sorted((HERE / "results").glob(pattern), key=lambda path: path.name[-15:])
@@ -240,6 +329,7 @@ BLOCKS = {
     "table: topv2": topv2,
     "table: tuning": tuning,
     "table: policies": policies,
+    "table: builtin": builtin,
 }
 OPTIONAL = {  # while there is no result file
     marker: f"{marker.split()[-1]}_*.json"

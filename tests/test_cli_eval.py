@@ -325,7 +325,10 @@ MISTAKES = {
     "exits of a task": ((*PARSES, "--exits", "2"), "--exits has nothing to do here"),
     "exit of a text": (("--text", "wiki.txt", "--exit-layer", "2"), "--exit-layer has nothing to do here"),
     "modes of a score": ((*SCORES, "--modes", "ar"), "--modes has nothing to do here"),
-    "K of a text": (("--text", "wiki.txt", "--draft-length", "2"), "it goes with --task topv2 or humaneval"),
+    "K of a text": (
+        ("--text", "wiki.txt", "--draft-length", "2"),
+        "it goes with --task topv2, humaneval or gsm8k",
+    ),
     "budget of a score": ((*SCORES, "--max-new-tokens", "2"), "--max-new-tokens has nothing to do here"),
     "separator of a text": (("--text", "wiki.txt", "--separator", "x"), "--separator has nothing to do here"),
     "separator and chat": ((*SCORES, "--separator", "x", "--chat"), "--separator does nothing under --chat"),

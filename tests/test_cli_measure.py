@@ -9,6 +9,7 @@ import pytest
 
 import layerskip
 import tiny
+from layerskip.config import read_prompts
 from layerskip.measure import bench as benches
 from layerskip.measure import card as cards
 from layerskip.measure import prompt_file
@@ -46,6 +47,21 @@ def data(tmp_path):
     lines = ({"text": "the quick brown fox " * 3 + "xyz"[i % 3]} for i in range(40))
     file.write_text("\n".join(map(json.dumps, lines)))
     return file
+
+
+def test_questions_of_spec_bench_are_asked_by_their_first_turn(run, folder, tmp_path, fails):
+    file = tmp_path / "questions.jsonl"
+    question = {"question_id": 81, "category": "writing", "turns": ["hello", "and now shorter"]}
+    told = {"prompt": "hello", "turns": 2}  # a column of somebody else's
+    file.write_text("\n".join(map(json.dumps, (question, told))))
+    code, printed, message = run("bench", folder, "--prompts", file, *QUICK, "--json")
+    assert code == 0, message
+    first, second = json.loads(printed)["per_prompt"]
+    assert (first["task"], second["task"]) == ("writing", None)
+    assert [line.content for line in read_prompts(file)] == ["hello", "hello"]
+    for turns in ([], [{"role": "user"}], "hello"):
+        file.write_text(json.dumps({"turns": turns}))
+        assert "line 1: " in fails("bench", folder, "--prompts", file)
 
 
 # -- bench ---------------------------------------------------------------------------------------------------

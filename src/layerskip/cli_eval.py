@@ -56,7 +56,7 @@ def evaluate(
         Path | None, typer.Option(help="JSON lines with prompt or messages, also .gz.", show_default=False)
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="loglikelihood, topv2 or humaneval.", show_default=False)
+        str | None, typer.Option(help="loglikelihood, topv2, humaneval or gsm8k.", show_default=False)
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="The task's items, JSON lines, also .gz.", show_default=False)
@@ -141,7 +141,7 @@ def evaluate(
                 tasks[task] = run.likelihood(wanted["items"], data, exit_layer, bool(chat), after)
             elif task is not None:
                 drafting |= {"exit_layer": exit_layer}
-                more = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "chat": bool(chat)}
+                more = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "chat": chat}
                 tasks[task] = run.task(task, wanted["items"], data, mode_names, drafting, more)
     except KeyboardInterrupt:
         err.print(Text("stopped; run the same command again to go on", style="dim"))
@@ -200,7 +200,7 @@ def _check_used(given: dict[str, Any]) -> None:
     """Refuse an option that nothing asked for would read. Raises: UserError."""
     text, prompts, task = (given[name] is not None for name in ("text", "prompts", "task"))
     scores = given["task"] == LIKELIHOOD
-    generates, generation = task and not scores, "--task topv2 or humaneval"
+    generates, generation = task and not scores, "--task topv2, humaneval or gsm8k"
     needs = {
         "window": (text, "--text"),
         "exits": (text or prompts, "--text or --prompts; a task has --exit-layer"),
@@ -323,6 +323,7 @@ class _Run:
         from layerskip.measure import tasks
 
         lm = self.lm
+        more["chat"] = tasks.wrapped(lm, name) if more["chat"] is None else more["chat"]
         plan = lm.plan(Options(mode="self-speculative", **drafting))
         options = {**drafting, "exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
         options |= {key: value for key, value in more.items() if key != "batch_size"}

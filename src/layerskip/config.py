@@ -24,13 +24,27 @@ class Message(BaseModel):
 
 
 class PromptLine(BaseModel):
-    """A line of a prompts file: `prompt` (text) or `messages`. Data sets carry other columns; they are ignored."""
+    """A line of a prompts file: `prompt` (text) or `messages`, or a question of Spec-Bench or MT-bench.
+
+    Of such a question, `turns` with a `category`, the first turn is the prompt. Data sets carry other columns;
+    they are ignored.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
     prompt: str | None = None
     messages: list[Message] | None = None
     task: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_turn(cls, record: Any) -> Any:
+        if not isinstance(record, dict) or {"prompt", "messages"} & {*record}:
+            return record
+        match record:
+            case {"turns": [str(first), *_]}:
+                return {"prompt": first, "task": record.get("task", record.get("category"))}
+        return record
 
     @model_validator(mode="after")
     def _one_of(self) -> PromptLine:
@@ -101,7 +115,7 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
             items.append(PromptLine.model_validate(record))
         except ValidationError as error:
             raise UserError(
-                f"{path}, line {number}: {_first(error)}", "objects need prompt or messages"
+                f"{path}, line {number}: {_first(error)}", "objects need prompt, messages or turns"
             ) from error
     if not items:
         raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')

@@ -143,3 +143,12 @@ def test_a_picture_that_cannot_be_written_is_found_out_before_the_work(tmp_path,
     with pytest.raises(UserError, match="pictures need matplotlib") as caught:
         draw.check(tmp_path / "a.png")
     assert "layerskip[measure]" in caught.value.hint
+
+
+def test_speed_ups_have_a_bar_for_each_that_was_measured(tmp_path):
+    told = {"ratio": 1.3, "ci95": [1.2, 1.5]}
+    groups = {
+        "code": {"base": {"ratio": 0.99, "ci95": [0.98, 1.0]}, "trained": told},
+        "chat": {"trained": None},
+    }
+    assert size(draw.speedups(groups, tmp_path / "bars.png")) == (1650, 570)

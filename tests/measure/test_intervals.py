@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip.measure.intervals import interval, ratio_of_sums, ratios
+from layerskip.measure.intervals import interval, mean_of_ratios, ratio_of_sums, ratios
 
 GROUPS = st.integers(1, 4).flatmap(
     lambda trials: st.lists(
@@ -56,3 +56,12 @@ def test_a_ratio_of_sums_weighs_items_by_their_size():
     assert found.ratio == pytest.approx(91 / 31)
     assert found.ci95 == pytest.approx([1.0, 3.0])
     assert found.record() == {"ratio": found.ratio, "ci95": found.ci95}
+
+
+def test_a_mean_of_ratios_counts_groups_alike_however_many_items_they_have():
+    pairs = [([2.0] * 9, [1.0] * 9), ([1.0], [1.0])]
+    mean = mean_of_ratios(pairs)
+    assert (mean.ratio, mean.low, mean.high) == (1.5, 1.5, 1.5)
+    above, below = [1.0, 3.0, 2.0, 4.0], [1.0, 1.0, 2.0, 1.0]
+    assert mean_of_ratios([(above, below)]).ratio == ratio_of_sums(above, below).ratio
+    assert mean_of_ratios([(above, below)]).low < mean_of_ratios([(above, below)]).high

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -10,7 +11,19 @@ import layerskip
 from layerskip.errors import UserError
 from layerskip.measure import sandbox, tasks
 from layerskip.measure.intervals import resampled
-from layerskip.measure.tasks import HUMANEVAL, NAMES, TOPV2, Item, decoded, job, judge, read, run
+from layerskip.measure.tasks import (
+    GSM8K,
+    HUMANEVAL,
+    NAMES,
+    TOPV2,
+    Item,
+    decoded,
+    job,
+    judge,
+    last_number,
+    read,
+    run,
+)
 from layerskip.train.encoding import DataOptions, encode
 
 CODE = [  # of the shape of HumanEval's lines
@@ -31,7 +44,8 @@ CODE = [  # of the shape of HumanEval's lines
     },
 ]
 WISHES = [{"domain": "alarm", "prompt": f"wake me at {n}", "response": f"[IN:WAKE {n} ]"} for n in range(5)]
-LINES = {HUMANEVAL: CODE, TOPV2: WISHES}
+PROBLEMS = [{"prompt": f"{n} eggs and one more?", "response": f"{n} + 1\n#### {n + 1}"} for n in range(3)]
+LINES = {HUMANEVAL: CODE, TOPV2: WISHES, GSM8K: PROBLEMS}
 
 
 @pytest.fixture
@@ -140,6 +154,38 @@ def test_a_response_is_right_when_it_is_equal_but_for_its_ends(items):
     assert [record["loose"] for record in found] == [True, True, False, False, False]
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("16 - 3 = 13, times $2 is $26.00.", "26"),
+        ("She makes $1,234,500", "1234500"),
+        ("that is 12.50 dollars", "12.5"),
+        ("about .5", "0.5"),
+        ("x = -7", "-7"),
+        ("10-7", "7"),
+        ("so (3)-4", "4"),
+        ("a loss of -$5", "-5"),
+        ("#### 1, 2, 3,", "3"),
+        ("none", None),
+    ],
+)
+def test_the_last_number_of_an_answer_counts(text, number):
+    assert last_number(text) == (None if number is None else Decimal(number))
+
+
+def test_a_problem_is_solved_by_the_number_behind_the_marks(items, tmp_path):
+    found = scored(GSM8K, items(GSM8K), ["0 + 1 = 1.0", "1 + 1 = 2 eggs, of 3", "no idea"])
+    assert [(record["score"], record["answer"]) for record in found] == [
+        (1.0, "1.0"),
+        (0.0, "3"),
+        (0.0, None),
+    ]
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"prompt": "1 + 1?", "response": "2"}))
+    with pytest.raises(UserError, match="line 1 has no number behind ####"):
+        read(GSM8K, file)
+
+
 def test_a_score_has_an_interval_over_items():
     low, high = resampled(lambda x: x.mean(-1), np.array([1.0] * 30 + [0.0] * 10))
     assert 0.55 < low < 0.75 < high < 0.92
@@ -158,7 +204,7 @@ def test_every_mode_is_decoded_and_self_speculation_equals_plain_decoding(name, 
     assert result["items"] == len(LINES[name]) == len(records)
     assert [*result["modes"]] == ["ar", "early-exit", "self-speculative"]
     for mode, told in result["modes"].items():
-        assert told["metric"] == {TOPV2: "exact_match", HUMANEVAL: "pass@1"}[name]
+        assert told["metric"] == tasks.METRICS[name]
         assert told["score"] == np.mean([record["modes"][mode]["score"] for record in records])
         assert told["score_ci95"][0] <= told["score"] <= told["score_ci95"][1]
         assert told["new_tokens"] == sum(len(record["modes"][mode]["tokens"]) for record in records)
@@ -238,6 +284,12 @@ def test_what_each_mode_is_asked_for(lm, items, monkeypatch):
     assert asked[-1]["stop"] == ()
     run(lm, TOPV2, items(TOPV2)[:1], ("ar",))
     assert (asked[-1]["stop"], asked[-1]["max_new_tokens"]) == ((), 160)
+    question = items(GSM8K)[:1]
+    run(lm, GSM8K, question, ("ar",))
+    assert (asked[-1]["stop"], asked[-1]["max_new_tokens"]) == ((), 320)
+    assert prompts[-1] == [lm.encode(question[0].prompt, chat=True)]
+    run(lm, GSM8K, question, ("ar",), max_new_tokens=2, chat=False)
+    assert prompts[-1] == [lm.encode(question[0].prompt)]
 
 
 def test_a_prompt_is_encoded_as_training_encodes_it(lm, items):

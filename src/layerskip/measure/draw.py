@@ -130,6 +130,27 @@ def speedup_surface(result: Mapping[str, Any], file: Path) -> Path:
     return _written(figure, file)
 
 
+def speedups(groups: Mapping[str, Mapping[str, Mapping[str, Any] | None]], file: Path) -> Path:
+    """Draw ratios with their intervals as bars: by group, then by name, `{"ratio": ..., "ci95": ...}` or None."""
+    figure = _canvas(3.8)
+    panel = figure.subplots()
+    colours = dict(
+        zip(SERIES, dict.fromkeys(name for group in groups.values() for name in group), strict=False)
+    )
+    for place, (colour, name) in enumerate(colours.items()):
+        for at, told in ((at, group.get(name)) for at, group in enumerate(groups.values())):
+            if told is not None:
+                x, ratio = at + 0.8 * ((place + 0.5) / len(colours) - 0.5), told["ratio"]
+                away = [[max(0.0, ratio - told["ci95"][0])], [max(0.0, told["ci95"][1] - ratio)]]
+                panel.bar(x, ratio, 0.74 / len(colours), yerr=away, color=colour, ecolor=GREY, capsize=3)
+                panel.text(x, 0.03, f"{ratio:.2f}", color="white", ha="center", fontsize=8.5)
+    panel.axhline(1.0, color="black", linewidth=1)
+    panel.set_xticks(range(len(groups)), list(groups))
+    _dress(panel, "Self-speculation over plain decoding of the same model", "", "speed-up, x")
+    _legend(figure, _signs(colours, "black line: plain decoding; 95% intervals over prompts"))
+    return _written(figure, file)
+
+
 def acceptance(series: Mapping[str, Mapping[int, Series]], file: Path) -> Path:
     """Draw the share of drafts kept at each place of a draft: a panel per name, a line per exit layer."""
     from matplotlib import colormaps

@@ -90,3 +90,15 @@ def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Ratio:
     a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     low, high = resampled(lambda x, y: x.sum(-1) / y.sum(-1), a, b)
     return Ratio(float(a.sum() / b.sum()), low, high)
+
+
+def mean_of_ratios(groups: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> Ratio:
+    """Average the ratios of sums of several groups, each of which counts alike; items are drawn within a group."""
+    rng, ratio, draws = np.random.default_rng(seed), [], []
+    for above, below in groups:
+        a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+        picks = rng.integers(len(a), size=(RESAMPLES, len(a)))
+        ratio.append(a.sum() / b.sum())
+        draws.append(a[picks].sum(-1) / b[picks].sum(-1))  # [RESAMPLES]
+    low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
+    return Ratio(float(np.mean(ratio)), float(low), float(high))

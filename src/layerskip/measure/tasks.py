@@ -6,8 +6,10 @@
 `topv2`: lines {"prompt", "response"}; right is what equals the response, ends stripped. The prompt is encoded as
 training did: its text and a line break, no template. `humaneval`: the lines of the official file; right is a
 function that passes its test in the sandbox. The prompt is completed as text, up to what begins the next thing on
-the top level; with `chat` the model is asked for the whole function. Decoding is greedy, so every mode gives one
-answer, and self-speculation must give plain decoding's, token for token.
+the top level; with `chat` the model is asked for the whole function. `gsm8k`: lines {"prompt", "response"}, the
+response ends in #### and a number; right is an answer whose last number is that one. The question is wrapped where
+the model has a template. Decoding is greedy, so every mode gives one answer, and self-speculation must give plain
+decoding's, token for token.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +38,20 @@ if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
     from layerskip.measure.records import Record
 
-TOPV2, HUMANEVAL = NAMES = ("topv2", "humaneval")
-METRICS = {TOPV2: "exact_match", HUMANEVAL: "pass@1"}
-KEYS = {TOPV2: ("prompt", "response"), HUMANEVAL: ("task_id", "prompt", "entry_point", "test")}
-BUDGETS = {TOPV2: 160, HUMANEVAL: 512}  # new tokens: the longest response of TOPv2 fits; the paper's for code
+TOPV2, HUMANEVAL, GSM8K = NAMES = ("topv2", "humaneval", "gsm8k")
+METRICS = {TOPV2: "exact_match", HUMANEVAL: "pass@1", GSM8K: "accuracy"}
+KEYS = {
+    TOPV2: ("prompt", "response"),
+    HUMANEVAL: ("task_id", "prompt", "entry_point", "test"),
+    GSM8K: ("prompt", "response"),
+}
+# New tokens: the longest responses of TOPv2 and GSM8K fit; the paper's for code.
+BUDGETS = {TOPV2: 160, HUMANEVAL: 512, GSM8K: 320}
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021: the function has ended
 REQUEST = (
     "Complete this function. Answer with one code block that has the whole function.\n\n```python\n{}\n```"
 )
+NUMBER = re.compile(r"((?<![\w)])-)?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")  # a minus behind a number takes away
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ def read(name: str, path: Path, limit: int | None = None) -> list[Item]:
             raise UserError(
                 f"{path}, line {number} has no text {missing[0]!r}", f"{name} needs {', '.join(KEYS[name])}"
             )
+        if name == GSM8K and right_number(fields["response"]) is None:
+            raise UserError(f"{path}, line {number} has no number behind ####", "a response ends in one")
         items.append(Item(len(items), fields))
         if len(items) == limit:
             break
@@ -92,7 +103,7 @@ def run(
     draft_vocab: int | str = "auto",
     max_new_tokens: int | None = None,
     batch_size: int = 8,
-    chat: bool = False,
+    chat: bool | None = None,
     watch: Watch = silent,
     done: Mapping[int, Record] = {},
     keep: Callable[[Record], None] = lambda record: None,
@@ -100,14 +111,15 @@ def run(
     """Decode and score the items, `batch_size` together; `keep` gets the record of each when it is finished.
 
     `done` are records kept before, by index: those that have all modes are not decoded again. Times stand in
-    a record when items are decoded one by one.
+    a record when items are decoded one by one. `chat` None: as the task is, see `wrapped`.
 
     Raises: UserError, before any work, for an option or a prompt that cannot be honoured.
     """
     if lm.tokenizer is None:
         raise UserError("this folder has no tokenizer", "a task's items are text: add tokenizer.json")
-    if chat and name != HUMANEVAL:
-        raise UserError(f"{name} has no chat form", f"only {HUMANEVAL} has")
+    chat = wrapped(lm, name) if chat is None else chat
+    if chat and name == TOPV2:
+        raise UserError(f"{name} has no chat form", "leave out --chat")
     options = {
         "exit_layer": exit_layer,
         "draft_length": draft_length,
@@ -188,9 +200,16 @@ def ends(lm: LanguageModel) -> list[int]:
     return sorted({lm.tokenizer.eos_token_id, *lm.eos_ids(Options())} - {None})
 
 
+def wrapped(lm: LanguageModel, name: str) -> bool:
+    """Whether a task's prompts are messages unless asked otherwise: questions, where the model has a template."""
+    return name == GSM8K and lm.has_template
+
+
 def _encoded(lm: LanguageModel, name: str, item: Item, chat: bool) -> list[int]:
     if name == TOPV2:
         return as_trained(lm, item.prompt)
+    if name == GSM8K:
+        return lm.encode(item.prompt, chat=chat)
     # Without the line break at its end: byte-pair tokenizers join one to the indentation that follows, so a model
     # has hardly seen it alone (SmolLM2 then writes about the function instead of writing it).
     text = item.prompt.rstrip()
@@ -207,6 +226,12 @@ def judge(name: str, answers: Sequence[tuple[Item, Record]], chat: bool = False)
             record |= matches(record["text"], item.fields["response"])
             record["score"] = float(record["exact"])
         return
+    if name == GSM8K:
+        for item, record in answers:
+            found = last_number(record["text"])
+            right = found is not None and found == right_number(item.fields["response"])
+            record |= {"answer": None if found is None else str(found), "score": float(right)}
+        return
     jobs = [job(item, record["text"], chat) for item, record in answers]
     different = list(dict.fromkeys(jobs))  # the modes often agree
     outcomes = dict(zip(different, sandbox.run_all(different), strict=True))
@@ -218,6 +243,17 @@ def judge(name: str, answers: Sequence[tuple[Item, Record]], chat: bool = False)
 def matches(text: str, response: str) -> dict[str, bool]:
     """Compare with the response: ends stripped, and up to the number of spaces."""
     return {"exact": text.strip() == response.strip(), "loose": text.split() == response.split()}
+
+
+def last_number(text: str) -> Decimal | None:
+    """Read the last number of an answer; $, commas between digits and zeros behind the point say nothing."""
+    found = [*NUMBER.finditer(text)]
+    return Decimal((found[-1][1] or "") + found[-1][2].replace(",", "")) if found else None
+
+
+def right_number(response: str) -> Decimal | None:
+    """Read the number behind the last #### of a response."""
+    return last_number(response.rpartition("####")[2]) if "####" in response else None
 
 
 def job(item: Item, text: str, chat: bool = False) -> tuple[str, str]:
@@ -254,6 +290,6 @@ def summed(name: str, records: Sequence[Record]) -> dict[str, Any]:
         told["equal"] = sum(record["equal"] for record in records)
     if name == TOPV2:
         told["normalised_match"] = float(np.mean([record["loose"] for record in records]))
-    else:
+    elif name == HUMANEVAL:
         told["outcomes"] = dict(Counter(record["outcome"] for record in records).most_common())
     return told
