@@ -76,9 +76,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines, also .gz; nothing where there is no such file."""
     if not path.is_file():
         return []
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        return [json.loads(line) for line in file]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in content.decode("utf-8").split("\n") if line]
 
 
 def maths(made: Collection, data: Path) -> None:
@@ -97,7 +96,7 @@ def chat(made: Collection, data: Path, questions: Path | None) -> None:
     plain = {re.sub(r" \(v\d+\)", "", line["messages"][0]["content"]): None for line in chats}
     lines = [{"prompt": text} for text in plain]
     made.write("chat", lines, "synthetic conversations, first turns without their number", "Apache-2.0")
-    own = [line for line in read_lines(questions)] if questions is not None else []
+    own = [] if questions is None else read_lines(questions)
     ended = {line["completion"].strip() for line in own if line.get("finish_reason") == "eos"}
     lines = [{"prompt": text} for text in sorted(ended) if 15 <= len(text) <= 500 and text.isascii()]
     made.write("chat", lines, "questions written by SmolLM2-135M-Instruct itself", "Apache-2.0")
@@ -162,7 +161,7 @@ def code(made: Collection) -> None:
         texts = [path.read_text(encoding="utf-8", errors="ignore") for path in made.sample(files, 400)]
         heads = [head for text in texts for head in beginnings(text)]
         made.write("code", [{"prompt": head} for head in made.sample(heads, 150)], source, licence)
-        kept = [text[:8000] for text in texts if 500 < len(text)]
+        kept = [text[:8000] for text in texts if len(text) > 500]
         made.write("documents", [{"text": text} for text in made.sample(kept, 60)], source, licence)
 
 

@@ -23,11 +23,14 @@ def case(dtype=torch.float64):
     return states, labels, make(VOCAB, WIDTH), make(VOCAB)
 
 
-def whole(states, labels, head, bias, softcap, exit_loss, divisor):
+def whole(states, labels, head, bias, softcap, exit_loss, divisor, before=None):
     """The definition, with the logits of every exit in memory."""
-    logits = {k: x @ head.T + bias for k, x in states.items()}
-    if softcap:
-        logits = {k: softcap * torch.tanh(z / softcap) for k, z in logits.items()}
+
+    def read(x):
+        z = x @ head.T + bias
+        return softcap * torch.tanh(z / softcap) if softcap else z
+
+    logits = {k: read(x) for k, x in states.items()}
     last = max(states)
     teacher = logits[last].detach().log_softmax(-1)
     total = 0.0
@@ -35,19 +38,24 @@ def whole(states, labels, head, bias, softcap, exit_loss, divisor):
         ce = F.cross_entropy(z, labels, reduction="sum")
         kl = F.kl_div(z.log_softmax(-1), teacher, log_target=True, reduction="sum")
         parts = {"ce": ce, "kl": kl, "ce+kl": ce + kl}
+        if before is not None:
+            was = read(before).detach().log_softmax(-1)
+            ce = F.kl_div(z.log_softmax(-1), was, log_target=True, reduction="sum")
         total = total + WEIGHTS[k] * (ce if k == last else parts[exit_loss]) / divisor
     return total, logits
 
 
 @pytest.mark.parametrize("exit_loss", ["ce", "kl", "ce+kl"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_loss_and_gradients_equal_the_definition(monkeypatch, exit_loss, softcap):
+@pytest.mark.parametrize("stays", [False, True], ids=["the last layer learns", "the last layer stays"])
+def test_loss_and_gradients_equal_the_definition(monkeypatch, exit_loss, softcap, stays):
     monkeypatch.setitem(losses.CHUNK, "cpu", 8 * VOCAB)  # several chunks, the last one short
     states, labels, head, bias = case()
+    before = states[6].detach().flip(0) if stays else None
     inputs = [*states.values(), head, bias]
-    expected, logits = whole(states, labels, head, bias, softcap, exit_loss, 11)
+    expected, logits = whole(states, labels, head, bias, softcap, exit_loss, 11, before)
     wanted = torch.autograd.grad(3.0 * expected, inputs)
-    found, sums = multi_exit_loss(states, labels, WEIGHTS, head, bias, softcap, exit_loss, 11)
+    found, sums = multi_exit_loss(states, labels, WEIGHTS, head, bias, softcap, exit_loss, 11, before)
     gradients = torch.autograd.grad(3.0 * found, inputs)
     # logits and the head's accumulator are float32, whatever the weights are
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)

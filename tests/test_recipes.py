@@ -52,7 +52,7 @@ def test_published_settings_are_those_of_the_paper(name):
 
 
 def test_every_recipe_is_read_and_reads_back_the_same(tmp_path):
-    assert {*PUBLISHED, "revised-dropout", "topv2", "finetune", "lora", "tiny"} == {*recipe_names()}
+    assert {*PUBLISHED, "revised-dropout", "topv2", "finetune", "lora", "tiny", "smollm2-135m"} == {*recipe_names()}
     for name in recipe_names():
         recipe = read_recipe(name)
         assert recipe.description
@@ -100,7 +100,7 @@ def test_overrides_are_yaml_with_dotted_keys():
     ("override", "says"),
     [
         ("learning_rat=1", "unknown key 'learning_rat' in the recipe\n  did you mean 'learning_rate'"),
-        ("lora.rnk=1", "unknown key 'lora.rnk' in the recipe\n  did you mean 'lora.rank'?"),
+        ("lora.rnk=1", "unknown key 'lora.rnk' in the recipe\n  did you mean 'lora.rank' or 'lora.ranks'?"),
         ("columns.promt=x", "did you mean 'columns.prompt'?"),
         ("learning_rate=fast", "learning_rate is 'fast': it should be a valid number"),
         ("lora.rank=0", "lora.rank is 0: it should be greater than or equal to 1\n  lora.rank: Rank"),

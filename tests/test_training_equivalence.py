@@ -21,6 +21,7 @@ PARTS = {
     "all exits": {},
     "dropout, rotating exits": {"p_max": 0.5, "curriculum": "rotational", "rotation": 2},
     "dropout, distilled": {"p_max": 0.5, "drop_depth": "uniform", "exit_loss": "ce+kl", "exits": [1, 3]},
+    "rows that end early": {"p_max": 0.5, "last_every": 2, "exits": [1, 3]},
     "plain": {"e_scale": 0.0},
     "plain with dropout": {"e_scale": 0.0, "p_max": 0.5, "residual_scale": "inverse"},
 }

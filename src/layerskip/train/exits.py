@@ -27,12 +27,12 @@ from layerskip.model.huggingface import (
     probe_tokens,
     refuse_architecture,
 )
-from layerskip.train.dropout import LayerDropout, keep_masks
+from layerskip.train.dropout import LayerDropout, keep_masks, sliced
 from layerskip.train.encoding import IGNORED
 from layerskip.train.loss import EXIT_LOSSES, Sums, multi_exit_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from torch import Tensor
@@ -97,7 +97,7 @@ class ExitTraining:
         self.eval_exits = schedule.trained if eval_exits is None else eval_exits
         if schedule.last_every > 1 and exit_loss != "ce":
             raise UserError(
-                f"exit_loss {exit_loss} with last_every {schedule.last_every}: rows that end early have no last layer to learn from",
+                f"exit_loss {exit_loss}, last_every {schedule.last_every}: rows that end early have no last layer",
                 "exit_loss=ce, or last_every=1",
             )
         self.learn_only(vocabulary)
@@ -105,6 +105,8 @@ class ExitTraining:
         self.totals = Totals()
         self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
         self.step, self.total, self.first_row = 0, 1, 0
+        self.before: Callable[..., Tensor] | None = None
+        """From inputs, what the head read before training, [B, T, D]: the last layer then learns to say that."""
         self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
         self._wanted: set[int] = set()
         self._caught: dict[int, Tensor] = {}
@@ -113,12 +115,13 @@ class ExitTraining:
         self._eager: dict[Any, Any] = {}
 
     def learn_only(self, vocabulary: Sequence[int] | None) -> None:
-        """Let rows that end early tell these token ids apart and no others, as a reduced draft head does; None: all."""
-        self._ids = None if vocabulary is None else torch.tensor(sorted(vocabulary), device=self.head.weight.device)
+        """Let rows that end early tell these token ids apart alone, as a reduced draft head does; None: all."""
+        device = self.head.weight.device
+        self._ids = None if vocabulary is None else torch.tensor(sorted(vocabulary), device=device)
         self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
         if self._ids is not None:
-            self._place_of = torch.full((self.head.weight.shape[0],), -1, device=self._ids.device)
-            self._place_of[self._ids] = torch.arange(len(self._ids), device=self._ids.device)
+            self._place_of = torch.full((self.head.weight.shape[0],), -1, device=device)
+            self._place_of[self._ids] = torch.arange(len(self._ids), device=device)
 
     @property
     def attached(self) -> bool:
@@ -207,13 +210,30 @@ class ExitTraining:
             return out
         divisor = kwargs.pop("num_items_in_batch", None)
         rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
+        before = self._referred(rest, tokens) if hf.training and self.before is not None else None
         self._wanted, self._caught = exits - {last}, {}
         try:
             final = hf.base_model(**rest, use_cache=False).last_hidden_state
         finally:
             self._wanted, caught = set(), self._caught
             self._caught = {}
-        return self._eager[self._loss](final, caught, labels, weights, divisor)
+        return self._eager[self._loss](final, caught, labels, weights, divisor, before)
+
+    @torch.no_grad()
+    def _referred(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+        """What the model said before training of the rows that go through all layers; other rows hold anything."""
+        assert self.before is not None
+        kept, self.dropout.kept = self.dropout.kept, None
+        try:
+            if self._whole is None:
+                return self.before(**inputs)
+            rows = torch.tensor(self._whole, device=tokens.device).nonzero()[:, 0]
+            if not len(rows):
+                return tokens.new_empty(0)
+            part = self.before(**sliced(inputs, rows, len(self._whole)))
+            return part.new_zeros(len(self._whole), *part.shape[1:]).index_copy(0, rows, part)
+        finally:
+            self.dropout.kept = kept
 
     def _prepare(self, tokens: Tensor) -> dict[int, float]:
         """Draw who is dropped in this pass; return the weights of the exits."""
@@ -249,6 +269,7 @@ class ExitTraining:
         labels: Tensor,
         weights: dict[int, float],
         divisor: Tensor | int | None,
+        before: Tensor | None,
     ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -264,9 +285,10 @@ class ExitTraining:
         states = {last: _picked(final, places)}
         for k in sorted(caught, reverse=True):
             states[k] = self._finished(_picked(caught[k], places))
-        given = {"softcap": self.softcap, "exit_loss": self.exit_loss, "divisor": divisor}
+        given: dict[str, Any] = {"softcap": self.softcap, "exit_loss": self.exit_loss, "divisor": divisor}
+        known = None if before is None or not len(places) else _picked(before, places)
         loss, sums = multi_exit_loss(
-            states, wanted[places], weights, self.head.weight, self.head.bias, **given
+            states, wanted[places], weights, self.head.weight, self.head.bias, **given, before=known
         )
         self.totals.add(sums)  # figures are those of whole rows: there is a last layer to agree with
         if short is not None:

@@ -18,8 +18,11 @@ def with_adapters(hf: Any, lora: Lora) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    ranks = _ranks(hf, lora)
     settings = LoraConfig(
         r=lora.rank,
+        rank_pattern=ranks,
+        alpha_pattern={name: lora.alpha * rank / lora.rank for name, rank in ranks.items()},
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=adapted_modules(hf, lora),
@@ -28,6 +31,15 @@ def with_adapters(hf: Any, lora: Lora) -> Any:
     with warnings.catch_warnings():  # PEFT 0.21 asks for a name that transformers 5 renames
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return get_peft_model(hf, settings)
+
+
+def _ranks(hf: Any, lora: Lora) -> dict[str, int]:
+    """Name the modules whose rank is not the common one. Raises: UserError for layers the model does not have."""
+    return {
+        name: rank
+        for layer, rank in lora.ranks.items()
+        for name in adapted_modules(hf, lora.model_copy(update={"layers": [layer]}))
+    }
 
 
 def adapted_modules(hf: Any, lora: Lora) -> list[str]:

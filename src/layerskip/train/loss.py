@@ -46,19 +46,21 @@ def multi_exit_loss(
     softcap: float | None = None,
     exit_loss: str = "ce",
     divisor: Tensor | int | None = None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """Weighted loss of several exits over the same tokens, and each exit's figures at no extra cost.
 
     `states` holds, by exit layer, what the head reads (after the final norm); the largest exit is the final layer:
-    it is trained by cross entropy and teaches the others, detached, where `exit_loss` has `kl`.
-    Shapes: states [N, D], labels [N] of valid token ids, head [V, D], bias [V].
+    it is trained by cross entropy and teaches the others, detached, where `exit_loss` has `kl`. `before` is what
+    the head read at the final layer before training: the final layer then learns that law, not the labels.
+    Shapes: states and before [N, D], labels [N] of valid token ids, head [V, D], bias [V].
     Units: nats; the sum over tokens divided by `divisor` (N without one), times the weights.
     """
     order = sorted(states, reverse=True)  # the final layer first: the others are compared with it
     num = max(1, len(labels)) if divisor is None else divisor
     config = _Config(tuple(weights.get(k, 0.0) for k in order), softcap, exit_loss)
     apply: Any = _MultiExit.apply
-    loss, figures = apply(config, labels, num, head, bias, *(states[k] for k in order))
+    loss, figures = apply(config, labels, num, head, bias, before, *(states[k] for k in order))
     back = [order.index(k) for k in sorted(order)]
     ce, kl, agreement = figures[:, back]
     return loss, Sums(tuple(sorted(order)), ce, kl, agreement, len(labels))
@@ -80,13 +82,14 @@ class _MultiExit(torch.autograd.Function):
         divisor: Tensor | int,
         head: Tensor,
         bias: Tensor | None,
+        before: Tensor | None,
         *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
         device = head.device
         dtype = (
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
         )
-        wants_states = any(ctx.needs_input_grad[5:])
+        wants_states = any(ctx.needs_input_grad[6:])
         with torch.autocast(device.type, enabled=False):
             work = _Work(config, head.detach().to(dtype), bias, ctx.needs_input_grad[3], wants_states)
             rows = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // head.shape[0])
@@ -99,11 +102,13 @@ class _MultiExit(torch.autograd.Function):
                     labels[part],
                     figures,
                     [None if d is None else d[part] for d in d_states],
+                    None if before is None else before[part],
                 )
             weights = torch.tensor(config.weights, device=device)
             ce, kl = figures[0], figures[1]
             parts = {"ce": ce, "kl": kl, "ce+kl": ce + kl}[config.exit_loss]
-            loss = (torch.cat([ce[:1], parts[1:]]) * weights).sum() / divisor
+            last = ce[:1] if before is None else kl[:1]
+            loss = (torch.cat([last, parts[1:]]) * weights).sum() / divisor
         ctx.save_for_backward(
             *(d for d in d_states if d is not None), *(g for g in (work.d_head, work.d_bias) if g is not None)
         )
@@ -122,7 +127,7 @@ class _MultiExit(torch.autograd.Function):
         rest = saved[num_states:]
         d_head = (rest.pop(0) * scale).to(ctx.dtypes[0]) if has_head else None
         d_bias = (rest.pop(0) * scale).to(ctx.dtypes[1]) if has_bias else None
-        return None, None, None, d_head, d_bias, *d_states
+        return None, None, None, d_head, d_bias, None, *d_states
 
 
 class _Work:
@@ -143,11 +148,16 @@ class _Work:
         labels: Tensor,
         figures: Tensor,
         d_states: Sequence[Tensor | None],
+        before: Tensor | None,
     ) -> None:
         """Add one chunk's figures and gradients (undivided); the final layer comes first."""
         teacher: Tensor | None = None
         self_information: Tensor | None = None
         best: Tensor | None = None
+        if before is not None:
+            teacher = self._logits(before.to(self.head.dtype))[0].log_softmax(-1)
+            logarithm, teacher = teacher, teacher.exp()
+            self_information = torch.linalg.vecdot(teacher, logarithm)
         distils = "kl" in self.config.exit_loss and len(states) > 1
         for place, (x, weight) in enumerate(zip(states, self.config.weights, strict=True)):
             x = x.to(self.head.dtype)
@@ -164,14 +174,17 @@ class _Work:
             log_total = total.log()
             figures[0, place] += (log_total - wanted).sum()
             z /= total[:, None]  # probabilities
+            if dot is not None and self_information is not None:
+                figures[1, place] += (self_information - (dot - log_total)).sum()
+            taught_by = teacher
             if shifted is not None:
                 teacher = z.clone()
                 self_information = torch.linalg.vecdot(teacher, shifted) - log_total
-            elif dot is not None and self_information is not None:
-                figures[1, place] += (self_information - (dot - log_total)).sum()
+            elif place == 0:
+                teacher = None
             if self.wants_any and weight > 0.0:
-                loss = "ce" if place == 0 else self.config.exit_loss
-                self._gradient(z, x, labels, teacher, loss, weight, slope, d_states[place])
+                loss = self.config.exit_loss if place else "ce" if before is None else "kl"
+                self._gradient(z, x, labels, taught_by, loss, weight, slope, d_states[place])
             elif (d := d_states[place]) is not None:
                 d.zero_()
 

@@ -48,7 +48,8 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             key: getattr(recipe, key)
             for key in (
                 "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum",
-                "rotation", "last_every", "exit_loss", "learning_rate", "weight_decay", "max_grad_norm", "seed", "report_to",
+                "rotation", "last_every", "exit_loss", "learning_rate", "weight_decay", "max_grad_norm", "seed",
+                "report_to",
             )
         },
         "exits": None if schedule.exits is None else list(schedule.exits),

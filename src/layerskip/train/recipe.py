@@ -57,6 +57,8 @@ class Lora(_Strict):
     """Module names to adapt; all-linear is every linear layer but the head."""
     layers: list[Count] | None = None
     """Layers to adapt, counted from 1; null is all."""
+    ranks: dict[Count, Count] = {}
+    """Layers of another rank, {layer: rank}; their updates are scaled like the others."""
 
 
 NESTED: dict[str, type[BaseModel]] = {"columns": ColumnNames, "lora": Lora}
@@ -125,13 +127,18 @@ class Recipe(_Strict):
     exits: list[Count] | Literal["auto"] | None = None
     """Exit layers to train: null all, auto 1/8, 1/4, 3/8, 1/2 of the depth rounded down; paper leaves 1 out."""
     last_every: Count = 1
-    """Every so-manieth row runs through all layers and trains the last; the others end at the deepest exit in use."""
+    """N: every N-th row runs through all layers and trains the last; others end at the deepest exit in use."""
     exit_vocab: Count | None = None
-    """Rows that end early tell only the most frequent tokens of the data apart, so many, as a draft head does."""
+    """Rows that end early tell only this many, the data's most frequent tokens apart, as a draft head does."""
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
-    """Exits learn the data (ce), the last layer's distribution (kl), or both (ce+kl); the last layer always ce."""
+    """Exits learn the data (ce), the last layer's distribution (kl), or both (ce+kl); the last layer see last_loss."""
+
+    last_loss: Literal["ce", "kl"] = "ce"
+    """The last layer learns the data (ce), or to stay what it was before training (kl to its own distribution)."""
 
     # optimisation
+    freeze_embeddings: bool = False
+    """Leave embeddings and head as they are; layers and the final norm are trained."""
     steps: Count | None = None
     """Optimiser steps; null goes by epochs."""
     epochs: float = Field(default=1.0, gt=0)
@@ -197,6 +204,8 @@ class Recipe(_Strict):
             raise ValueError("curriculum fixed needs exits")
         if self.best_by != "none" and self.eval_data is None:
             raise ValueError(f"best_by {self.best_by} needs eval_data")
+        if self.last_loss == "kl" and not (self.freeze_embeddings or self.lora):
+            raise ValueError("last_loss kl needs the head it compares with: freeze_embeddings, or lora")
         if self.global_batch is not None and self.accumulation != 1:
             raise ValueError("accumulation and global_batch exclude each other")
         return self

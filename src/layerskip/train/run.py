@@ -129,6 +129,9 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
         getattr(config, "use_cache", True), [str(warning.message) for warning in caught],
     )  # fmt: skip
     check_packing(recipe, model)
+    if recipe.freeze_embeddings:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
     if recipe.lora is not None:
         from layerskip.train.lora import with_adapters
 
@@ -153,11 +156,13 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     from transformers import PrinterCallback
 
     from layerskip.train import figures
+    from layerskip.train.before import before_training
     from layerskip.train.trainer import LayerSkipTrainer
 
     main = run.arguments.process_index == 0
     if main:
         _write_down(run)
+    before = before_training(run.model) if run.recipe.last_loss == "kl" else None
     trainer = LayerSkipTrainer(
         model=run.model,
         args=run.arguments,
@@ -168,6 +173,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     )
     if run.recipe.exit_vocab is not None:
         trainer.exits.learn_only(run.train_rows.frequent(run.recipe.exit_vocab))
+    trainer.exits.before = before
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()

@@ -162,7 +162,7 @@ class Schedule:
     def whole(self, step: int, first_row: int, rows: int) -> list[bool]:
         """Which rows of a pass go through all layers; the others end at the deepest early exit that is on.
 
-        Of the rows of a step's global batch, every `last_every`-th, moving by one each step: each place has its turn.
+        Every `last_every`-th row of a step's global batch, moving by one each step: each place has its turn.
         """
         return [(first_row + row + step) % self.last_every == 0 for row in range(rows)]
 

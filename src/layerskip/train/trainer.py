@@ -62,7 +62,7 @@ class LayerSkipFields:
     )
     exits: list[int] | None = field(default=None, metadata={"help": "Exits to train; default: all."})
     last_every: int = field(
-        default=1, metadata={"help": "Every so-manieth row runs all layers; the others end at an early exit."}
+        default=1, metadata={"help": "N: every N-th row runs all layers; the others end at an early exit."}
     )
     exit_loss: str = field(default="ce", metadata={"help": "ce, kl (to the final layer) or ce+kl."})
 

@@ -1,0 +1,39 @@
+"""The model as it was before training, for a last layer that is to stay so.
+
+exits.before = before_training(model)      # before a trainer touches it
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def before_training(model: Any) -> Callable[..., Tensor]:
+    """Give a function from a model's inputs to what its head reads now, [B, T, D], whatever training changes.
+
+    With adapters it is the model without them; else a frozen copy in bfloat16, on the model's device.
+    """
+    if hasattr(model, "disable_adapter"):
+        inner = model.get_base_model()
+
+        def without_adapters(**inputs: Any) -> Tensor:
+            with model.disable_adapter():
+                hidden: Tensor = inner.base_model(**inputs, use_cache=False).last_hidden_state
+            return hidden
+
+        return without_adapters
+    frozen = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
+
+    def of_copy(**inputs: Any) -> Tensor:
+        frozen.to(next(model.parameters()).device)
+        hidden: Tensor = frozen.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    return of_copy
