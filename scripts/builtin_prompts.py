@@ -1,10 +1,12 @@
 """Prompts and documents that the built-in model's exits are trained on; every source is permissive and counted.
 
+    python scripts/builtin_prompts.py work/prompts --open-turns 1600       # then distill-data continues these
     python scripts/builtin_prompts.py work/prompts --data DATA --questions work/questions.jsonl
 
 Writes JSON lines, one file for each kind, and `sources.json`: per source its name, licence and count. `--data` is a
 folder with gsm8k/, oasst-en-100/, synthetic-conversations/ and standard-ebooks/ (what is missing is left out);
-Python source comes from the interpreter's own library and from the packages named here, where installed.
+Python source comes from the interpreter's own library and from the packages named here, where installed. An open
+turn is a chat up to where the user speaks: what the model writes there is a question as it knows them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ PACKAGES = {
     "sphinx": "BSD-2-Clause",
     "transformers": "Apache-2.0",
 }
+OPEN_TURN = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n"
+)
 SUMMARIES = (
     "Summarize: {}",
     "Article: {}\nSummary:",
@@ -124,7 +130,7 @@ def books(made: Collection, data: Path) -> None:
     for kind, templates, part in (("summaries", SUMMARIES, short[:cut]), ("chat", ABOUT, short[cut:])):
         lines = [{"prompt": made.random.choice(templates).format(passage)} for passage in part]
         made.write(kind, lines, source, licence)
-    long = made.sample(list(passages(text, made.random, 3000, 6000)), 1200)
+    long = made.sample(list(passages(text, made.random, 3000, 6000)), 260)
     made.write("documents", [{"text": passage} for passage in long], source, licence)
 
 
@@ -162,7 +168,7 @@ def code(made: Collection) -> None:
         heads = [head for text in texts for head in beginnings(text)]
         made.write("code", [{"prompt": head} for head in made.sample(heads, 150)], source, licence)
         kept = [text[:8000] for text in texts if len(text) > 500]
-        made.write("documents", [{"text": text} for text in made.sample(kept, 60)], source, licence)
+        made.write("documents", [{"text": text} for text in made.sample(kept, 15)], source, licence)
 
 
 def main() -> None:
@@ -172,9 +178,15 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--questions", type=Path, help="what distill-data wrote for open user turns")
+    parser.add_argument("--open-turns", type=int, help="write so many of these and nothing else")
     parser.add_argument("--share", type=float, default=1.0, help="of the default counts")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.open_turns is not None:
+        given.output.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"prompt": OPEN_TURN}) + "\n"
+        (given.output / "open.jsonl").write_text(line * given.open_turns, encoding="utf-8")
+        return
     for old in given.output.glob("*.json*"):
         old.unlink()
     made = Collection(given.output, given.seed, given.share)
