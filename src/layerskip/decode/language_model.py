@@ -68,7 +68,7 @@ class LanguageModel:
         self.facts: Facts = (
             checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
         )
-        self._heads: dict[tuple[int, tuple[int, ...]], Head] = {}
+        self._heads: dict[tuple[int, tuple[int, ...], bool], Head] = {}
         self.controllers: dict[tuple[Plan, int | None], Controller] = {}
         self.keep_engine = stack.device.type == "cuda"
         self._last_engine: Engine | None = None
@@ -191,11 +191,20 @@ class LanguageModel:
         if size == "off":
             return None
         always = tuple(sorted(self.eos_ids(options)))
-        key = (int(size), always)
+        own = self.facts.draft_head is not None and (self.plan(options).exit_layer,) == self.facts.exits
+        key = (int(size), always, own)
         if key not in self._heads:
             ids = draft_ids(int(size), self.stack.vocab_size, self.ranked_vocabulary, always)
-            self._heads[key] = self.stack.reduced_head(ids)
+            self._heads[key] = self.stack.reduced_head(ids, self._own_rows(ids) if own else None)
         return self._heads[key]
+
+    def _own_rows(self, ids: Sequence[int]) -> torch.Tensor | None:
+        """The draft head's own rows for these tokens, [len(ids), D]; None where it lacks one of them."""
+        rows, ranked = checkpoint.draft_rows(self.path, self.facts), self.ranked_vocabulary
+        place = {token: place for place, token in enumerate(ranked or ())}
+        if rows is None or any(place.get(token, len(rows)) >= len(rows) for token in ids):
+            return None
+        return rows[[place[token] for token in ids]]
 
     def _controller(self, options: Options) -> Controller:
         """Find the controller of a plan: what it has learnt serves later calls too."""

@@ -70,8 +70,11 @@ def observed(
     watch: Watch,
 ) -> Seen:
     """Run all layers over the continuations once; read `exits` with every draft vocabulary, `curve` with none."""
-    heads = {size: lm.draft_head(Options.parse({"draft_vocab": size or "off"})) for size in sizes}
     keys = [(e, size) for e in exits for size in sizes]
+    heads = {
+        (e, size): lm.draft_head(Options.parse({"draft_vocab": size or "off", "exit_layer": e}))
+        for e, size in keys
+    }
     bits: dict[tuple[int, int], list[list[Tensor]]] = {key: [[] for _ in found] for key in keys}
     sure: dict[tuple[int, int], list[list[Tensor]]] = {key: [[] for _ in found] for key in keys}
     agreeing = dict.fromkeys(sorted({*curve, *exits, lm.stack.num_layers}), 0)
@@ -93,9 +96,9 @@ def observed(
         counted["near"] += int((gap <= _last_place(best[:, 0], lm.stack.dtype)).sum())
         for e in agreeing:
             for size in dict.fromkeys([0, *sizes] if e in exits else [0]):
-                logits = chunk.logits(e, heads.get(size))  # [N, V or reduced]
+                logits = chunk.logits(e, heads.get((e, size)))  # [N, V or reduced]
                 own = logits.argmax(-1)  # [N], a place in the head
-                if (head := heads.get(size)) is not None:
+                if (head := heads.get((e, size))) is not None:
                     own = head.ids[own]
                 agreeing[e] += 0 if size else int((own == full).sum())
                 if (e, size) in bits:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from torch import Tensor
+
 
 POLICIES = ("fixed", "confidence", "adaptive")
 
@@ -28,6 +30,9 @@ class Facts:
     exit_layer: int | None = None  # default E
     draft_length: int | None = None  # default K
     draft_vocab: str | None = None  # file beside config.json: token ids by falling frequency, a JSON list
+    draft_head: str | None = (
+        None  # file beside it: the draft head's own rows, [draft vocabulary, D] in its order
+    )
     draft_vocab_size: int | None = None  # how many of its first ids, without it of the lowest; 0: none
     mode: str | None = None  # default way of decoding, as measured; None: see `pays`
     policy: str | None = None  # default policy of drafting: fixed, confidence or adaptive
@@ -90,6 +95,7 @@ def facts_of(config: Any, name: str = "") -> Facts:
     size, confidence = entry.get("draft_vocab_size"), entry.get("confidence")
     fits = {
         "draft_vocab": (isinstance(entry.get("draft_vocab"), (str, type(None))), "it names a file"),
+        "draft_head": (isinstance(entry.get("draft_head"), (str, type(None))), "it names a file"),
         "draft_vocab_size": (size is None or (type(size) is int and size >= 0), "a whole number, 0 or more"),
         "mode": (entry.get("mode") in (None, "ar", "self-speculative"), "ar or self-speculative"),
         "policy": (entry.get("policy") in (None, *POLICIES), ", ".join(POLICIES)),
@@ -121,6 +127,29 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
     return ranked
 
 
+def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
+    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head."""
+    if path is None or facts.draft_head is None:
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weight: Tensor = load_file(path / facts.draft_head)["weight"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"cannot read the draft head {path / facts.draft_head}: {error}") from error
+    return weight
+
+
+def write_draft_head(folder: Path, ids: Sequence[int], weight: Tensor) -> dict[str, str]:
+    """Put a draft head of its own into a checkpoint, rows [ids, D] and ids by falling frequency; name the files."""
+    from safetensors.torch import save_file
+
+    save_file({"weight": weight.contiguous()}, folder / "draft_head.safetensors")
+    write_json(folder / "draft_vocab.json", list(ids))
+    return {"draft_vocab": "draft_vocab.json", "draft_head": "draft_head.safetensors"}
+
+
 def fingerprint(folder: Path | None, *kinds: str) -> str:
     """Tell files of a checkpoint apart by parts of them, by default its weights: training on keeps their names."""
     digest = hashlib.sha256()
@@ -140,7 +169,13 @@ def write_draft_vocabulary(folder: Path, ids: Sequence[int], facts: Facts) -> Pa
     """Put `draft_vocab.json` into a checkpoint and name it in `config.json`; see `write_entry`.
 
     The list is replaced before the configuration that names it.
+    Raises: UserError where the draft head has rows of its own, which belong to its list.
     """
+    if facts.draft_head is not None:
+        raise UserError(
+            f"the draft head of {folder} was trained for the vocabulary it has",
+            "--draft-vocab N uses a part of it",
+        )
     file = folder / "draft_vocab.json"
     with _writing(folder):
         write_json(file, list(ids))

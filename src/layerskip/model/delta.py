@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 KEY = "layerskip_delta"  # one entry of metadata: safetensors writes several in random order
 VOCAB = "draft_vocab"
+HEAD = "draft_head"
 NUM_VOCAB = 16_384
 PINS = ("file_sha256", "rebuild", "base_file_sha256", "delta_sha256")
 """What tells built-in models apart in their source file."""
@@ -78,6 +79,8 @@ def make_delta(
             tensors[name] = changed
         else:
             spectra[name], shapes[name] = lowrank.directions(changed)[0], (changed.shape[0], changed.shape[1])
+    if (own := _draft_rows(tuned)) is not None:
+        tensors |= own
     if ranked:
         tensors[VOCAB] = torch.tensor(ranked, dtype=torch.int32)
     fixed = len(json.dumps(json.dumps(head))) + 200 + sum(tensor.nbytes for tensor in tensors.values())
@@ -141,7 +144,7 @@ def apply_delta(base: Path, file: Path, output: Path) -> dict[str, Any]:
     for key, tensor in tensors.items():
         name, _, part = key.partition(":")
         parts[name][part] = tensor
-    ranked = parts.pop(VOCAB, None)
+    ranked, own = parts.pop(VOCAB, None), parts.pop(HEAD, None)
     output.mkdir(parents=True, exist_ok=True)
     mode = (base / "config.json").stat().st_mode
     try:
@@ -164,6 +167,9 @@ def apply_delta(base: Path, file: Path, output: Path) -> dict[str, Any]:
     config.pop("layerskip", None)
     if entry := head["about"]["layerskip"]:
         config["layerskip"] = entry
+    if own is not None:
+        save_file({"weight": own["whole"] * own["scale"]}, output / f"{HEAD}.safetensors")
+        (output / f"{HEAD}.safetensors").chmod(mode)
     if ranked is not None:
         write_json(output / f"{VOCAB}.json", ranked[""].tolist())
     write_json(output / "config.json", config, indent=2)
@@ -214,7 +220,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return [folder / name for name in sorted({*shards})]
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(file for file in folder.glob("*.safetensors") if file.stem != HEAD)
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -257,7 +263,22 @@ def _facts(tuned: Path) -> tuple[dict[str, Any], list[int]]:
     ranked = ranked_vocabulary(tuned, Facts(draft_vocab=entry.get("draft_vocab"))) or []
     if ranked:
         entry["draft_vocab"] = f"{VOCAB}.json"
+    if HEAD in entry:
+        entry[HEAD] = f"{HEAD}.safetensors"
     return entry, ranked[:NUM_VOCAB]
+
+
+def _draft_rows(tuned: Path) -> dict[str, Tensor] | None:
+    """Read the draft head's own rows, in 8 bits with a scale for each row."""
+    from layerskip.model.checkpoint import Facts, draft_rows
+
+    rows = draft_rows(
+        tuned, Facts(draft_head=(_json(tuned / "config.json").get("layerskip") or {}).get(HEAD))
+    )
+    if rows is None:
+        return None
+    scale = rows.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    return {f"{HEAD}:whole": (rows / scale).round().char(), f"{HEAD}:scale": scale}
 
 
 def _check_pair(base: Path, tuned: Path, stored: Mapping[str, Any], found: Mapping[str, Any]) -> None:

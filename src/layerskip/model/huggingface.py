@@ -186,7 +186,11 @@ class HuggingFaceStack(Stack):
             out = torch.tanh(out / self.softcap) * self.softcap
         return out.to(self.device, torch.float32)  # [..., size]
 
-    def reduced_head(self, ids: Sequence[int]) -> Head:
+    def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
+        if weight is not None:
+            own = weight.to(self.device, self.dtype)
+            index = torch.tensor(list(ids), device=self.device)
+            return Head(index, lambda h: F.linear(h.to(own.device), own), own.nbytes)
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
         if weight.device.type == "meta":
             raise UserError(

@@ -171,8 +171,11 @@ class NativeStack(Stack):
                 linear.added_to(inputs[linear.out_features], inputs[linear.in_features])
         self.head(inputs[self.head.in_features])
 
-    def reduced_head(self, ids: Sequence[int]) -> Head:
+    def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
         index = torch.tensor(list(ids), device=self.device)
+        if weight is not None:
+            own = packed(weight.to(self.device, self.dtype), quantize=self.quantize)
+            return Head(index, own, own.num_bytes)
         tied = self.tied and self.quantize is None
         rows = packed(self.table[index]) if tied else self.head.rows(index)
         return Head(index, rows, rows.num_bytes)

@@ -222,8 +222,8 @@ class Stack(ABC):
         """
 
     @abstractmethod
-    def reduced_head(self, ids: Sequence[int]) -> Head:
-        """Keep the rows `ids` of the head, for drafting only."""
+    def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
+        """Keep the rows `ids` of the head, for drafting only, or take `weight` [len(ids), D] in their place."""
 
     @abstractmethod
     def new_cache(self, rows: int, capacity: int) -> Cache:

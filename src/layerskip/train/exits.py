@@ -284,7 +284,7 @@ class ExitTraining:
         places = learnt.nonzero()[:, 0]  # the one wait for the device of a call
         states = {last: _picked(final, places)}
         for k in sorted(caught, reverse=True):
-            states[k] = self._finished(_picked(caught[k], places))
+            states[k] = self._read(_picked(caught[k], places))
         given: dict[str, Any] = {"softcap": self.softcap, "exit_loss": self.exit_loss, "divisor": divisor}
         known = None if before is None or not len(places) else _picked(before, places)
         loss, sums = multi_exit_loss(
@@ -305,13 +305,42 @@ class ExitTraining:
             learnt = learnt & (wanted >= 0)
             head, bias = head[self._ids], None if bias is None else bias[self._ids]
         places = learnt.nonzero()[:, 0]
-        states = {k: self._finished(_picked(state, places)) for k, state in caught.items()}
+        states = {k: self._read(_picked(state, places)) for k, state in caught.items()}
         return multi_exit_loss(states, wanted[places], weights, head, bias, **given)[0]
 
-    def _finished(self, x: Tensor) -> Tensor:
+    def _read(self, x: Tensor) -> Tensor:
+        """What the head reads at an early exit."""
         for module in self.finish:
             x = module(x)
-        return x
+        learnt = getattr(self.hf, EXIT_MAP, None)
+        return x if learnt is None else learnt(x)
+
+
+EXIT_MAP = "exit_map"
+
+
+class ExitMap(torch.nn.Module):
+    """A square map between the final norm and the head, for an early exit only; the identity at first.
+
+    It spares the layers above the exit that its state must look like theirs. Drafting folds it into its own rows
+    of the head, where it costs nothing. Source: the tuned lens (Belrose et al., arXiv 2303.08112), put behind the
+    norm.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(width, width))
+
+    @property
+    def matrix(self) -> Tensor:
+        """[D, D]: what is read is x @ matrix.T."""
+        return torch.eye(len(self.weight)) + FASTER * self.weight.detach().float().cpu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + FASTER * torch.nn.functional.linear(x, self.weight)
+
+
+FASTER = 4.0  # the map learns at so many times the rate of the layers: it has the longest way to go
 
 
 def _picked(hidden: Tensor, places: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError
+from layerskip.model.checkpoint import write_draft_head
+from layerskip.train.exits import EXIT_MAP, ExitMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from layerskip.model.checkpoint import Facts
     from layerskip.train.recipe import Recipe
@@ -28,11 +30,18 @@ COPIED = (
 
 
 def export(
-    trainer: Any, source: Path, output: Path, facts: Facts, recipe: Recipe, result: dict[str, Any]
+    trainer: Any,
+    source: Path,
+    output: Path,
+    facts: Facts,
+    recipe: Recipe,
+    result: dict[str, Any],
+    ids: Sequence[int] | None = None,
 ) -> None:
     """Write the trained model into `output`; every rank calls it, the first one writes.
 
-    Adapters are merged. Tokenizer and generation config are those of `source`, byte for byte.
+    Adapters are merged; a map of the exit becomes rows of its own for the draft vocabulary `ids`. Tokenizer and
+    generation config are those of `source`, byte for byte.
     Raises: UserError when there is no room; checkpoints and a former export stay as they were.
     """
     from safetensors import SafetensorError
@@ -46,6 +55,11 @@ def export(
             making.mkdir(parents=True)
             _check_space(model, output)
             model.config.layerskip = entry(facts)
+            if (learnt := getattr(model, EXIT_MAP, None)) is not None:
+                assert ids is not None, "the recipe asks for both"
+                delattr(model, EXIT_MAP)
+                rows = model.get_output_embeddings().weight.detach()[list(ids)].float().cpu()
+                model.config.layerskip |= write_draft_head(making, ids, rows @ learnt.matrix)
             model.save_pretrained(making)
             for file in _copied(source):
                 shutil.copyfile(file, making / file.name)
@@ -140,6 +154,8 @@ def _whole(trainer: Any, recipe: Recipe) -> Any:
             from layerskip.train.lora import with_adapters
 
             model = with_adapters(model, recipe.lora)
+        if recipe.exit_map:
+            model.add_module(EXIT_MAP, ExitMap(model.config.hidden_size))
         model.load_state_dict(state)
     return model.merge_and_unload() if recipe.lora is not None else model
 

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError, nearest
+from layerskip.train.exits import EXIT_MAP
 
 if TYPE_CHECKING:
     from layerskip.train.recipe import Lora
@@ -26,6 +27,7 @@ def with_adapters(hf: Any, lora: Lora) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=adapted_modules(hf, lora),
+        modules_to_save=[EXIT_MAP] if hasattr(hf, EXIT_MAP) else None,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():  # PEFT 0.21 asks for a name that transformers 5 renames

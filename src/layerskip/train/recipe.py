@@ -130,8 +130,10 @@ class Recipe(_Strict):
     """N: every N-th row runs through all layers and trains the last; others end at the deepest exit in use."""
     exit_vocab: Count | None = None
     """Rows that end early tell only this many, the data's most frequent tokens apart, as a draft head does."""
+    exit_map: bool = False
+    """Read the one exit through a learnt square map, which drafting folds into rows of the head of its own."""
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
-    """Exits learn the data (ce), the last layer's distribution (kl), or both (ce+kl); the last layer see last_loss."""
+    """Exits learn the data (ce), the last layer's distribution (kl), or both; for the last layer see last_loss."""
 
     last_loss: Literal["ce", "kl"] = "ce"
     """The last layer learns the data (ce), or to stay what it was before training (kl to its own distribution)."""
@@ -206,6 +208,12 @@ class Recipe(_Strict):
             raise ValueError(f"best_by {self.best_by} needs eval_data")
         if self.last_loss == "kl" and not (self.freeze_embeddings or self.lora):
             raise ValueError("last_loss kl needs the head it compares with: freeze_embeddings, or lora")
+        if self.exit_map and (not isinstance(self.exits, list) or len(self.exits) != 1):
+            raise ValueError("exit_map belongs to one exit: exits=[E]")
+        if self.exit_map and self.exit_vocab is None:
+            raise ValueError("exit_map needs exit_vocab, the size of the draft head it goes into")
+        if self.exit_map and not (self.freeze_embeddings or self.lora):
+            raise ValueError("exit_map needs a head that stays: freeze_embeddings, or lora")
         if self.global_batch is not None and self.accumulation != 1:
             raise ValueError("accumulation and global_batch exclude each other")
         return self

@@ -128,7 +128,11 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
         checkpoints.latest(output) if resume else None,
         getattr(config, "use_cache", True), [str(warning.message) for warning in caught],
     )  # fmt: skip
+    from layerskip.train.exits import EXIT_MAP, ExitMap
+
     check_packing(recipe, model)
+    if recipe.exit_map:
+        model.add_module(EXIT_MAP, ExitMap(model.get_output_embeddings().weight.shape[1]))
     if recipe.freeze_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
@@ -171,8 +175,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         data_collator=run.train_rows.collate,
         callbacks=list(callbacks),
     )
-    if run.recipe.exit_vocab is not None:
-        trainer.exits.learn_only(run.train_rows.frequent(run.recipe.exit_vocab))
+    ids = None if run.recipe.exit_vocab is None else run.train_rows.frequent(run.recipe.exit_vocab)
+    trainer.exits.learn_only(ids)
     trainer.exits.before = before
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
@@ -214,7 +218,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         result["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     facts = Facts(run.schedule.trained, exit_layer, draft_length, recipe=run.recipe.name or None)
     run.model.config.use_cache = run.use_cache
-    export(trainer, run.folder, run.output, facts, run.recipe, result)
+    export(trainer, run.folder, run.output, facts, run.recipe, result, ids)
     return result
 
 
