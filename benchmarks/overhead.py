@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m-base")
     parser.add_argument("--exit-layer", type=int, default=6)
     parser.add_argument("--draft-length", type=int, default=8)
     parser.add_argument("--limit", type=int, default=6, help="prompts")

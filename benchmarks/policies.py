@@ -1,7 +1,7 @@
 """Policies against each other: adaptive against the best fixed E and K, guarded drafting against plain decoding.
 
     python benchmarks/policies.py --model M --prompts a.jsonl --prompts b.jsonl --limit 6 --save
-    python benchmarks/policies.py --model smollm2-135m --threads 2 --save          # untrained exits: the guard
+    python benchmarks/policies.py --model smollm2-135m-base --threads 2 --save          # untrained exits: the guard
 
 The prompts are decoded for exactly --max-new-tokens each, end of sequence disabled. First every fixed (E, K)
 of the grid decodes all of them once, in turn; the fastest is then measured afresh, in turn with plain
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m-base")
     parser.add_argument("--prompts", type=Path, action="append", help="JSON lines; default: the ten built in")
     parser.add_argument("--limit", type=int, default=6, help="prompts of each file")
     parser.add_argument("--skip", type=int, default=0, help="prompts of each file that were used for tuning")

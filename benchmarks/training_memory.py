@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m-base")
     parser.add_argument("--layers", type=int, help="random weights with so many layers; at least 9")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="bfloat16 is autocast")

@@ -478,7 +478,7 @@ def test_the_rebuilt_tokenizer_gives_back_what_it_was_given(rebuilt: tuple[objec
 def test_the_built_in_model_answers_and_ends_its_turn() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = hub.cached("smollm2-135m")
+    folder = hub.cached("smollm2-135m-base")
     if folder is None:
         pytest.skip("the built-in model is not in the cache folder")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)

@@ -195,16 +195,9 @@ class LanguageModel:
         key = (int(size), always, own)
         if key not in self._heads:
             ids = draft_ids(int(size), self.stack.vocab_size, self.ranked_vocabulary, always)
-            self._heads[key] = self.stack.reduced_head(ids, self._own_rows(ids) if own else None)
+            rows = checkpoint.draft_rows(self.path, self.facts, ids, self.ranked_vocabulary) if own else None
+            self._heads[key] = self.stack.reduced_head(ids, rows)
         return self._heads[key]
-
-    def _own_rows(self, ids: Sequence[int]) -> torch.Tensor | None:
-        """The draft head's own rows for these tokens, [len(ids), D]; None where it lacks one of them."""
-        rows, ranked = checkpoint.draft_rows(self.path, self.facts), self.ranked_vocabulary
-        place = {token: place for place, token in enumerate(ranked or ())}
-        if rows is None or any(place.get(token, len(rows)) >= len(rows) for token in ids):
-            return None
-        return rows[[place[token] for token in ids]]
 
     def _controller(self, options: Options) -> Controller:
         """Find the controller of a plan: what it has learnt serves later calls too."""

@@ -127,8 +127,13 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
     return ranked
 
 
-def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
-    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head."""
+def draft_rows(
+    path: Path | None, facts: Facts, ids: Sequence[int] | None = None, ranked: Sequence[int] | None = None
+) -> Tensor | None:
+    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head.
+
+    With `ids` those of these tokens, by their places in `ranked`; None where it lacks one of them.
+    """
     if path is None or facts.draft_head is None:
         return None
     from safetensors import SafetensorError
@@ -138,7 +143,10 @@ def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
         weight: Tensor = load_file(path / facts.draft_head)["weight"]
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"cannot read the draft head {path / facts.draft_head}: {error}") from error
-    return weight
+    if ids is None:
+        return weight
+    place = {token: place for place, token in enumerate(ranked or ()) if place < len(weight)}
+    return weight[[place[token] for token in ids]] if place.keys() >= {*ids} else None
 
 
 def write_draft_head(folder: Path, ids: Sequence[int], weight: Tensor) -> dict[str, str]:
