@@ -360,7 +360,7 @@ def main() -> None:
 
     print("\n".join(builtin_table(result)))
     if arguments.save:
-        record.save(result, "builtin", named(arguments.model), dtype, device.type)
+        record.save(result, "builtin", arguments.name or named(arguments.model), dtype, device.type)
     unequal = [
         f"{who} on {task}"
         for task, told in result["tasks"].items()
@@ -395,6 +395,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, help="finished prompts; default: by settings, in the cache folder"
     )
+    parser.add_argument("--name", help="what the result file calls the model; default: its folder")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/builtin_*.json")
     return parser.parse_args()
 

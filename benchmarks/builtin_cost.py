@@ -158,7 +158,9 @@ def main() -> None:
 
     print("\n".join(builtin_cost_table(result)))
     if arguments.save:
-        record.save(result, "builtin-cost", named(arguments.model), common["dtype"], device.type)
+        record.save(
+            result, "builtin-cost", arguments.name or named(arguments.model), common["dtype"], device.type
+        )
 
 
 def parsed() -> argparse.Namespace:
@@ -179,6 +181,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="finished parts; default: by settings, in the cache folder")
+    parser.add_argument("--name", help="what the result file calls the model; default: its folder")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/builtin-cost_*.json")
     return parser.parse_args()
 

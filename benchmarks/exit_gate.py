@@ -95,10 +95,14 @@ def judged(
 ) -> dict[str, Any]:
     """Read every exit along the base's answers; the last token of a line is only predicted."""
     ids = draft_ids(size, lm.stack.vocab_size, vocabulary, lm.eos_ids(Options()))
-    head = lm.stack.reduced_head(ids)
+    shared = lm.stack.reduced_head(ids)
+    heads = dict.fromkeys(exits, shared)
+    if lm.facts.draft_head is not None:  # read through a map: by rows of its own
+        given = {"exit_layer": lm.facts.exits[0], "draft_length": 1, "draft_vocab": size}
+        heads[lm.facts.exits[0]] = lm.draft_head(Options.parse(given)) or shared
     layers = lm.stack.num_layers
     head_layers = lm.stack.head_bytes / lm.stack.layer_bytes
-    draft = head_layers * head.size / lm.stack.vocab_size
+    draft = head_layers * shared.size / lm.stack.vocab_size
     kinds: dict[str, Any] = {}
     for kind, lines in held.items():
         sequences = [line["input_ids"] for line in lines]
@@ -110,7 +114,7 @@ def judged(
             full = chunk.full.argmax(-1)[: len(wanted)]
             kept, total = kept + int((full == wanted).sum()), total + len(wanted)
             for e in exits:
-                own = head.ids[chunk.logits(e, head).argmax(-1)][: len(wanted)]
+                own = heads[e].ids[chunk.logits(e, heads[e]).argmax(-1)][: len(wanted)]
                 bits[e][chunk.sequence].append((own == full).numpy())
         rows = {e: [np.concatenate(parts) for parts in bits[e]] for e in exits}
         cells = {}

@@ -44,6 +44,7 @@ def main() -> None:
             tuned or newest(arguments.results, "doctor") or newest(arguments.results, "bench"),
             acceptance,
         ),
+        "exit-gate.png": (newest(arguments.results, "exit-gate")[-1:], gate),
         "builtin-speedup.png": (newest(arguments.results, "builtin")[-1:], builtin),
         "lens.png": (inspected, lens),
         "timeline.png": (inspected, timeline),
@@ -106,7 +107,21 @@ def builtin(results: list[dict[str, Any]], file: Path) -> Path:
         group: {name: rows[who]["speedup"] for who, name in names.items() if who in rows}
         for group, rows in groups.items()
     }
-    return draw.speedups(told, file)
+    title = "Self-speculation over plain decoding of the same model"
+    return draw.bars(
+        told, file, title, "speed-up, x", "black line: plain decoding; 95% intervals over prompts"
+    )
+
+
+def gate(results: list[dict[str, Any]], file: Path) -> Path:
+    """A group per short run, named with what it did to the model; a bar per kind of prompt, at its best exit."""
+    groups = {}
+    for name, run in results[-1]["runs"].items():
+        kinds = {kind: {"ratio": max(found["agreement"].values())} for kind, found in run["kinds"].items()}
+        groups[f"{name}\nperplexity x {run['perplexity_ratio']:.2f}"] = kinds
+    title = "What short runs teach the best exit, and what that costs the whole model"
+    note = "black line: the exit always says what the last layer says"
+    return draw.bars(groups, file, title, "agreement with the last layer", note)
 
 
 def acceptance(results: list[dict[str, Any]], file: Path) -> Path:

@@ -34,7 +34,7 @@ case $size in
   cpu)   questions=1600 share=1 maths=1500 others=1000 tokens=256 batch=48 settings=() ;;
   gpu)   questions=40000 share=20 maths=7473 others=40000 tokens=256 batch=256
          settings=(lora=null freeze_embeddings=true learning_rate=3e-4 length=1024 batch_size=32 last_every=2
-                   steps=null epochs=5 'exits=[3,4,6]' curriculum=rotational save_every=200) ;;
+                   steps=null epochs=5 'exits=[3,4,6]' exit_map=false curriculum=rotational save_every=200) ;;
   smoke) questions=4 share=0.002 maths=4 others=4 tokens=16 batch=8
          settings=(steps=3 batch_size=2 length=128 last_every=2 save_every=3 log_every=1 warmup=1 'exits=[4]') ;;
 esac
@@ -73,14 +73,12 @@ say "training"
 resume=; [ -d "$work/run" ] && resume=--resume
 [ -f "$work/run/config.json" ] ||
   layerskip train smollm2-135m "data=$work/train" "output=$work/run" "${settings[@]}" $resume
-written=(); for file in "$work"/own/*.jsonl; do written+=(--data "$file"); done
-layerskip draft-vocab "$work/run" "${written[@]}" --size 8192
 python - "$work/held" > "$work/tune.jsonl" <<'PYTHON'
 import json, sys
 from pathlib import Path
 
 for file in sorted(Path(sys.argv[1]).glob("*.jsonl")):
-    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()[:6]):
+    for line in (json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:6] if line):
         told = {"messages": line["messages"][:-1]} if "messages" in line else {"prompt": line["prompt"]}
         print(json.dumps(told))
 PYTHON
@@ -105,8 +103,9 @@ PYTHON
 say "what it is worth"
 layerskip generate "$work/model" "What is the capital of France?" --mode self-speculative --max-new-tokens 24
 if [ $size != smoke ]; then
-  python benchmarks/builtin.py --model "$work/model" --base $base --data "$data" --limit 12 --hf --save
-  python benchmarks/builtin_cost.py --model "$work/model" --base $base --data "$data" --quality-limit 200 --save
+  python benchmarks/builtin.py --model "$work/model" --base $base --data "$data" --limit 12 --hf --save --name smollm2-135m
+  python benchmarks/builtin_cost.py --model "$work/model" --base $base --data "$data" --quality-limit 200 --save \
+    --name smollm2-135m
 fi
 python scripts/model_card.py --run "$work/run" --sources "$work/prompts/sources.json" \
   --delta "$work/smollm2-135m.safetensors" --output "$work/smollm2-135m.md"

@@ -124,7 +124,7 @@ def test_a_last_layer_that_is_to_stay_learns_from_the_model_before_training(mode
             if parameter.requires_grad and (not adapters or "lora_B" in name):
                 parameter += 0.05
     exits = ExitTraining(hf, schedule(len(hf.model.layers), e_scale=1.0))
-    exits.before = before
+    exits.reference = before
     with exits:
         exits.begin(0, 10)
         hf(input_ids=tokens, labels=tokens)

@@ -11,7 +11,7 @@ from layerskip.errors import UserError
 from layerskip.measure.exits import chunks
 from layerskip.model import checkpoint
 from layerskip.model.delta import apply_delta, make_delta
-from layerskip.train.exits import EXIT_MAP
+from layerskip.train.exit_map import map_of
 from layerskip.train.recipe import recipe_from
 from layerskip.train.run import finish, prepare
 
@@ -45,7 +45,7 @@ def test_the_draft_head_of_the_checkpoint_reads_what_training_read(trained):
         states = hf.base_model.norm(
             hf.base_model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[2]
         )
-    learnt = getattr(trained.model.get_base_model() if trained.recipe.lora else trained.model, EXIT_MAP, None)
+    learnt = map_of(trained.model.get_base_model() if trained.recipe.lora else trained.model)
     assert learnt is None or trained.recipe.lora  # it left the model that was exported
     rows = checkpoint.draft_rows(lm.path, lm.facts)
     place = {token: n for n, token in enumerate(lm.ranked_vocabulary)}

@@ -151,4 +151,4 @@ def test_speed_ups_have_a_bar_for_each_that_was_measured(tmp_path):
         "code": {"base": {"ratio": 0.99, "ci95": [0.98, 1.0]}, "trained": told},
         "chat": {"trained": None},
     }
-    assert size(draw.speedups(groups, tmp_path / "bars.png")) == (1650, 570)
+    assert size(draw.bars(groups, tmp_path / "bars.png", "title", "axis", "note")) == (1650, 570)

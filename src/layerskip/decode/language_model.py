@@ -26,7 +26,7 @@ from layerskip.decode.round import Request, Round
 from layerskip.errors import UserError, nearest
 from layerskip.model import checkpoint, cost, hub
 from layerskip.model import stack as stacks
-from layerskip.model.head import Head, draft_ids
+from layerskip.model.head import Head, reduced
 from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.linear import fast_bfloat16
 from layerskip.model.native_load import native_family
@@ -194,9 +194,8 @@ class LanguageModel:
         own = self.facts.draft_head is not None and (self.plan(options).exit_layer,) == self.facts.exits
         key = (int(size), always, own)
         if key not in self._heads:
-            ids = draft_ids(int(size), self.stack.vocab_size, self.ranked_vocabulary, always)
-            rows = checkpoint.draft_rows(self.path, self.facts, ids, self.ranked_vocabulary) if own else None
-            self._heads[key] = self.stack.reduced_head(ids, rows)
+            rows = checkpoint.draft_rows(self.path, self.facts) if own else None
+            self._heads[key] = reduced(self.stack, int(size), self.ranked_vocabulary, always, rows)
         return self._heads[key]
 
     def _controller(self, options: Options) -> Controller:

@@ -130,8 +130,10 @@ def speedup_surface(result: Mapping[str, Any], file: Path) -> Path:
     return _written(figure, file)
 
 
-def speedups(groups: Mapping[str, Mapping[str, Mapping[str, Any] | None]], file: Path) -> Path:
-    """Draw ratios with their intervals as bars: by group, then by name, `{"ratio": ..., "ci95": ...}` or None."""
+def bars(
+    groups: Mapping[str, Mapping[str, Mapping[str, Any] | None]], file: Path, title: str, axis: str, note: str
+) -> Path:
+    """Draw values as bars: by group, then by name, `{"ratio": ..., "ci95": ...}` (or no interval), or None."""
     figure = _canvas(3.8)
     panel = figure.subplots()
     colours = dict(
@@ -141,13 +143,14 @@ def speedups(groups: Mapping[str, Mapping[str, Mapping[str, Any] | None]], file:
         for at, told in ((at, group.get(name)) for at, group in enumerate(groups.values())):
             if told is not None:
                 x, ratio = at + 0.8 * ((place + 0.5) / len(colours) - 0.5), told["ratio"]
-                away = [[max(0.0, ratio - told["ci95"][0])], [max(0.0, told["ci95"][1] - ratio)]]
+                low, high = told.get("ci95", (ratio, ratio))
+                away = [[max(0.0, ratio - low)], [max(0.0, high - ratio)]]
                 panel.bar(x, ratio, 0.74 / len(colours), yerr=away, color=colour, ecolor=GREY, capsize=3)
                 panel.text(x, 0.03, f"{ratio:.2f}", color="white", ha="center", fontsize=8.5)
     panel.axhline(1.0, color="black", linewidth=1)
     panel.set_xticks(range(len(groups)), list(groups))
-    _dress(panel, "Self-speculation over plain decoding of the same model", "", "speed-up, x")
-    _legend(figure, _signs(colours, "black line: plain decoding; 95% intervals over prompts"))
+    _dress(panel, title, "", axis)
+    _legend(figure, _signs(colours, note))
     return _written(figure, file)
 
 

@@ -109,7 +109,7 @@ BUILTINS = (
 
 def finished(builtin: Builtin, cache: Path) -> Path | None:
     """Find the finished folder of these very files, made by this version of the rebuild."""
-    builtin = _shipped(builtin)
+    builtin = shipped(builtin)
     for name in filter(None, (builtin.name, builtin.former)):
         folder = cache / "models" / name
         try:
@@ -122,7 +122,7 @@ def finished(builtin: Builtin, cache: Path) -> Path | None:
     return None
 
 
-def _shipped(builtin: Builtin) -> Builtin:
+def shipped(builtin: Builtin) -> Builtin:
     """Fall back to the base where the package lacks the delta."""
     lacks = builtin.delta is not None and not (DELTAS / builtin.delta).is_file()
     return builtin.plain if lacks else builtin
@@ -136,7 +136,7 @@ def make(builtin: Builtin, cache: Path, *, progress: bool = True) -> Path:
     Raises: UserError when offline, without pip, for bytes other than the pinned ones, for a full or
     read-only disk.
     """
-    builtin = _shipped(builtin)
+    builtin = shipped(builtin)
     found = finished(builtin, cache)
     if found is not None and found.name == builtin.name:
         return found

@@ -127,13 +127,8 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
     return ranked
 
 
-def draft_rows(
-    path: Path | None, facts: Facts, ids: Sequence[int] | None = None, ranked: Sequence[int] | None = None
-) -> Tensor | None:
-    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head.
-
-    With `ids` those of these tokens, by their places in `ranked`; None where it lacks one of them.
-    """
+def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
+    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head."""
     if path is None or facts.draft_head is None:
         return None
     from safetensors import SafetensorError
@@ -142,20 +137,23 @@ def draft_rows(
     try:
         weight: Tensor = load_file(path / facts.draft_head)["weight"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"cannot read the draft head {path / facts.draft_head}: {error}") from error
-    if ids is None:
-        return weight
-    place = {token: place for place, token in enumerate(ranked or ()) if place < len(weight)}
-    return weight[[place[token] for token in ids]] if place.keys() >= {*ids} else None
+        raise UserError(
+            f"cannot read the draft head {path / facts.draft_head}: {error}",
+            "copy or download the folder again",
+        ) from error
+    return weight
 
 
-def write_draft_head(folder: Path, ids: Sequence[int], weight: Tensor) -> dict[str, str]:
-    """Put a draft head of its own into a checkpoint, rows [ids, D] and ids by falling frequency; name the files."""
+def write_draft_head(folder: Path, ids: Sequence[int], weight: Tensor | None) -> dict[str, str]:
+    """Put a draft vocabulary, by falling frequency, and any rows of its own, [ids, D], into a folder; name both."""
     from safetensors.torch import save_file
 
-    save_file({"weight": weight.contiguous()}, folder / "draft_head.safetensors")
     write_json(folder / "draft_vocab.json", list(ids))
-    return {"draft_vocab": "draft_vocab.json", "draft_head": "draft_head.safetensors"}
+    named = {"draft_vocab": "draft_vocab.json"}
+    if weight is not None:
+        save_file({"weight": weight.contiguous()}, folder / "draft_head.safetensors")
+        named["draft_head"] = "draft_head.safetensors"
+    return named
 
 
 def fingerprint(folder: Path | None, *kinds: str) -> str:

@@ -10,10 +10,11 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from layerskip.errors import UserError, nearest
-from layerskip.model.builtin import BUILTINS, Builtin, finished, make
+from layerskip.model.builtin import BUILTINS, Builtin, finished, make, shipped
 
 __all__ = ["Builtin", "builtins", "cache_folder", "cached", "check_folder", "resolve"]
 
@@ -62,7 +63,7 @@ def check_folder(path: Path) -> None:
         raise UserError(
             f"{path / 'config.json'} is not valid JSON: {error}", "save or copy it again"
         ) from None
-    if not any(path.glob("*.safetensors")):
+    if all(file.stem == "draft_head" for file in path.glob("*.safetensors")):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         found = f"only pickled weights ({', '.join(pickles)})" if pickles else "no *.safetensors weights"
         raise UserError(
@@ -93,8 +94,9 @@ def cache_folder() -> Path:
 
 
 def builtins() -> list[Builtin]:
-    """List the models that `resolve` knows by a name of their own."""
-    return list(BUILTINS)
+    """List the models that `resolve` knows by a name of their own; where a delta lacks, with what its base is."""
+    described = {one.name: one.description for one in BUILTINS}
+    return [replace(one, description=described[shipped(one).name]) for one in BUILTINS]
 
 
 def cached(name: str) -> Path | None:

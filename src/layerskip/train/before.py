@@ -15,21 +15,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def before_training(model: Any) -> Callable[..., Tensor]:
+def before_training(model: Any, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
     """Give a function from a model's inputs to what its head reads now, [B, T, D], whatever training changes.
 
-    With adapters it is the model without them; else a frozen copy in bfloat16, on the model's device.
+    With adapters it is the model without them; else a frozen copy of `dtype`, on the model's device.
     """
     if hasattr(model, "disable_adapter"):
         inner = model.get_base_model()
 
         def without_adapters(**inputs: Any) -> Tensor:
-            with model.disable_adapter():
-                hidden: Tensor = inner.base_model(**inputs, use_cache=False).last_hidden_state
+            modes = [(module, module.training) for module in inner.modules()]
+            inner.eval()  # some families have dropout of their own
+            try:
+                with model.disable_adapter():
+                    hidden: Tensor = inner.base_model(**inputs, use_cache=False).last_hidden_state
+            finally:
+                for module, training in modes:
+                    module.training = training
             return hidden
 
         return without_adapters
-    frozen = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
+    frozen = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
 
     def of_copy(**inputs: Any) -> Tensor:
         frozen.to(next(model.parameters()).device)

@@ -7,7 +7,7 @@ dataset = rows(trained, options)          # a torch Dataset; collate makes batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,9 +68,10 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             for name, column in zip(names, columns, strict=True)
         }
 
-    def frequent(self, size: int) -> list[int]:
-        """The `size` tokens that are learnt most often, by falling count, the lower id first."""
-        counts = np.bincount(self.labels[self.labels != IGNORED])
+    def frequent(self, size: int, always: Iterable[int] = ()) -> list[int]:
+        """The `size` tokens that are learnt most often, by falling count, those of `always` among the first."""
+        counts = np.bincount(self.labels[self.labels != IGNORED], minlength=1 + max(always, default=0))
+        counts[list(always)] += 1 + len(self.labels)
         return [int(token) for token in np.argsort(-counts, kind="stable")[:size]]
 
     def collate(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

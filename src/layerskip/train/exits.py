@@ -29,6 +29,7 @@ from layerskip.model.huggingface import (
 )
 from layerskip.train.dropout import LayerDropout, keep_masks, sliced
 from layerskip.train.encoding import IGNORED
+from layerskip.train.exit_map import map_of
 from layerskip.train.loss import EXIT_LOSSES, Sums, multi_exit_loss
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class ExitTraining:
         self.totals = Totals()
         self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
         self.step, self.total, self.first_row = 0, 1, 0
-        self.before: Callable[..., Tensor] | None = None
+        self.reference: Callable[..., Tensor] | None = None
         """From inputs, what the head read before training, [B, T, D]: the last layer then learns to say that."""
         self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
         self._wanted: set[int] = set()
@@ -116,12 +117,11 @@ class ExitTraining:
 
     def learn_only(self, vocabulary: Sequence[int] | None) -> None:
         """Let rows that end early tell these token ids apart alone, as a reduced draft head does; None: all."""
-        device = self.head.weight.device
-        self._ids = None if vocabulary is None else torch.tensor(sorted(vocabulary), device=device)
+        self._ids = None if vocabulary is None else torch.tensor(sorted(vocabulary))
         self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
         if self._ids is not None:
-            self._place_of = torch.full((self.head.weight.shape[0],), -1, device=device)
-            self._place_of[self._ids] = torch.arange(len(self._ids), device=device)
+            self._place_of = torch.full((self.head.weight.shape[0],), -1)
+            self._place_of[self._ids] = torch.arange(len(self._ids))
 
     @property
     def attached(self) -> bool:
@@ -135,7 +135,9 @@ class ExitTraining:
         self.dropout.attach()
         # What changes from step to step (exits, rows, tokens with a label) is kept from a compiler, layers are not.
         disable: Any = torch.compiler.disable
-        self._eager = {f: disable(f) for f in (self._catch, self._prepare, self._note, self._loss)}
+        self._eager = {
+            f: disable(f) for f in (self._catch, self._prepare, self._note, self._loss, self._referred)
+        }
         for k, layer in enumerate(self.layers, 1):
             hook = functools.partial(self._eager[self._catch], k)
             self._hooks.append(layer.register_forward_hook(hook))
@@ -203,14 +205,16 @@ class ExitTraining:
         last = self.schedule.num_layers
         weights = self._eager[self._prepare](tokens)
         exits = {*weights} if hf.training else {*self.eval_exits, last}
-        if exits == {last} and hf.training:
+        if exits == {last} and hf.training and self.reference is None:
             # The model's own loss; a cache would hide from transformers that rows are packed.
             out = original(**{"use_cache": False, **kwargs})
             self._eager[self._note](out.loss.detach(), labels, kwargs.get("num_items_in_batch"))
             return out
         divisor = kwargs.pop("num_items_in_batch", None)
         rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
-        before = self._referred(rest, tokens) if hf.training and self.before is not None else None
+        before = (
+            self._eager[self._referred](rest, tokens) if hf.training and self.reference is not None else None
+        )
         self._wanted, self._caught = exits - {last}, {}
         try:
             final = hf.base_model(**rest, use_cache=False).last_hidden_state
@@ -222,15 +226,16 @@ class ExitTraining:
     @torch.no_grad()
     def _referred(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
         """What the model said before training of the rows that go through all layers; other rows hold anything."""
-        assert self.before is not None
+        assert self.reference is not None
         kept, self.dropout.kept = self.dropout.kept, None
         try:
             if self._whole is None:
-                return self.before(**inputs)
-            rows = torch.tensor(self._whole, device=tokens.device).nonzero()[:, 0]
-            if not len(rows):
+                return self.reference(**inputs)
+            chosen = [row for row, whole in enumerate(self._whole) if whole]
+            if not chosen and not self.dropout.distributed:
                 return tokens.new_empty(0)
-            part = self.before(**sliced(inputs, rows, len(self._whole)))
+            rows = torch.tensor(chosen or [0], device=tokens.device)  # every rank calls sharded layers
+            part = self.reference(**sliced(inputs, rows, len(self._whole)))
             return part.new_zeros(len(self._whole), *part.shape[1:]).index_copy(0, rows, part)
         finally:
             self.dropout.kept = kept
@@ -277,7 +282,7 @@ class ExitTraining:
         learnt, short = wanted != IGNORED, None
         if self._whole is not None:
             whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
-            divisor = learnt.sum() if divisor is None else divisor
+            divisor = learnt.sum().clamp_min(1) if divisor is None else divisor
             # As often as the last layer is left out it counts for more: the expected loss is the whole one.
             weights = {k: w * (self.schedule.last_every if k == last else 1) for k, w in weights.items()}
             short, learnt = learnt & ~whole, learnt & whole
@@ -301,6 +306,7 @@ class ExitTraining:
         """Loss of the early exits over rows that end at the deepest of them: [B * (T - 1)] of them are learnt."""
         head, bias = self.head.weight, self.head.bias
         if self._place_of is not None and self._ids is not None:
+            self._ids, self._place_of = self._ids.to(wanted.device), self._place_of.to(wanted.device)
             wanted = self._place_of[wanted.clamp_min(0)]
             learnt = learnt & (wanted >= 0)
             head, bias = head[self._ids], None if bias is None else bias[self._ids]
@@ -312,35 +318,8 @@ class ExitTraining:
         """What the head reads at an early exit."""
         for module in self.finish:
             x = module(x)
-        learnt = getattr(self.hf, EXIT_MAP, None)
+        learnt = map_of(self.hf)
         return x if learnt is None else learnt(x)
-
-
-EXIT_MAP = "exit_map"
-
-
-class ExitMap(torch.nn.Module):
-    """A square map between the final norm and the head, for an early exit only; the identity at first.
-
-    It spares the layers above the exit that its state must look like theirs. Drafting folds it into its own rows
-    of the head, where it costs nothing. Source: the tuned lens (Belrose et al., arXiv 2303.08112), put behind the
-    norm.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(width, width))
-
-    @property
-    def matrix(self) -> Tensor:
-        """[D, D]: what is read is x @ matrix.T."""
-        return torch.eye(len(self.weight)) + FASTER * self.weight.detach().float().cpu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + FASTER * torch.nn.functional.linear(x, self.weight)
-
-
-FASTER = 4.0  # the map learns at so many times the rate of the layers: it has the longest way to go
 
 
 def _picked(hidden: Tensor, places: Tensor) -> Tensor:

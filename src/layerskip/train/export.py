@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError
 from layerskip.model.checkpoint import write_draft_head
-from layerskip.train.exits import EXIT_MAP, ExitMap
+from layerskip.train.exit_map import add_map, folded, map_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,11 +55,9 @@ def export(
             making.mkdir(parents=True)
             _check_space(model, output)
             model.config.layerskip = entry(facts)
-            if (learnt := getattr(model, EXIT_MAP, None)) is not None:
-                assert ids is not None, "the recipe asks for both"
-                delattr(model, EXIT_MAP)
-                rows = model.get_output_embeddings().weight.detach()[list(ids)].float().cpu()
-                model.config.layerskip |= write_draft_head(making, ids, rows @ learnt.matrix)
+            if ids is not None:
+                weight = None if map_of(model) is None else folded(model, ids)
+                model.config.layerskip |= write_draft_head(making, ids, weight)
             model.save_pretrained(making)
             for file in _copied(source):
                 shutil.copyfile(file, making / file.name)
@@ -150,12 +148,12 @@ def _whole(trainer: Any, recipe: Recipe) -> Any:
         if trainer.args.process_index != 0:
             return None
         model = AutoModelForCausalLM.from_config(trainer.exits.hf.config, dtype=trainer.exits.hf.dtype)
+        if recipe.exit_map:
+            add_map(model)
         if recipe.lora is not None:
             from layerskip.train.lora import with_adapters
 
             model = with_adapters(model, recipe.lora)
-        if recipe.exit_map:
-            model.add_module(EXIT_MAP, ExitMap(model.config.hidden_size))
         model.load_state_dict(state)
     return model.merge_and_unload() if recipe.lora is not None else model
 

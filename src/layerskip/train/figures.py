@@ -47,7 +47,8 @@ def head_layers(exits: ExitTraining) -> float:
 def by_exit(totals: Totals) -> dict[str, float]:
     figures: dict[str, float] = {}
     for k in sorted(totals.ce):
-        count = max(1, totals.tokens[k])
+        if not (count := totals.tokens[k]):
+            continue  # rows that end early are not counted, and here was no other
         figures[f"exit_{k}_loss"] = float(totals.ce[k]) / count
         if float(totals.kl[k]):
             figures[f"exit_{k}_kl"] = float(totals.kl[k]) / count

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError, nearest
-from layerskip.train.exits import EXIT_MAP
+from layerskip.train import exit_map
 
 if TYPE_CHECKING:
     from layerskip.train.recipe import Lora
@@ -27,7 +27,7 @@ def with_adapters(hf: Any, lora: Lora) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=adapted_modules(hf, lora),
-        modules_to_save=[EXIT_MAP] if hasattr(hf, EXIT_MAP) else None,
+        modules_to_save=[exit_map.NAME] if exit_map.map_of(hf) is not None else None,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():  # PEFT 0.21 asks for a name that transformers 5 renames
@@ -36,7 +36,12 @@ def with_adapters(hf: Any, lora: Lora) -> Any:
 
 
 def _ranks(hf: Any, lora: Lora) -> dict[str, int]:
-    """Name the modules whose rank is not the common one. Raises: UserError for layers the model does not have."""
+    """Name the modules whose rank is not the common one. Raises: UserError for layers without adapters."""
+    from layerskip.model.huggingface import parts_of
+
+    _, layers, _, _ = parts_of(hf)
+    if strange := [layer for layer in lora.ranks if layer not in (lora.layers or range(1, len(layers) + 1))]:
+        raise UserError(f"lora.ranks names layer {strange[0]}, which has no adapters", "see lora.layers")
     return {
         name: rank
         for layer, rank in lora.ranks.items()

@@ -208,6 +208,12 @@ class Recipe(_Strict):
             raise ValueError(f"best_by {self.best_by} needs eval_data")
         if self.last_loss == "kl" and not (self.freeze_embeddings or self.lora):
             raise ValueError("last_loss kl needs the head it compares with: freeze_embeddings, or lora")
+        if self.last_every > 1 and self.exit_loss != "ce":
+            raise ValueError("rows that end early (last_every) have no last layer: exit_loss=ce")
+        if self.exit_map and (self.e_scale == 0 or self.curriculum == "gradual"):
+            raise ValueError(
+                "exit_map needs its exit at every step: e_scale above 0, and not curriculum gradual"
+            )
         if self.exit_map and (not isinstance(self.exits, list) or len(self.exits) != 1):
             raise ValueError("exit_map belongs to one exit: exits=[E]")
         if self.exit_map and self.exit_vocab is None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from layerskip.errors import UserError
 from layerskip.model.checkpoint import Facts, write_text
 from layerskip.train import checkpoints
+from layerskip.train.exit_map import add_map
 from layerskip.train.export import export
 from layerskip.train.loading import (
     check_length,
@@ -72,6 +73,8 @@ class Run:
     arguments: LayerSkipArguments
     train_rows: Rows
     eval_rows: Rows | None
+    ends: set[int]
+    """Tokens that end what the model writes."""
     checkpoint: Path | None
     """Where training goes on."""
     use_cache: bool
@@ -124,15 +127,13 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     assert train_rows is not None
     model = model_for(recipe, folder, config)
     run = Run(
-        recipe, schedule, model, tokenizer, folder, arguments, train_rows, eval_rows,
+        recipe, schedule, model, tokenizer, folder, arguments, train_rows, eval_rows, ends,
         checkpoints.latest(output) if resume else None,
         getattr(config, "use_cache", True), [str(warning.message) for warning in caught],
     )  # fmt: skip
-    from layerskip.train.exits import EXIT_MAP, ExitMap
-
     check_packing(recipe, model)
     if recipe.exit_map:
-        model.add_module(EXIT_MAP, ExitMap(model.get_output_embeddings().weight.shape[1]))
+        add_map(model)
     if recipe.freeze_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
@@ -157,6 +158,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
 
     Raises: UserError for a loss that is not finite, or a disk that is full; checkpoints stay as they were.
     """
+    import torch
     from transformers import PrinterCallback
 
     from layerskip.train import figures
@@ -166,7 +168,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     main = run.arguments.process_index == 0
     if main:
         _write_down(run)
-    before = before_training(run.model) if run.recipe.last_loss == "kl" else None
+    stays = run.recipe.last_loss == "kl"
+    reference = before_training(run.model, getattr(torch, run.recipe.dtype)) if stays else None
     trainer = LayerSkipTrainer(
         model=run.model,
         args=run.arguments,
@@ -175,9 +178,9 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         data_collator=run.train_rows.collate,
         callbacks=list(callbacks),
     )
-    ids = None if run.recipe.exit_vocab is None else run.train_rows.frequent(run.recipe.exit_vocab)
+    ids = None if run.recipe.exit_vocab is None else run.train_rows.frequent(run.recipe.exit_vocab, run.ends)
     trainer.exits.learn_only(ids)
-    trainer.exits.before = before
+    trainer.exits.reference = reference
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
