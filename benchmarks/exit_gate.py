@@ -154,7 +154,10 @@ def _lines(path: Path, limit: int | None) -> list[dict[str, Any]]:
 
 def _recipe(model: Any) -> str | None:
     path = Path(model) / "recipe.yaml"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("data:", "eval_data:", "output:")))
 
 
 def _line(name: str, told: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ for file in sorted(Path(sys.argv[1]).glob("*.jsonl")):
         told = {"messages": line["messages"][:-1]} if "messages" in line else {"prompt": line["prompt"]}
         print(json.dumps(told))
 PYTHON
-[ $size = smoke ] || layerskip tune "$work/run" --prompts "$work/tune.jsonl" --exits 3,4,5 --seconds 120 --save
+[ $size = smoke ] || layerskip tune "$work/run" --prompts "$work/tune.jsonl" --seconds 120 --save
 
 say "the delta"
 printf '{"licence": "Apache-2.0", "trained_on": "%s", "commit": "%s"}\n' \
