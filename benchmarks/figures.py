@@ -118,9 +118,9 @@ def gate(results: list[dict[str, Any]], file: Path) -> Path:
     groups = {}
     for name, run in results[-1]["runs"].items():
         kinds = {kind: {"ratio": max(found["agreement"].values())} for kind, found in run["kinds"].items()}
-        groups[f"{name}\nperplexity x {run['perplexity_ratio']:.2f}"] = kinds
+        groups[f"{name.replace('_', ' ')}\nx {run['perplexity_ratio']:.2f}"] = kinds
     title = "What short runs teach the best exit, and what that costs the whole model"
-    note = "black line: the exit always says what the last layer says"
+    note = "x: perplexity of the whole model over the base's; black line: the exit always agrees"
     return draw.bars(groups, file, title, "agreement with the last layer", note)
 
 
