@@ -50,7 +50,7 @@ def test_the_trainer_of_the_documents_runs(folder, tmp_path, monkeypatch):
 
     text = (ROOT / "docs" / "training.md").read_text()
     [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "trainer.save_model" in b]
-    for name, ours in (("smollm2-135m", str(folder)), ("[4, 8]", "[2, 3]"), ("512", "48")):
+    for name, ours in (("smollm2-135m-base", str(folder)), ("[4, 8]", "[2, 3]"), ("512", "48")):
         assert name in block
         block = block.replace(name, ours)
     monkeypatch.chdir(tmp_path)

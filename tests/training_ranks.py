@@ -26,6 +26,11 @@ from layerskip.train.schedule import Schedule
 
 ROTATING = {"p_max": 0.5, "curriculum": "rotational", "rotation": 2}
 STEEP = {"p_max": 0.9, "drop_depth": "uniform", "exits": [2, 3]}  # most ranks keep no row of most layers
+EARLY = {
+    "p_max": 0.5,
+    "exits": [2],
+    "last_every": 8,
+}  # at each step one rank has no row that goes all the way
 TIMEOUT_S = 240
 
 
@@ -163,12 +168,15 @@ JOBS = {
     "replicated, accumulated": (replicated, {**ROTATING, "accumulate": 2}),
     "replicated, steep": (replicated, {**STEEP, "batch": 2}),
     "replicated, steep, recomputed": (replicated, {**STEEP, "batch": 2, "gradient_checkpointing": True}),
+    "replicated, early rows": (replicated, EARLY),
+    "replicated, early rows, recomputed": (replicated, {**EARLY, "gradient_checkpointing": True}),
     "replicated, plain": (replicated, {"e_scale": 0.0}),
     "evaluated": (evaluated, {}),
     "interrupted": (interrupted, {}),
     "poisoned": (poisoned, {}),
     "sharded": (sharded, {"p_max": 0.5, "drop_depth": "uniform"}),
     "sharded, steep": (sharded, STEEP),
+    "sharded, early rows": (sharded, EARLY),
     "sharded, recomputed": (sharded, {"recompute": True}),
 }
 ON_DEVICES = {"by accelerate": (by_accelerate, {})}
