@@ -372,13 +372,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="folder or name of the trained model")
-    parser.add_argument("--base", default="smollm2-135m-base", help="what it was before; '' for none")
-    parser.add_argument("--data", required=True, type=Path, help="folder of the tasks' files")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated")
+    parser = record.comparison(__doc__, ",".join(TASKS))
     parser.add_argument("--all-groups", action="store_true", help="further rows: " + ", ".join(GROUPS))
     parser.add_argument("--limit", type=int, default=10, help="prompts of a task")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -389,14 +383,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--no-stops", action="store_true", help="let HumanEval run on behind the function")
     parser.add_argument("--hf", action="store_true", help="Hugging Face's generate too, on the model")
     parser.add_argument("--hf-limit", type=int, default=2, help="prompts of a task it decodes")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--work", type=Path, help="finished prompts; default: by settings, in the cache folder"
-    )
-    parser.add_argument("--name", help="what the result file calls the model; default: its folder")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/builtin_*.json")
     return parser.parse_args()
 
 

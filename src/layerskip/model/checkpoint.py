@@ -222,11 +222,16 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole, see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file as a whole: readers see the old or the new one, never a part, after a power cut too."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as part:
-            part.write(text)
+        with os.fdopen(handle, "wb") as part:
+            part.write(content)
             part.flush()
             os.fsync(part.fileno())
         os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's files are private

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +57,7 @@ def make_delta(
 
     stored, found = _stored(base), _stored(tuned)
     _check_pair(base, tuned, stored, found)
-    entry, ranked = _facts(tuned)
+    entry, ranked, own = _facts(tuned)
     record = {"licence": _source(base).get("licence"), **about, "layerskip": entry}
     head = {"format": FORMAT, "base": record.pop("base", base.name), "pin": pin(base), "about": record}
 
@@ -79,8 +77,9 @@ def make_delta(
             tensors[name] = changed
         else:
             spectra[name], shapes[name] = lowrank.directions(changed)[0], (changed.shape[0], changed.shape[1])
-    if (own := _draft_rows(tuned)) is not None:
-        tensors |= own
+    if own is not None:
+        whole, scale = lowrank.rounded(own.float(), 8)
+        tensors |= {f"{HEAD}:whole": whole, f"{HEAD}:scale": scale}
     if ranked:
         tensors[VOCAB] = torch.tensor(ranked, dtype=torch.int32)
     fixed = len(json.dumps(json.dumps(head))) + 200 + sum(tensor.nbytes for tensor in tensors.values())
@@ -168,7 +167,8 @@ def apply_delta(base: Path, file: Path, output: Path) -> dict[str, Any]:
     if entry := head["about"]["layerskip"]:
         config["layerskip"] = entry
     if own is not None:
-        save_file({"weight": own["whole"] * own["scale"]}, output / f"{HEAD}.safetensors")
+        weight = lowrank.rows(own, slice(None), own["whole"].shape[1]).float()
+        save_file({"weight": weight}, output / f"{HEAD}.safetensors")
         (output / f"{HEAD}.safetensors").chmod(mode)
     if ranked is not None:
         write_json(output / f"{VOCAB}.json", ranked[""].tolist())
@@ -255,30 +255,18 @@ def _source(folder: Path) -> dict[str, Any]:
     return _json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
 
 
-def _facts(tuned: Path) -> tuple[dict[str, Any], list[int]]:
-    """Read the `layerskip` entry and the first ids of the ranked draft vocabulary."""
-    from layerskip.model.checkpoint import Facts, ranked_vocabulary
+def _facts(tuned: Path) -> tuple[dict[str, Any], list[int], Tensor | None]:
+    """Read the `layerskip` entry, the first ids of the ranked draft vocabulary and the draft head's own rows."""
+    from layerskip.model.checkpoint import Facts, draft_rows, ranked_vocabulary
 
     entry = dict(_json(tuned / "config.json").get("layerskip") or {})
-    ranked = ranked_vocabulary(tuned, Facts(draft_vocab=entry.get("draft_vocab"))) or []
+    named = Facts(draft_vocab=entry.get(VOCAB), draft_head=entry.get(HEAD))
+    ranked, rows = ranked_vocabulary(tuned, named) or [], draft_rows(tuned, named)
     if ranked:
-        entry["draft_vocab"] = f"{VOCAB}.json"
-    if HEAD in entry:
+        entry[VOCAB] = f"{VOCAB}.json"
+    if rows is not None:
         entry[HEAD] = f"{HEAD}.safetensors"
-    return entry, ranked[:NUM_VOCAB]
-
-
-def _draft_rows(tuned: Path) -> dict[str, Tensor] | None:
-    """Read the draft head's own rows, in 8 bits with a scale for each row."""
-    from layerskip.model.checkpoint import Facts, draft_rows
-
-    rows = draft_rows(
-        tuned, Facts(draft_head=(_json(tuned / "config.json").get("layerskip") or {}).get(HEAD))
-    )
-    if rows is None:
-        return None
-    scale = rows.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-    return {f"{HEAD}:whole": (rows / scale).round().char(), f"{HEAD}:scale": scale}
+    return entry, ranked[:NUM_VOCAB], rows
 
 
 def _check_pair(base: Path, tuned: Path, stored: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -340,17 +328,11 @@ def _write(file: Path, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     """Replace the file as a whole."""
     from safetensors.torch import save
 
+    from layerskip.model.checkpoint import write_bytes
+
     content = save(dict(tensors), {KEY: json.dumps({**head, "sha256": _digest(head, tensors)})})
     try:
-        handle, part = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as opened:
-                opened.write(content)
-            os.chmod(part, 0o644)  # mkstemp's files are private
-            os.replace(part, file)
-        except BaseException:
-            os.unlink(part)
-            raise
+        write_bytes(file, content)
     except OSError as error:
         raise UserError(
             f"cannot write {file}: {error}", "name a file in a folder that can be written"

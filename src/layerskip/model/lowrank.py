@@ -75,7 +75,7 @@ def packed(matrix: Tensor, kept: Kept) -> dict[str, Tensor]:
 
     shape = (matrix.shape[0], matrix.shape[1])
     if stored_bytes(shape, kept) == _whole_bytes(shape):
-        whole, scale = _rounded(matrix, 8)
+        whole, scale = rounded(matrix, 8)
         return {"whole": whole, "scale": scale}
     across = _tall(matrix)
     short = directions(matrix)[1][:, : kept.rank]  # [small side, n]
@@ -84,7 +84,7 @@ def packed(matrix: Tensor, kept: Kept) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for bits, part in ((8, slice(0, kept.fine)), (4, slice(kept.fine, kept.rank))):
         if part.start < part.stop:
-            (a, a_scale), (b, b_scale) = _rounded(left[part], bits), _rounded(right[part], bits)
+            (a, a_scale), (b, b_scale) = rounded(left[part], bits), rounded(right[part], bits)
             parts |= {
                 f"left{bits}": a,
                 f"right{bits}": b,
@@ -132,7 +132,7 @@ def _whole_bytes(shape: tuple[int, int]) -> int:
     return shape[0] * (shape[1] + 4)
 
 
-def _rounded(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def rounded(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round each row to whole numbers times a float32 scale of its own; 4 bits go two to a byte."""
     import torch
 
