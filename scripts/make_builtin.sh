@@ -33,7 +33,7 @@ base=smollm2-135m-base
 case $size in
   cpu)   questions=1600 share=1 maths=1500 others=1000 tokens=256 batch=48 settings=() ;;
   gpu)   questions=40000 share=20 maths=7473 others=40000 tokens=256 batch=256
-         settings=(lora=null freeze_embeddings=true learning_rate=3e-4 length=1024 batch_size=32 last_every=2
+         settings=(lora=null freeze=embeddings learning_rate=3e-4 length=1024 batch_size=32 last_every=2
                    steps=null epochs=5 'exits=[3,4,6]' exit_map=false curriculum=rotational save_every=200) ;;
   smoke) questions=4 share=0.002 maths=4 others=4 tokens=16 batch=8
          settings=(steps=3 batch_size=2 length=128 last_every=2 save_every=3 log_every=1 warmup=1 'exits=[4]') ;;

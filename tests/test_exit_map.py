@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import layerskip
 from layerskip.decode.options import Options
@@ -15,7 +16,12 @@ from layerskip.train.exit_map import map_of
 from layerskip.train.recipe import recipe_from
 from layerskip.train.run import finish, prepare
 
-ADAPTERS = {"all weights": {"freeze_embeddings": True}, "adapters": {"lora": {"rank": 4, "ranks": {1: 8}}}}
+WAYS = {
+    "all weights": {"freeze": "embeddings"},
+    "adapters": {"lora": {"rank": 4, "ranks": {1: 8}}},
+    "layers under an anchor": {"freeze": "above", "last_loss": "anchor"},
+    "the map alone": {"freeze": "model"},
+}
 
 
 def recipe(folder, data, output, **changes):
@@ -27,7 +33,7 @@ def recipe(folder, data, output, **changes):
     return recipe_from({**settings, **changes})
 
 
-@pytest.fixture(params=ADAPTERS.values(), ids=ADAPTERS)
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
 def trained(request, folder, data, tmp_path):
     run = prepare(recipe(folder, data, tmp_path / "out", **request.param))
     finish(run)
@@ -71,8 +77,8 @@ def test_other_exits_and_plain_decoding_do_not_know_the_map(trained):
 
 
 def test_a_resumed_run_keeps_its_map(folder, data, tmp_path):
-    for settings in ADAPTERS.values():
-        outputs = [tmp_path / f"{name}-{len(settings)}-{'lora' in settings}" for name in ("whole", "parts")]
+    for way, settings in WAYS.items():
+        outputs = [tmp_path / f"{name} {way}" for name in ("whole", "parts")]
         finish(prepare(recipe(folder, data, outputs[0], save_every=6, **settings)))
         finish(prepare(recipe(folder, data, outputs[1], save_every=6, **settings)))
         for name in ("config.json", "model.safetensors", "draft_head.safetensors"):
@@ -98,6 +104,14 @@ def test_a_delta_carries_the_draft_head(trained, folder, tmp_path):
     assert entry["draft_head"] == "draft_head.safetensors"
 
 
+def test_a_frozen_model_is_exported_as_it_was(folder, data, tmp_path):
+    finish(prepare(recipe(folder, data, tmp_path / "out", freeze="model")))
+    one, other = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert make_delta(folder, tmp_path / "out", tmp_path / "d.safetensors", 100_000, {})["draft_vocab"] == 24
+
+
 def test_a_vocabulary_that_the_head_was_not_trained_for_is_refused(trained):
     lm = layerskip.load(str(trained.output))
     with pytest.raises(UserError, match="was trained for the vocabulary"):
@@ -109,10 +123,12 @@ def test_a_vocabulary_that_the_head_was_not_trained_for_is_refused(trained):
     [
         ({"exits": [1, 2]}, "belongs to one exit"),
         ({"exit_vocab": None}, "needs exit_vocab"),
-        ({"freeze_embeddings": False, "last_loss": "ce"}, "needs a head that stays"),
-        ({"exit_map": False, "freeze_embeddings": False}, "needs the head it compares with"),
+        ({"freeze": "nothing", "last_loss": "ce"}, "needs a head that stays"),
+        ({"exit_map": False, "freeze": "nothing"}, "needs the head it compares with"),
+        ({"freeze": "model", "lora": {}}, "the map alone"),
+        ({"freeze": "model", "exit_map": False}, "the map alone"),
     ],
 )
 def test_a_recipe_whose_map_could_not_be_used_is_refused(changes, says):
     with pytest.raises(UserError, match=says):
-        recipe("m", "d", "o", **{"freeze_embeddings": True, **changes})
+        recipe("m", "d", "o", **{"freeze": "embeddings", **changes})

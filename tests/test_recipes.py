@@ -52,9 +52,16 @@ def test_published_settings_are_those_of_the_paper(name):
 
 
 def test_every_recipe_is_read_and_reads_back_the_same(tmp_path):
-    assert {*PUBLISHED, "revised-dropout", "topv2", "finetune", "lora", "tiny", "smollm2-135m"} == {
-        *recipe_names()
-    }
+    assert {
+        *PUBLISHED,
+        "revised-dropout",
+        "topv2",
+        "finetune",
+        "lora",
+        "exit-map",
+        "tiny",
+        "smollm2-135m",
+    } == {*recipe_names()}
     for name in recipe_names():
         recipe = read_recipe(name)
         assert recipe.description

@@ -191,7 +191,7 @@ class LanguageModel:
         if size == "off":
             return None
         always = tuple(sorted(self.eos_ids(options)))
-        own = self.facts.draft_head is not None and (self.plan(options).exit_layer,) == self.facts.exits
+        own = self.facts.owns_head(self.plan(options).exit_layer)
         key = (int(size), always, own)
         if key not in self._heads:
             rows = checkpoint.draft_rows(self.path, self.facts) if own else None

@@ -31,12 +31,15 @@ def chosen_vocabulary(
     """Resolve the draft vocabulary; auto measures the heads and asks the cost model.
 
     `targets` are plain decoding's own tokens on these prompts: the share of them inside a subset is its coverage.
-    The agreement per token comes from a run with the whole head, or from the acceptance that is simulated.
+    The agreement per token comes from a run with the whole head, or from the acceptance that is simulated. An exit
+    with a trained head of its own keeps that one.
     """
     if settings.draft_vocab != "auto":
         return "auto" if settings.draft_vocab is None else settings.draft_vocab
     if SELF_SPECULATIVE not in settings.methods or plan.draft_length == 0:
         return "off"
+    if lm.facts.owns_head(plan.exit_layer):
+        return "auto"
     acceptance = settings.simulate_acceptance
     if acceptance is None:
         trial = ways.ours(

@@ -44,6 +44,10 @@ class Facts:
     def trained(self) -> bool:
         return bool(self.exits)
 
+    def owns_head(self, exit_layer: int) -> bool:
+        """Whether drafting at this exit reads rows of its own; an exit with a map is trained alone."""
+        return self.draft_head is not None and self.exits == (exit_layer,)
+
     @property
     def pays(self) -> bool:
         """Whether drafting is the default: as measured, else with trained exits one of which is the default.

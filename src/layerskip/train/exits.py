@@ -27,6 +27,7 @@ from layerskip.model.huggingface import (
     probe_tokens,
     refuse_architecture,
 )
+from layerskip.train.anchor import Anchor, live_tokens
 from layerskip.train.dropout import LayerDropout, keep_masks, sliced
 from layerskip.train.encoding import IGNORED
 from layerskip.train.exit_map import map_of
@@ -106,6 +107,7 @@ class ExitTraining:
         self.totals = Totals()
         self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
         self.step, self.total, self.first_row = 0, 1, 0
+        self.anchor: Anchor | None = None  # in place of a loss of the last layer
         self.reference: Callable[..., Tensor] | None = None
         """From inputs, what the head read before training, [B, T, D]: the last layer then learns to say that."""
         self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
@@ -215,13 +217,15 @@ class ExitTraining:
         before = (
             self._eager[self._referred](rest, tokens) if hf.training and self.reference is not None else None
         )
+        was = self.anchor.before(**rest) if hf.training and self.anchor is not None else None
         self._wanted, self._caught = exits - {last}, {}
         try:
             final = hf.base_model(**rest, use_cache=False).last_hidden_state
         finally:
             self._wanted, caught = set(), self._caught
             self._caught = {}
-        return self._eager[self._loss](final, caught, labels, weights, divisor, before)
+        positions = rest.get("position_ids")
+        return self._eager[self._loss](final, caught, labels, weights, divisor, before, was, positions)
 
     @torch.no_grad()
     def _referred(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
@@ -275,11 +279,18 @@ class ExitTraining:
         weights: dict[int, float],
         divisor: Tensor | int | None,
         before: Tensor | None,
+        was: Tensor | None,
+        positions: Tensor | None,
     ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         wanted, last = labels[:, 1:].reshape(-1), self.schedule.num_layers
-        learnt, short = wanted != IGNORED, None
+        learnt, short, price = wanted != IGNORED, None, None
+        if was is not None and self.anchor is not None:  # in place of the last layer's loss
+            now, live = caught[max(caught)], live_tokens(labels, positions)
+            divisor = learnt.sum().clamp_min(1) if divisor is None else divisor
+            price = weights[last] * self.anchor.price(was, now, live) / divisor
+            weights, final = {**weights, last: 0.0}, final.detach()
         if self._whole is not None:
             whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
             divisor = learnt.sum().clamp_min(1) if divisor is None else divisor
@@ -298,7 +309,7 @@ class ExitTraining:
         self.totals.add(sums)  # figures are those of whole rows: there is a last layer to agree with
         if short is not None:
             loss = loss + self._short(short, caught, wanted, weights, given)
-        return CausalLMOutputWithPast(loss=loss)
+        return CausalLMOutputWithPast(loss=loss if price is None else loss + price)
 
     def _short(
         self, learnt: Tensor, caught: dict[int, Tensor], wanted: Tensor, weights: dict[int, float], given: Any

@@ -153,6 +153,8 @@ def _memory(run: Run, parameters: int, trainable: int) -> int:
     activations = layer + layers * tokens * width * 4 if recipe.checkpointing else layers * layer
     head = config.vocab_size * width
     weights = (6 if short else 4) * parameters + 12 * trainable
-    if recipe.last_loss == "kl" and recipe.lora is None:  # what it was before training stands beside it
+    if (
+        recipe.last_loss != "ce" and recipe.lora is None and recipe.freeze != "model"
+    ):  # what it was before training stands beside it
         weights += (2 if short else 4) * parameters
     return int(weights + activations + 4 * head + 3 * (1 << 26))

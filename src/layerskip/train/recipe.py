@@ -135,12 +135,12 @@ class Recipe(_Strict):
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
     """Exits learn the data (ce), the last layer's distribution (kl), or both; for the last layer see last_loss."""
 
-    last_loss: Literal["ce", "kl"] = "ce"
-    """The last layer learns the data (ce), or to stay what it was before training (kl to its own distribution)."""
+    last_loss: Literal["ce", "kl", "anchor"] = "ce"
+    """The last layer learns the data, or stays what it was: kl on whole rows, anchor estimates it at the exit."""
 
     # optimisation
-    freeze_embeddings: bool = False
-    """Leave embeddings and head as they are; layers and the final norm are trained."""
+    freeze: Literal["nothing", "embeddings", "above", "model"] = "nothing"
+    """Left as it is: embeddings with head, all above the deepest exit too, or the whole model but for exit_map."""
     steps: Count | None = None
     """Optimiser steps; null goes by epochs."""
     epochs: float = Field(default=1.0, gt=0)
@@ -206,8 +206,8 @@ class Recipe(_Strict):
             raise ValueError("curriculum fixed needs exits")
         if self.best_by != "none" and self.eval_data is None:
             raise ValueError(f"best_by {self.best_by} needs eval_data")
-        if self.last_loss == "kl" and not (self.freeze_embeddings or self.lora):
-            raise ValueError("last_loss kl needs the head it compares with: freeze_embeddings, or lora")
+        if self.last_loss == "kl" and self.freeze == "nothing" and not self.lora:
+            raise ValueError("last_loss kl needs the head it compares with: freeze=embeddings, or lora")
         if self.last_every > 1 and self.exit_loss != "ce":
             raise ValueError("rows that end early (last_every) have no last layer: exit_loss=ce")
         if self.exit_map and (self.e_scale == 0 or self.curriculum == "gradual"):
@@ -218,8 +218,12 @@ class Recipe(_Strict):
             raise ValueError("exit_map belongs to one exit: exits=[E]")
         if self.exit_map and self.exit_vocab is None:
             raise ValueError("exit_map needs exit_vocab, the size of the draft head it goes into")
-        if self.exit_map and not (self.freeze_embeddings or self.lora):
-            raise ValueError("exit_map needs a head that stays: freeze_embeddings, or lora")
+        if self.exit_map and self.freeze == "nothing" and not self.lora:
+            raise ValueError("exit_map needs a head that stays: freeze=embeddings, or lora")
+        if self.last_loss == "anchor" and (self.freeze != "above" or self.lora or self.curriculum != "fixed"):
+            raise ValueError("last_loss anchor needs freeze=above, curriculum=fixed and no lora")
+        if self.freeze == "model" and (self.lora or not self.exit_map):
+            raise ValueError("freeze model leaves the map alone to learn: exit_map=true, and no lora")
         if self.global_batch is not None and self.accumulation != 1:
             raise ValueError("accumulation and global_batch exclude each other")
         return self

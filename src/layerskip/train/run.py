@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from layerskip.errors import UserError
 from layerskip.model.checkpoint import Facts, write_text
 from layerskip.train import checkpoints
-from layerskip.train.exit_map import add_map
+from layerskip.train.exit_map import add_map, map_of
 from layerskip.train.export import export
 from layerskip.train.loading import (
     check_length,
@@ -134,9 +134,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     check_packing(recipe, model)
     if recipe.exit_map:
         add_map(model)
-    if recipe.freeze_embeddings:
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.requires_grad_(False)
+    freeze(model, recipe, schedule)
     if recipe.lora is not None:
         from layerskip.train.lora import with_adapters
 
@@ -153,6 +151,23 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     return run
 
 
+def freeze(model: Any, recipe: Recipe, schedule: Schedule) -> None:
+    """Exclude from training what the recipe leaves as it is; adapters see to that themselves."""
+    from layerskip.model.huggingface import parts_of
+
+    if recipe.freeze == "nothing":
+        return
+    if recipe.freeze == "embeddings":
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
+        return
+    model.requires_grad_(False)
+    learning = parts_of(model)[1][: max(schedule.trained)] if recipe.freeze == "above" else []
+    for module in (*learning, map_of(model)):
+        if module is not None:
+            module.requires_grad_(True)
+
+
 def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, evaluate, export. An interrupted run leaves its checkpoint and exports nothing.
 
@@ -162,14 +177,20 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     from transformers import PrinterCallback
 
     from layerskip.train import figures
+    from layerskip.train.anchor import anchor_of
     from layerskip.train.before import before_training
     from layerskip.train.trainer import LayerSkipTrainer
 
     main = run.arguments.process_index == 0
     if main:
         _write_down(run)
-    stays = run.recipe.last_loss == "kl"
+    stays = run.recipe.last_loss == "kl" and run.recipe.freeze != "model"
     reference = before_training(run.model, getattr(torch, run.recipe.dtype)) if stays else None
+    anchor = None
+    if run.recipe.last_loss == "anchor":
+        run.model.to(run.arguments.device)
+        with torch.autocast(run.arguments.device.type, torch.bfloat16, run.recipe.dtype == "bfloat16"):
+            anchor = anchor_of(run.model, max(run.schedule.trained), run.train_rows, run.recipe.seed)
     trainer = LayerSkipTrainer(
         model=run.model,
         args=run.arguments,
@@ -180,7 +201,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     )
     ids = None if run.recipe.exit_vocab is None else run.train_rows.frequent(run.recipe.exit_vocab, run.ends)
     trainer.exits.learn_only(ids)
-    trainer.exits.reference = reference
+    trainer.exits.reference, trainer.exits.anchor = reference, anchor
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()

@@ -1,0 +1,161 @@
+"""A whole model that stays what it was, judged by its state at the exit: price, Fisher information, gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import training
+from layerskip.errors import UserError
+from layerskip.train.anchor import Anchor, anchor_of, fisher_information, live_tokens
+from layerskip.train.encoding import IGNORED
+from layerskip.train.exits import ExitTraining
+from layerskip.train.recipe import recipe_from
+from layerskip.train.run import freeze
+from layerskip.train.schedule import Schedule
+
+ROWS, TOKENS, EXIT = 6, 9, 2
+
+
+class Batches(list):
+    collate = staticmethod(lambda rows: rows[0])
+
+
+def schedule(layers, **changes):
+    settings = {
+        "p_max": 0.0,
+        "weighting": "uniform",
+        "curriculum": "fixed",
+        "exits": (EXIT,),
+        "e_scale": 0.25,
+    }
+    return Schedule(layers, **{**settings, **changes})
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 30, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["llama", "gemma2", "gpt2", "opt"])
+def model(request):
+    return training.model(request.param).train()
+
+
+def batch(tokens):
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def state(model, tokens):
+    with torch.no_grad():
+        return model.base_model(tokens, output_hidden_states=True, use_cache=False).hidden_states[EXIT]
+
+
+def test_before_training_the_copy_says_what_the_model_says_and_the_price_is_nothing(model, tokens):
+    anchor = anchor_of(model, EXIT, Batches([batch(tokens[:1])]))
+    was = anchor.before(input_ids=tokens)
+    model.eval()
+    torch.testing.assert_close(was, state(model, tokens))
+    live = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    assert anchor.price(was, state(model, tokens), live) < 1e-6
+    moved = was + torch.randn(was.shape, generator=torch.Generator().manual_seed(1))
+    d = (moved - was).flatten(0, 1)
+    assert float(anchor.price(was, moved, live)) == pytest.approx(
+        float(0.5 * (d @ anchor.fisher * d).sum()), rel=1e-4
+    )
+
+
+def test_the_price_is_the_divergence_of_the_output_for_small_moves(tokens):
+    model = training.model().eval()
+    one = tokens[:1]
+    fisher = fisher_information(model, EXIT, [batch(one)] * 1500, seed=3)
+    layer = model.model.layers[EXIT - 1]
+    with torch.no_grad():
+        before = model(one).logits.log_softmax(-1)
+    generator = torch.Generator().manual_seed(0)
+    true = priced = 0.0
+    for at in range(1, TOKENS):  # one token at a time, as F is a mean over them
+        for _ in range(20):
+            d = 0.05 * torch.randn(model.config.hidden_size, generator=generator)
+            moved = torch.zeros(TOKENS, len(d)).index_copy(0, torch.tensor([at]), d[None])
+            hook = layer.register_forward_hook(lambda _, args, out, by=moved: out + by)
+            with torch.no_grad():
+                after = model(one).logits.log_softmax(-1)
+            hook.remove()
+            true += float(F.kl_div(after, before, log_target=True, reduction="sum"))
+            priced += float(0.5 * d @ fisher @ d)
+    assert priced == pytest.approx(true, rel=0.15)
+
+
+def test_the_loss_is_the_exits_and_the_price_of_the_last_layers_weight(tokens):
+    model = training.model().train()
+    anchor = anchor_of(model, EXIT, Batches([batch(tokens[:1])]))
+    with torch.no_grad():
+        for parameter in model.model.layers[0].parameters():
+            parameter += 0.05
+    exits = ExitTraining(model, schedule(len(model.model.layers), last_every=3))
+    exits.anchor = anchor
+    labels = tokens.clone()
+    labels[:, :3] = IGNORED
+    with exits:
+        exits.begin(1, 10)
+        loss = model(input_ids=tokens, labels=labels).loss
+    model.eval()
+    logits = model.model.norm(state(model, tokens))[:, :-1] @ model.lm_head.weight.T
+    count = ROWS * (TOKENS - 3)
+    ce = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    live = torch.arange(TOKENS).expand(ROWS, -1) > 0
+    price = anchor.price(anchor.before(input_ids=tokens), state(model, tokens), live)
+    assert price > 0.01
+    torch.testing.assert_close(loss, (0.2 * ce + 0.8 * price) / count)
+
+
+def test_padding_and_first_tokens_have_no_price():
+    labels = torch.tensor([[IGNORED, 5, IGNORED, 6, IGNORED, IGNORED]])
+    positions = torch.tensor([[0, 1, 0, 1, 0, 1]])
+    assert live_tokens(labels, positions).tolist() == [[False, True, False, True, False, False]]
+    assert live_tokens(labels, None).tolist() == [[False, True, True, True, False, False]]
+
+
+def test_nothing_above_the_exit_learns_and_measuring_leaves_no_trace(model, tokens):
+    recipe = recipe_from({"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT]})
+    plan = schedule(model.config.num_hidden_layers)
+    freeze(model, recipe, plan)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names
+    assert all(f".{k}." in name for name in names for k in [name.split(".")[2]] if k in ("0", "1"))
+    was = copy.deepcopy(model.state_dict())
+    anchor = anchor_of(model, EXIT, Batches([batch(tokens[:1])]))
+    assert model.training
+    assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    exits = ExitTraining(model, plan)
+    exits.anchor = anchor
+    with exits:
+        exits.begin(0, 10)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(torch.equal(value, was[name]) for name, value in model.state_dict().items())
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == names
+
+
+def test_the_same_seed_gives_the_same_information(tokens):
+    model = training.model()
+    one, other, third = (fisher_information(model, EXIT, [batch(tokens)], seed) for seed in (0, 0, 1))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, third)
+    torch.testing.assert_close(one, one.T)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"freeze": "embeddings"}, {"curriculum": "all"}, {"lora": {}}], ids=lambda c: next(iter(c))
+)
+def test_a_recipe_in_which_the_layers_above_would_move_is_refused(changes):
+    given = {"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT]}
+    with pytest.raises(UserError, match="anchor needs"):
+        recipe_from({**given, **changes})
+
+
+def test_an_anchor_is_a_function_and_a_matrix():
+    anchor = Anchor(lambda **inputs: inputs["x"], torch.eye(2))
+    x = torch.zeros(1, 2, 2)
+    assert float(anchor.price(x, x + 1, torch.tensor([[True, False]]))) == 1.0
