@@ -16,7 +16,7 @@ import re
 import statistics
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,18 @@ def card(
     delta: dict[str, Any] | None = None,
     speed: dict[str, Any] | None = None,
     cost: dict[str, Any] | None = None,
+    learnt: Mapping[str, int] | None = None,
 ) -> str:
-    """Put the card together. `delta`: what its header says, and `bytes`; `speed` and `cost` are result files."""
+    """Put the card together.
+
+    `delta`: what its header says, and `bytes`; `speed` and `cost` are result files; `learnt` counts the lines of the
+    training files.
+    """
     about = (delta or {}).get("about", {})
     parts = {
         "": _what(builtin, delta, speed),
         "Use": ["```", f'layerskip generate {NAME} "Why is the sky blue?"', f"layerskip bench {NAME}", "```"],
-        "Data": _data(sources),
+        "Data": _data(sources, learnt or {}),
         "Training": _training(trainings, about.get("trained_on")),
         "Speed": _measured(speed, [] if speed is None else builtin_table(speed)),
         "What it cost": _measured(cost, [] if cost is None else _filled(builtin_cost_table(cost))),
@@ -128,17 +133,18 @@ def _what(builtin: Builtin, delta: dict[str, Any] | None, speed: dict[str, Any] 
     ]
 
 
-def _data(sources: Sequence[dict[str, Any]] | None) -> list[str]:
+def _data(sources: Sequence[dict[str, Any]] | None, learnt: Mapping[str, int]) -> list[str]:
     if not sources:
         return [f"Sources: {NOT_RECORDED}."]
     lines = ["| kind | source | licence | count |", "| --- | --- | --- | --- |"]
     lines += [f"| {s['kind']} | {s['source']} | {s['licence']} | {s['count']:,} |" for s in sources]
     total = sum(s["count"] for s in sources)
+    used = ", ".join(f"{kind} {count:,}" for kind, count in sorted(learnt.items()))
     return [
         *lines,
         "",
         f"{total:,} in all. Documents are read as they are; prompts of the other kinds were answered by the base "
-        "itself, and its answers are what is learned. The tokens below tell how much of this a run saw.",
+        f"itself, and its answers are what is learned. Lines of the training files: {used or NOT_RECORDED}.",
     ]
 
 
@@ -242,6 +248,11 @@ def training(run: Path) -> Training:
     )
 
 
+def lines_by_file(folder: Path) -> dict[str, int]:
+    """Count the lines of each file, by the file's name."""
+    return {file.stem: file.read_bytes().count(b"\n") for file in sorted(folder.glob("*.jsonl"))}
+
+
 def delta_header(file: Path) -> dict[str, Any] | None:
     """Read what a delta says of itself from the head of its safetensors file, its length beside it."""
     if not file.is_file():
@@ -267,6 +278,7 @@ def main() -> None:
         "--run", type=Path, action="append", default=[], help="folder of a training, in order"
     )
     parser.add_argument("--sources", type=Path, help="sources.json that builtin_prompts.py wrote")
+    parser.add_argument("--train", type=Path, help="folder of the training files, to count their lines")
     parser.add_argument("--delta", type=Path, default=here / f"{NAME}.safetensors")
     parser.add_argument("--speed", type=Path, help="result of benchmarks/builtin.py; default: the newest")
     parser.add_argument("--cost", type=Path, help="result of benchmarks/builtin_cost.py; default: the newest")
@@ -279,6 +291,7 @@ def main() -> None:
         delta_header(given.delta),
         result(given.speed, "builtin"),
         result(given.cost, "builtin-cost"),
+        None if given.train is None else lines_by_file(given.train),
     )
     if given.output == "-":
         print(text, end="")

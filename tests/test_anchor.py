@@ -16,6 +16,7 @@ from layerskip.train.run import freeze
 from layerskip.train.schedule import Schedule
 
 ROWS, TOKENS, EXIT = 6, 9, 2
+ANCHORED = {"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT], "p_max": 0.0}
 
 
 class Batches(list):
@@ -119,7 +120,7 @@ def test_padding_and_first_tokens_have_no_price():
 
 
 def test_nothing_above_the_exit_learns_and_measuring_leaves_no_trace(model, tokens):
-    recipe = recipe_from({"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT]})
+    recipe = recipe_from(ANCHORED)
     plan = schedule(model.config.num_hidden_layers)
     freeze(model, recipe, plan)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -147,12 +148,13 @@ def test_the_same_seed_gives_the_same_information(tokens):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"freeze": "embeddings"}, {"curriculum": "all"}, {"lora": {}}], ids=lambda c: next(iter(c))
+    "changes",
+    [{"freeze": "embeddings"}, {"curriculum": "all"}, {"lora": {}}, {"p_max": 0.1}],
+    ids=lambda c: next(iter(c)),
 )
 def test_a_recipe_in_which_the_layers_above_would_move_is_refused(changes):
-    given = {"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT]}
     with pytest.raises(UserError, match="anchor needs"):
-        recipe_from({**given, **changes})
+        recipe_from({**ANCHORED, **changes})
 
 
 def test_an_anchor_is_a_function_and_a_matrix():

@@ -1,4 +1,4 @@
-"""The demonstration: three real prompts, plain and self-speculative in turn, equality before speed."""
+"""The demonstration: four real prompts, plain and self-speculative in turn, equality before speed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ PROMPTS = {
         "lost in a single winter. Its keeper lit the lamp every evening for forty years and wrote down the "
         "weather, the ships and the birds he saw. When the lamp was made electric in 1921 his books were found in "
         "the tower; they are now the longest record of bird migration on that coast."
+    ),
+    "maths": (
+        "A baker sells 12 loaves in the morning and twice as many in the afternoon. Each loaf costs 3 dollars. How "
+        "much money does she make in a day?"
     ),
     "chat": "I have eggs, rice and spinach. What can I cook for dinner?",
 }

@@ -286,14 +286,14 @@ class ExitTraining:
 
         wanted, last = labels[:, 1:].reshape(-1), self.schedule.num_layers
         learnt, short, price = wanted != IGNORED, None, None
+        if divisor is None and (was is not None or self._whole is not None):
+            divisor = learnt.sum().clamp_min(1)
         if was is not None and self.anchor is not None:  # in place of the last layer's loss
             now, live = caught[max(caught)], live_tokens(labels, positions)
-            divisor = learnt.sum().clamp_min(1) if divisor is None else divisor
             price = weights[last] * self.anchor.price(was, now, live) / divisor
             weights, final = {**weights, last: 0.0}, final.detach()
         if self._whole is not None:
             whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
-            divisor = learnt.sum().clamp_min(1) if divisor is None else divisor
             # As often as the last layer is left out it counts for more: the expected loss is the whole one.
             weights = {k: w * (self.schedule.last_every if k == last else 1) for k, w in weights.items()}
             short, learnt = learnt & ~whole, learnt & whole

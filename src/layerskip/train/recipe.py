@@ -220,8 +220,9 @@ class Recipe(_Strict):
             raise ValueError("exit_map needs exit_vocab, the size of the draft head it goes into")
         if self.exit_map and self.freeze == "nothing" and not self.lora:
             raise ValueError("exit_map needs a head that stays: freeze=embeddings, or lora")
-        if self.last_loss == "anchor" and (self.freeze != "above" or self.lora or self.curriculum != "fixed"):
-            raise ValueError("last_loss anchor needs freeze=above, curriculum=fixed and no lora")
+        still = self.freeze == "above" and self.curriculum == "fixed" and self.p_max == 0 and not self.lora
+        if self.last_loss == "anchor" and not still:
+            raise ValueError("last_loss anchor needs freeze=above, curriculum=fixed, p_max=0 and no lora")
         if self.freeze == "model" and (self.lora or not self.exit_map):
             raise ValueError("freeze model leaves the map alone to learn: exit_map=true, and no lora")
         if self.global_batch is not None and self.accumulation != 1:
