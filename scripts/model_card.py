@@ -83,8 +83,8 @@ def card(
 ) -> str:
     """Put the card together.
 
-    `delta`: what its header says, and `bytes`; `speed` and `cost` are result files; `learnt` counts the lines of the
-    training files.
+    `delta`: what its header says, and `bytes`; `speed` and `cost` are result files; `learnt` counts the lines of
+    the training files.
     """
     about = (delta or {}).get("about", {})
     parts = {
