@@ -235,8 +235,9 @@ def builtin() -> str:
         f"E {drafting['exit_layer']}, K {drafting['draft_length']}, draft vocabulary {drafting['draft_vocab']}, "
         f"policy {drafting['policy']}, guard on, for both. Speed-up: plain seconds of the same model over its "
         "own behind the first token, all prompts of a task together, 95% interval over prompts; with the prompt: "
-        "from the call on. Exit alone: share of the tokens of plain decoding that layers 1 to E name, with the "
-        f"whole head and with the draft vocabulary. {told['dtype']}, {told['threads']} threads of an "
+        "from the call on. Exit alone: share of the tokens of plain decoding that layers 1 to E name, through the "
+        "whole head, which is Hugging Face's way, and through the draft head, whose rows were trained with the exit. "
+        f"{told['dtype']}, {told['threads']} threads of an "
         f"{told['device_name']} ([{path.name}](benchmarks/results/{path.name}))."
     )
     lines = [*builtin_table(result), "", note]
@@ -256,7 +257,7 @@ def builtin_table(result: dict) -> list[str]:
     names = {"model": "trained exits", "base": "base"}
     heads = (
         "task", "model", "outputs equal to plain", "acceptance", "tokens/round", "exit alone",
-        "in draft vocabulary", "speed-up", "with the prompt",
+        "by draft head", "speed-up", "with the prompt",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for task, models in result["tasks"].items():
