@@ -236,7 +236,7 @@ def builtin() -> str:
         f"policy {drafting['policy']}, guard on, for both. Speed-up: plain seconds of the same model over its "
         "own behind the first token, all prompts of a task together, 95% interval over prompts; with the prompt: "
         "from the call on. Exit alone: share of the tokens of plain decoding that layers 1 to E name, through the "
-        "whole head, which is Hugging Face's way, and through the draft head, whose rows were trained with the exit. "
+        "whole head, which is Hugging Face's way, and through the draft head, whose rows were trained with it. "
         f"{told['dtype']}, {told['threads']} threads of an "
         f"{told['device_name']} ([{path.name}](benchmarks/results/{path.name}))."
     )
