@@ -286,11 +286,12 @@ class ExitTraining:
 
         wanted, last = labels[:, 1:].reshape(-1), self.schedule.num_layers
         learnt, short, price = wanted != IGNORED, None, None
-        if divisor is None and (was is not None or self._whole is not None):
-            divisor = learnt.sum().clamp_min(1)
+        count = learnt.sum().clamp_min(1) if divisor is None else divisor
+        if was is not None or self._whole is not None:  # the loss has parts: one divisor for all
+            divisor = count
         if was is not None and self.anchor is not None:  # in place of the last layer's loss
             now, live = caught[max(caught)], live_tokens(labels, positions)
-            price = weights[last] * self.anchor.price(was, now, live) / divisor
+            price = weights[last] * self.anchor.price(was, now, live) / count
             weights, final = {**weights, last: 0.0}, final.detach()
         if self._whole is not None:
             whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
