@@ -19,7 +19,7 @@ from layerskip.train.run import finish, prepare
 WAYS = {
     "all weights": {"freeze": "embeddings"},
     "adapters": {"lora": {"rank": 4, "ranks": {1: 8}}},
-    "layers under an anchor": {"freeze": "above", "last_loss": "anchor"},
+    "layers under an anchor": {"freeze": "above", "last_loss": "anchor", "p_max": 0.0},
     "the map alone": {"freeze": "model"},
 }
 
