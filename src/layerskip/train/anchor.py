@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.model.huggingface import parts_of
+from layerskip.train.before import evaluating
 from layerskip.train.encoding import IGNORED
 
 if TYPE_CHECKING:
@@ -74,7 +75,6 @@ def fisher_information(
     device = next(hf.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     frozen = [(p, p.requires_grad) for p in hf.parameters()]
-    modes = [(module, module.training) for module in hf.modules()]
     caught: list[Tensor] = []
 
     def leaf(layer: Any, args: Any, out: Any) -> Any:
@@ -85,11 +85,12 @@ def fisher_information(
     hook = layers[exit_layer - 1].register_forward_hook(leaf)
     total, count = torch.zeros(()), 0  # [D, D] from the first batch on
     try:
-        hf.requires_grad_(False).eval()
+        hf.requires_grad_(False)
         for batch in batches:
             inputs = {k: v.to(device) for k, v in batch.items()}
             live = live_tokens(inputs.pop("labels"), inputs.get("position_ids"))
-            logs = hf(**inputs, use_cache=False).logits.float().log_softmax(-1)  # [B, T, V]
+            with evaluating(hf):
+                logs = hf(**inputs, use_cache=False).logits.float().log_softmax(-1)  # [B, T, V]
             drawn = torch.multinomial(logs.detach().exp().flatten(0, 1), 1, generator=generator)  # [B * T, 1]
             said = logs.flatten(0, 1).gather(1, drawn).view(live.shape)
             (gradient,) = torch.autograd.grad((said * live).sum(), caught[0])
@@ -100,8 +101,6 @@ def fisher_information(
         hook.remove()
         for parameter, wanted in frozen:
             parameter.requires_grad_(wanted)
-        for module, training in modes:
-            module.training = training
     return total / max(1, count)
 
 

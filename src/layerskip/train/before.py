@@ -6,13 +6,26 @@ exits.before = before_training(model)      # before a trainer touches it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode (some families have dropout of their own), and each module back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def before_training(model: Any, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
@@ -24,14 +37,8 @@ def before_training(model: Any, dtype: torch.dtype = torch.float32) -> Callable[
         inner = model.get_base_model()
 
         def without_adapters(**inputs: Any) -> Tensor:
-            modes = [(module, module.training) for module in inner.modules()]
-            inner.eval()  # some families have dropout of their own
-            try:
-                with model.disable_adapter():
-                    hidden: Tensor = inner.base_model(**inputs, use_cache=False).last_hidden_state
-            finally:
-                for module, training in modes:
-                    module.training = training
+            with evaluating(inner), model.disable_adapter():
+                hidden: Tensor = inner.base_model(**inputs, use_cache=False).last_hidden_state
             return hidden
 
         return without_adapters

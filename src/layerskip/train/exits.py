@@ -28,6 +28,7 @@ from layerskip.model.huggingface import (
     refuse_architecture,
 )
 from layerskip.train.anchor import Anchor, live_tokens
+from layerskip.train.before import evaluating
 from layerskip.train.dropout import LayerDropout, keep_masks, sliced
 from layerskip.train.encoding import IGNORED
 from layerskip.train.exit_map import map_of
@@ -348,16 +349,13 @@ def check_logits(hf: Any, finish: list[Any], softcap: float | None) -> None:
     head = hf.get_output_embeddings()
     if head.weight.device.type == "meta":
         return
-    modes = [(module, module.training) for module in hf.modules()]
-    hf.eval()
     seen: list[Tensor] = []
     hook = finish[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) if finish else None
     try:
         tokens = probe_tokens(head.weight.shape[0], head.weight.device)
-        reference = hf(input_ids=tokens, use_cache=False).logits.float()
+        with evaluating(hf):
+            reference = hf(input_ids=tokens, use_cache=False).logits.float()
     finally:
-        for module, training in modes:
-            module.training = training
         if hook is not None:
             hook.remove()
     x = seen[-1]
