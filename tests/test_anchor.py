@@ -13,7 +13,6 @@ from layerskip.train.encoding import IGNORED
 from layerskip.train.exits import ExitTraining
 from layerskip.train.recipe import recipe_from
 from layerskip.train.run import freeze
-from layerskip.train.schedule import Schedule
 
 ROWS, TOKENS, EXIT = 6, 9, 2
 ANCHORED = {"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT], "p_max": 0.0}
@@ -24,14 +23,7 @@ class Batches(list):
 
 
 def schedule(layers, **changes):
-    settings = {
-        "p_max": 0.0,
-        "weighting": "uniform",
-        "curriculum": "fixed",
-        "exits": (EXIT,),
-        "e_scale": 0.25,
-    }
-    return Schedule(layers, **{**settings, **changes})
+    return training.one_exit(layers, EXIT, **{"e_scale": 0.25, **changes})
 
 
 @pytest.fixture

@@ -10,20 +10,12 @@ import training
 from layerskip.errors import UserError
 from layerskip.train.before import before_training
 from layerskip.train.exits import ExitTraining
-from layerskip.train.schedule import Schedule
 
 ROWS, TOKENS, EXIT = 6, 9, 2
 
 
 def schedule(layers, **changes):
-    settings = {
-        "p_max": 0.0,
-        "weighting": "uniform",
-        "curriculum": "fixed",
-        "exits": (EXIT,),
-        "last_every": 3,
-    }
-    return Schedule(layers, **{**settings, **changes})
+    return training.one_exit(layers, EXIT, **{"last_every": 3, **changes})
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from filelock import FileLock
 
 import tiny
+from layerskip.train.schedule import Schedule
 from layerskip.train.trainer import LayerSkipArguments, LayerSkipTrainer
 
 TESTS = Path(__file__).parent
@@ -40,6 +41,12 @@ def model(family="llama", **changes):
             if parameter.dim() > 1:
                 parameter.mul_(0.25)  # tiny's matrices are large, so that exits differ; training wants less
     return made
+
+
+def one_exit(layers, exit_layer, **changes):
+    """A schedule with one exit on at every step and no layer dropout."""
+    settings = {"p_max": 0.0, "weighting": "uniform", "curriculum": "fixed", "exits": (exit_layer,)}
+    return Schedule(layers, **{**settings, **changes})
 
 
 def arguments(output, **changes):
