@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import record
@@ -35,20 +35,30 @@ import torch
 from policies import fresh
 
 import layerskip
+from layerskip.checkpoint.facts import fingerprint
 from layerskip.config import json_lines
-from layerskip.decode.language_model import LanguageModel, resolve_device
+from layerskip.decode.load import resolve_device
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure import methods as ways
-from layerskip.measure.bench import schedule
-from layerskip.measure.continuations import Continuation, observed
+from layerskip.measure.exits.continuations import Continuation, observed
 from layerskip.measure.intervals import mean_of_ratios, ratio_of_sums
-from layerskip.measure.methods import AR, HF, HF_EARLY_EXIT, SELF_SPECULATIVE, Method, Run
 from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.results import named
-from layerskip.measure.tasks import STOPS
-from layerskip.model.checkpoint import fingerprint
+from layerskip.measure.speed import methods as ways
+from layerskip.measure.speed.bench import schedule
+from layerskip.measure.speed.methods import (
+    AR,
+    HF,
+    HF_EARLY_EXIT,
+    SELF_SPECULATIVE,
+    Method,
+    Run,
+)
+from layerskip.measure.tasks.generation import STOPS
 from layerskip.watch import silent
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
 
 MODEL, BASE = "model", "base"
 PLAIN_OF = {SELF_SPECULATIVE: AR, HF: AR, HF_EARLY_EXIT: HF}  # what a method's speed is held against
@@ -90,7 +100,7 @@ class Task:
 
 _QUESTIONS = "spec-bench/dev-120.jsonl"
 TASKS = {
-    # Without the line break at its end, as the scored task: see layerskip.measure.tasks.
+    # Without the line break at its end, as the scored task: see layerskip.measure.tasks.generation.
     "humaneval": Task("human-eval/HumanEval.jsonl", lambda x: [one["prompt"].rstrip() for one in x], False),
     "gsm8k": Task("gsm8k/test.jsonl.gz", lambda x: [one["prompt"] for one in reversed(x)]),
     "cnn-dm": Task("cnn-dailymail/summarization.jsonl", lambda x: [one["prompt"] for one in x]),

@@ -15,23 +15,26 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import record
 import torch
 
 import layerskip
-from layerskip.decode.language_model import LanguageModel, resolve_device
+from layerskip.checkpoint.facts import fingerprint
+from layerskip.decode.load import resolve_device
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure import tasks
-from layerskip.measure.evaluation import Text, judged, perplexity, read_text, windows
+from layerskip.measure.exits.evaluation import Text, judged, perplexity, read_text, windows
 from layerskip.measure.intervals import resampled
-from layerskip.measure.methods import AR, SELF_SPECULATIVE
 from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.results import named
-from layerskip.model.checkpoint import fingerprint
+from layerskip.measure.speed.methods import AR, SELF_SPECULATIVE
+from layerskip.measure.tasks import generation as tasks
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
 
 MODEL, BASE = "model", "base"
 WINDOW = 1024

@@ -23,9 +23,9 @@ import torch
 
 import layerskip
 from layerskip.decode.options import Options
-from layerskip.measure.evaluation import windows
-from layerskip.measure.exits import chunks
-from layerskip.measure.replay import joined, replay
+from layerskip.measure.exits.evaluation import windows
+from layerskip.measure.exits.replay import joined, replay
+from layerskip.measure.exits.states import chunks
 from layerskip.model.cost import Cost
 from layerskip.model.head import draft_ids
 

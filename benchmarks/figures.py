@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.errors import UserError
-from layerskip.measure import draw
-from layerskip.measure.lens import Lens
-from layerskip.measure.timeline import Timeline
+from layerskip.measure.exits import draw
+from layerskip.measure.exits.lens import Lens
+from layerskip.measure.exits.timeline import Timeline
 
 HERE = Path(__file__).parent
 

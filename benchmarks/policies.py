@@ -22,15 +22,15 @@ import record
 import torch
 
 import layerskip
-from layerskip.cli_results import encoded, unescaped
+from layerskip.cli.results import encoded, unescaped
 from layerskip.config import read_prompts
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure import methods as ways
 from layerskip.measure import prompt_file
-from layerskip.measure.bench import schedule
 from layerskip.measure.intervals import interval, ratios
-from layerskip.measure.methods import Method, Run
+from layerskip.measure.speed import methods as ways
+from layerskip.measure.speed.bench import schedule
+from layerskip.measure.speed.methods import Method, Run
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

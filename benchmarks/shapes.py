@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from layerskip.decode.language_model import LanguageModel, resolve_device, resolve_dtype
-from layerskip.measure.bench import bench
-from layerskip.measure.settings import Prompt, Settings
-from layerskip.model.native_load import native_stack
+from layerskip.decode.language_model import LanguageModel
+from layerskip.decode.load import resolve_device, resolve_dtype
+from layerskip.measure.speed.bench import bench
+from layerskip.measure.speed.settings import Prompt, Settings
+from layerskip.model.native.load import native_stack
 
 HERE = Path(__file__).parent
 LLAMA2 = {

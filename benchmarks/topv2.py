@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import record
@@ -33,14 +33,25 @@ import torch
 import yaml
 
 import layerskip
+from layerskip.checkpoint.facts import fingerprint
 from layerskip.decode.control import Prices
-from layerskip.decode.language_model import LanguageModel, resolve_device
+from layerskip.decode.load import resolve_device
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.intervals import interval, ratio_of_sums, resampled
 from layerskip.measure.records import Record, Records, work_folder
-from layerskip.measure.tasks import TOPV2, Item, as_trained, decoded, ends, matches, read
-from layerskip.model.checkpoint import fingerprint
+from layerskip.measure.tasks.generation import (
+    TOPV2,
+    Item,
+    as_trained,
+    decoded,
+    ends,
+    matches,
+    read,
+)
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
 
 FULL, BASELINE = "full", "baseline"
 

@@ -28,11 +28,11 @@ import record
 import torch
 from training_speed import DTYPES, random_rows, spread, training_model
 
-from layerskip.decode.language_model import resolve_device
-from layerskip.measure.memory import growth
-from layerskip.train.exits import ExitTraining
-from layerskip.train.loss import multi_exit_loss
-from layerskip.train.schedule import Schedule
+from layerskip.decode.load import resolve_device
+from layerskip.measure.speed.memory import growth
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.loss import multi_exit_loss
+from layerskip.train.objective.schedule import Schedule
 
 WANTED, FEW, MANY = 1.15, 1, 8
 PLAIN = -1  # stands for the model's own step among the numbers of early exits

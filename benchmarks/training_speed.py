@@ -23,13 +23,13 @@ import record
 import torch
 import transformers
 
-from layerskip.decode.language_model import resolve_device
-from layerskip.measure.card import synchronise
+from layerskip.checkpoint import resolve as hub
+from layerskip.decode.load import resolve_device
 from layerskip.measure.intervals import Interval, interval
-from layerskip.model import hub
-from layerskip.train.exits import ExitTraining
+from layerskip.measure.speed.card import synchronise
 from layerskip.train.figures import head_layers
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.schedule import Schedule
 
 P_MAX, WANTED_SAVING, ALLOWANCE = 0.5, 0.28, 1.1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # bfloat16 is autocast over float32 weights

@@ -22,13 +22,11 @@ import record
 import torch
 
 import layerskip
-from layerskip.cli_results import encoded, progress, unescaped
+from layerskip.cli.results import encoded, progress, unescaped
 from layerskip.config import read_prompts
-from layerskip.decode.language_model import LanguageModel, resolve_device
-from layerskip.measure.doctor import equality_promised, examine
-from layerskip.measure.draw import BAND
-from layerskip.measure.intervals import ratio_of_sums
-from layerskip.measure.prediction import (
+from layerskip.decode.load import resolve_device
+from layerskip.measure.advice.doctor import equality_promised, examine
+from layerskip.measure.advice.prediction import (
     LENGTHS,
     Analysis,
     Cell,
@@ -37,9 +35,12 @@ from layerskip.measure.prediction import (
     default_cell,
     spread,
 )
-from layerskip.measure.tune import Race, Trial, finalists, halving, tuned
+from layerskip.measure.advice.tune import Race, Trial, finalists, halving, tuned
+from layerskip.measure.exits.draw import BAND
+from layerskip.measure.intervals import ratio_of_sums
 
 if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
     from layerskip.watch import Watch
 
 

@@ -94,12 +94,12 @@ layerskip pack-delta $base "$work/run" --output "$work/smollm2-135m.safetensors"
 python - "$work" <<'PYTHON'
 import shutil, sys
 from pathlib import Path
-from layerskip.model import hub
-from layerskip.model.delta import apply_delta
+from layerskip.checkpoint.delta import apply_delta
+from layerskip.checkpoint.resolve import resolve
 
 work = Path(sys.argv[1])
 shutil.rmtree(work / "model", ignore_errors=True)
-apply_delta(hub.resolve("smollm2-135m-base"), work / "smollm2-135m.safetensors", work / "model")
+apply_delta(resolve("smollm2-135m-base"), work / "smollm2-135m.safetensors", work / "model")
 PYTHON
 
 say "what it is worth"
@@ -113,6 +113,6 @@ python scripts/model_card.py --run "$work/run" --sources "$work/prompts/sources.
   --delta "$work/smollm2-135m.safetensors" --output "$work/smollm2-135m.md"
 
 if [ -n "$install" ]; then
-  cp "$work/smollm2-135m.safetensors" "$work/smollm2-135m.md" src/layerskip/model/
+  cp "$work/smollm2-135m.safetensors" "$work/smollm2-135m.md" src/layerskip/checkpoint/
 fi
 say "done: $work/smollm2-135m.safetensors, $work/smollm2-135m.md"

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from layerskip.model.builtin import BUILTINS, Builtin
+from layerskip.checkpoint.catalogue import BUILTINS, Builtin
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -273,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    here = ROOT / "src" / "layerskip" / "model"
+    here = ROOT / "src" / "layerskip" / "checkpoint"
     parser.add_argument(
         "--run", type=Path, action="append", default=[], help="folder of a training, in order"
     )

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def any_machine(monkeypatch):
     """Make tests see the same machine everywhere: no bfloat16 by default, nobody else on its cores."""
-    monkeypatch.setattr("layerskip.decode.language_model.fast_bfloat16", lambda: False)
+    monkeypatch.setattr("layerskip.decode.load.fast_bfloat16", lambda: False)
     monkeypatch.setattr("layerskip.model.threads.busy_cores", lambda: 0.0)
 
 
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 def run(monkeypatch, capsys):
     """Call the command line; returns exit code, stdout and stderr. `stdin` is a pipe, or None when closed."""
 
-    from layerskip import cli
+    from layerskip.cli.main import main
 
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["layerskip", *map(str, arguments)])
@@ -81,7 +81,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", pipe)
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return left.value.code or 0, captured.out, captured.err
 

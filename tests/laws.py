@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request
+from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.model.huggingface import HuggingFaceStack
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request
+from layerskip.decode.request import Request
 
 ENGINE_OPTIONS = ("draft_head", "prefill_chunk", "device_rounds")
 

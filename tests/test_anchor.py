@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 import training
 from layerskip.errors import UserError
-from layerskip.train.anchor import Anchor, anchor_of, fisher_information, live_tokens
-from layerskip.train.encoding import IGNORED
-from layerskip.train.exits import ExitTraining
-from layerskip.train.recipe import recipe_from
-from layerskip.train.run import freeze
+from layerskip.train.data.encoding import IGNORED
+from layerskip.train.job.recipe import recipe_from
+from layerskip.train.job.run import freeze
+from layerskip.train.objective.anchor import Anchor, anchor_of, fisher_information, live_tokens
+from layerskip.train.objective.exits import ExitTraining
 
 ROWS, TOKENS, EXIT = 6, 9, 2
 ANCHORED = {"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT], "p_max": 0.0}

@@ -319,9 +319,9 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
 ):
     import record
 
-    from layerskip.measure import round_times
-    from layerskip.measure.prediction import Cell
-    from layerskip.measure.tune import Race, Trial
+    from layerskip.measure.advice.prediction import Cell
+    from layerskip.measure.advice.tune import Race, Trial
+    from layerskip.measure.speed import round_times
 
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(record, "HERE", tmp_path)
@@ -359,6 +359,6 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     ratio = module.against_best(trials[0], trials[1:])["ratio"]["ratio"]
     assert ratio == 1, "a prompt passed over gives its turn to another, which counts once all the same"
     pytest.importorskip("matplotlib")
-    from layerskip.measure.draw import speedup_surface
+    from layerskip.measure.exits.draw import speedup_surface
 
     assert speedup_surface(result, tmp_path / "surface.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from layerskip.display import KEPT, out, show, statistics_line
+from layerskip.cli.show.terminal import KEPT, out, show, statistics_line
 from layerskip.model import cache
 
 L = tiny.NUM_LAYERS
@@ -224,7 +224,7 @@ def test_the_environment_is_shown_for_people_and_for_machines(run, monkeypatch, 
 def test_the_demo_gives_equality_before_speed(run, folder):
     arguments = ("demo", folder, "--exit-layer", 2, "--draft-length", 3, "--max-new-tokens", 6)
     monkey = {"code": "a", "chat": "b"}  # the real prompts do not fit the tiny context
-    from layerskip import demo
+    from layerskip.measure.speed import contests as demo
 
     original, demo.PROMPTS = demo.PROMPTS, monkey
     try:
@@ -407,7 +407,7 @@ def test_a_real_process_leaves_with_code_2_and_no_traceback(tmp_path):
     command = [
         sys.executable,
         "-c",
-        "from layerskip.cli import main; main()",
+        "from layerskip.cli.main import main; main()",
         "generate",
         str(tmp_path),
         "hello",

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from layerskip.model.delta import read_delta
+from layerskip.checkpoint.delta import read_delta
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import transformers
 
 import layerskip
 import tiny
-from layerskip import display
-from layerskip.measure import evaluation, likelihood
+from layerskip.cli.show import terminal as display
+from layerskip.measure.exits import evaluation
+from layerskip.measure.tasks import likelihood
 
 L = tiny.NUM_LAYERS
 TEXT = "the quick brown fox jumps over the lazy dog. " * 6

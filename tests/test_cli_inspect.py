@@ -7,9 +7,9 @@ import pytest
 from rich.text import Text
 
 import tiny
-from layerskip.display_inspect import fitted, lens_lines, settle_line, timeline_lines
-from layerskip.measure.lens import Lens
-from layerskip.measure.timeline import Strip, Timeline
+from layerskip.cli.show.inspection import fitted, lens_lines, settle_line, timeline_lines
+from layerskip.measure.exits.lens import Lens
+from layerskip.measure.exits.timeline import Strip, Timeline
 
 L = tiny.NUM_LAYERS
 SPECULATIVE = ("--exit-layer", 2, "--draft-length", 3)

@@ -9,11 +9,11 @@ import pytest
 
 import layerskip
 import tiny
+from layerskip.checkpoint.facts import ranked_vocabulary
 from layerskip.config import read_prompts
-from layerskip.measure import bench as benches
-from layerskip.measure import card as cards
 from layerskip.measure import prompt_file
-from layerskip.model.checkpoint import ranked_vocabulary
+from layerskip.measure.speed import bench as benches
+from layerskip.measure.speed import card as cards
 
 SPECULATIVE = ("--exit-layer", 2, "--draft-length", 3)
 QUICK = (*SPECULATIVE, "--max-new-tokens", 8, "--trials", 1)

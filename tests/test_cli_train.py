@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip
-from layerskip.model.checkpoint import facts_of
-from layerskip.train.export import MAKING
-from layerskip.train.recipe import read_recipe
+from layerskip.checkpoint.facts import facts_of
+from layerskip.train.job.export import MAKING
+from layerskip.train.job.recipe import read_recipe
 
 SHORT = (
     "exits=[2, 3]",
@@ -228,7 +228,7 @@ def test_an_interrupt_saves_says_how_to_go_on_and_exports_nothing(train, monkeyp
 
 
 def test_a_disk_that_fills_up_during_export_leaves_no_half_model(train, monkeypatch, tmp_path):
-    from layerskip.train import export
+    from layerskip.train.job import export
 
     def full(model, output):
         (output / MAKING / "model.safetensors").write_bytes(b"half")
@@ -324,7 +324,7 @@ def test_a_recipe_for_more_layers_than_the_model_has_is_refused(refused):
 
 
 def test_a_loss_that_is_not_finite_stops_with_exit_code_2(train, monkeypatch):
-    from layerskip.train import exits
+    from layerskip.train.objective import exits
 
     original = exits.multi_exit_loss
 

@@ -8,8 +8,9 @@ import pytest
 
 import layerskip
 import tiny
-from layerskip.measure import doctor, prediction, round_times
-from layerskip.measure.tune import Race
+from layerskip.measure.advice import doctor, prediction
+from layerskip.measure.advice.tune import Race
+from layerskip.measure.speed import round_times
 
 QUICK = ("--max-new-tokens", 8)
 RACE = (*QUICK, "--seconds", 1)

@@ -11,7 +11,7 @@ import torch
 import tiny
 from conftest import CLOSE
 from layerskip.errors import UserError
-from layerskip.train.data import (
+from layerskip.train.data.packing import (
     Columns,
     DataOptions,
     Encoded,
@@ -246,7 +246,7 @@ def test_running_text_is_cut_into_windows_that_share_nothing():
 
 
 def test_long_text_is_tokenised_in_pieces_without_loss(monkeypatch):
-    monkeypatch.setattr("layerskip.train.encoding._PIECE", 10)
+    monkeypatch.setattr("layerskip.train.data.encoding._PIECE", 10)
     text = "one two\nthree\n" * 40 + "x" * 35
     assert "".join(map(shown, encoded([{"text": text}]))) == text + "<|im_end|>"
 

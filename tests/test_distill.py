@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import layerskip
 from layerskip.decode.language_model import LanguageModel
-from layerskip.train.data import DataOptions, encode, examples
+from layerskip.train.data.packing import DataOptions, encode, examples
 
 PROMPTS = [{"prompt": f"question {n}", "response": "not the model's"} for n in range(6)]
 CHATS = [

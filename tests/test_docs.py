@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from layerskip.cli import app
+from layerskip.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import tiny
-from layerskip.model.huggingface import parts_of
-from layerskip.train.dropout import LayerDropout, keep_masks, sliced
+from layerskip.model.families import parts_of
+from layerskip.train.objective.dropout import LayerDropout, keep_masks, sliced
 
 ROWS = 6
 

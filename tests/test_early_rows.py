@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import training
 from layerskip.errors import UserError
-from layerskip.train.before import before_training
-from layerskip.train.exits import ExitTraining
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.reference import before_training
 
 ROWS, TOKENS, EXIT = 6, 9, 2
 
@@ -103,8 +103,8 @@ def test_early_rows_tell_only_the_given_tokens_apart(model, tokens):
 def test_a_last_layer_that_is_to_stay_learns_from_the_model_before_training(model, tokens, adapters):
     tuned = model
     if adapters:
-        from layerskip.train.lora import with_adapters
-        from layerskip.train.recipe import Lora
+        from layerskip.train.job.lora import with_adapters
+        from layerskip.train.job.recipe import Lora
 
         tuned = with_adapters(model, Lora(rank=2, ranks={1: 4}))
     before = before_training(tuned)

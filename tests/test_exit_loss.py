@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 import tiny
 from layerskip.errors import UserError
-from layerskip.train import loss as losses
-from layerskip.train.exits import ExitTraining
-from layerskip.train.loss import multi_exit_loss
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective import loss as losses
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.loss import multi_exit_loss
+from layerskip.train.objective.schedule import Schedule
 
 WIDTH, VOCAB, TOKENS = 16, 50, 37
 WEIGHTS = {2: 0.2, 3: 0.0, 4: 0.3, 6: 0.5}
@@ -146,7 +146,7 @@ def test_an_exit_reads_what_generation_reads(family):
     labels = tokens.clone()
     labels[:, :3] = -100
     stack = tiny.stack(family, model=model)
-    from layerskip.model.stack import Step
+    from layerskip.model.step import Step
 
     step = Step.span(range(3), [0] * 3, [8] * 3, stack.device, spill=8)
     exits = (2, 4)

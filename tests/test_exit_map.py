@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 import layerskip
+from layerskip.checkpoint import facts as checkpoint
+from layerskip.checkpoint.delta import apply_delta, make_delta
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure.exits import chunks
-from layerskip.model import checkpoint
-from layerskip.model.delta import apply_delta, make_delta
-from layerskip.train.exit_map import map_of
-from layerskip.train.recipe import recipe_from
-from layerskip.train.run import finish, prepare
+from layerskip.measure.exits.states import chunks
+from layerskip.train.job.recipe import recipe_from
+from layerskip.train.job.run import finish, prepare
+from layerskip.train.objective.exit_map import map_of
 
 WAYS = {
     "all weights": {"freeze": "embeddings"},

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tiny
-from layerskip.decode import device_rounds
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request
+from layerskip.decode.request import Request
+from layerskip.decode.rounds import device as device_rounds
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.model.huggingface import HuggingFaceStack
 from rounds import decode

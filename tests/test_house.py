@@ -11,65 +11,133 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "layerskip"
 FILES = sorted(SOURCE.rglob("*.py"))
-FLOORS = {
-    "model": 0,
-    "decode": 1,
-    "train": 2,
-    "measure": 2,
-    "export": 2,
-    "serve": 3,
-    "demo": 3,
-    "display": 3,
-    "cli": 4,
-    "cli_app": 4,
-    "cli_measure": 4,
-    "cli_distill": 4,
-    "cli_train": 4,
-    "cli_results": 4,
-    "cli_eval": 4,
-    "cli_tune": 4,
-    "cli_inspect": 4,
-    "cli_delta": 4,
-    "display_train": 3,
-    "display_eval": 3,
-    "display_tune": 3,
-    "display_inspect": 3,
+FLOORS = (  # from the ground up; a room may import the rooms below its floor, and itself
+    ("errors", "watch"),
+    ("config",),
+    ("checkpoint",),
+    ("model",),
+    ("decode", "train"),
+    ("measure",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+WINGS = {  # inside a room, from the ground up; "" is what lies in the room itself
+    "train": ("data", "objective", "", "job"),
+    "measure": ("", "exits", "speed", "advice", "tasks"),
+    "cli": ("show", ""),
 }
+LONGEST_FILE, MOST_PARAMETERS = 420, 28
 
 
-def imports(path):
-    """Every layerskip module a file imports, at any depth, with type-checking blocks left out."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for node in ast.walk(block)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def module(path):
+    parts = ["layerskip", *path.relative_to(SOURCE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module(path): path for path in FILES}
+
+
+def imported(path):
+    """Every module an import statement of a file names, type-checking blocks and function bodies included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else str(node.module)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_nothing_imports_upward(path):
-    floor = FLOORS.get(path.relative_to(SOURCE).parts[0].removesuffix(".py"), -1)
-    if floor < 0:
-        return  # errors, config and the lazy package root stand beside the floors
-    for name in imports(path):
-        if name.startswith("layerskip."):
-            assert FLOORS.get(name.split(".")[1], -1) <= floor, f"{path.name} imports {name}"
+GRAPH = {
+    module(path): sorted(
+        {name for name in imported(path) if name.split(".")[0] == "layerskip"} - {module(path)}
+    )
+    for path in FILES
+}
+
+
+def room(name):
+    return [*name.split("."), "__init__"][1]
+
+
+def wing(name):
+    return name.split(".")[2] if len(name.split(".")) > 3 else ""
+
+
+def upward(name, target):
+    """Say what is wrong with one import; None for nothing."""
+    if target not in MODULES:
+        return "names no module of this house"
+    here, there = room(name), room(target)
+    if here != there:
+        return None if FLOOR[there] < FLOOR[here] else f"{there} is not below {here}"
+    order = WINGS.get(here)
+    if order and wing(name) != wing(target) and target != f"layerskip.{here}":
+        ends = [order.index(wing(one)) if wing(one) in order else None for one in (name, target)]
+        if None in ends or ends[1] > ends[0]:
+            return f"{wing(target) or 'the room itself'} is not below {wing(name) or 'the room itself'}"
+    return None
+
+
+def test_every_room_has_a_floor_and_every_floor_its_rooms():
+    assert {room(name) for name in MODULES} == {*FLOOR}
+    for name, wings in WINGS.items():
+        found = {wing(one) for one in MODULES if room(one) == name and MODULES[one].name != "__init__.py"}
+        assert found == {*wings}, name
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_imports_upward(name):
+    for target in GRAPH[name]:
+        assert not (wrong := upward(name, target)), f"{name} imports {target}: {wrong}"
+
+
+def test_the_rule_sees_an_upward_and_an_unknown_import():
+    assert upward("layerskip.train.trainer", "layerskip.decode.engine")
+    assert upward("layerskip.model.step", "layerskip.cli.app")
+    assert upward("layerskip.train.objective.loss", "layerskip.train.trainer")
+    assert upward("layerskip.cli.app", "layerskip.decode.nothing")
+    assert not upward("layerskip.cli.app", "layerskip.decode.engine")
+
+
+def circle(graph):
+    """Find modules that import each other in a loop, those that only annotate included; None for none."""
+    state, trail = {}, []
+
+    def visit(name):
+        state[name] = "open"
+        trail.append(name)
+        for target in graph.get(name, ()):
+            if state.get(target) == "open":
+                return trail[trail.index(target) :]
+            if target not in state and (found := visit(target)):
+                return found
+        state[name] = "done"
+        trail.pop()
+        return None
+
+    return next((found for name in graph if name not in state and (found := visit(name))), None)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circle({"a": ["b"], "b": ["c"], "c": ["a"]}) == ["a", "b", "c"]
+    assert circle({name: targets for name, targets in GRAPH.items() if name != "layerskip"}) is None
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_files_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 420
-    assert ast.get_docstring(ast.parse(path.read_text())) or not path.read_text().strip()
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_FILE
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) or not text.strip()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            given = node.args
+            names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            count = len([name for name in names if name not in ("self", "cls")])
+            assert count <= MOST_PARAMETERS, f"{node.name} has {count} parameters"
 
 
 def modules_after(statement, *names):
@@ -80,7 +148,8 @@ def modules_after(statement, *names):
 
 def test_importing_the_package_or_its_command_line_imports_no_torch():
     assert (
-        modules_after("import layerskip, layerskip.cli", "torch", "transformers", "gguf", "matplotlib") == []
+        modules_after("import layerskip, layerskip.cli.main", "torch", "transformers", "gguf", "matplotlib")
+        == []
     )
 
 
@@ -94,10 +163,10 @@ def test_model_and_decode_import_without_pydantic_typer_and_gguf():
 
 
 OPTIONAL = {
-    "matplotlib": ("measure/draw.py", "train/plot.py"),
+    "matplotlib": ("measure/exits/draw.py", "train/job/plot.py"),
     "fastapi": (),
-    "datasets": ("train/sources.py",),
-    "peft": ("train/lora.py",),
+    "datasets": ("train/data/sources.py",),
+    "peft": ("train/job/lora.py",),
 }
 
 
@@ -105,14 +174,14 @@ def test_training_imports_without_what_its_files_and_verbs_need():
     """Recipes and data sets need pydantic and datasets; a trainer in someone's own script does not."""
     names = ["pydantic", "typer", "gguf", "datasets", "peft"]
     blocked = f"import sys; sys.modules.update(dict.fromkeys({names}))"
-    modules = [f"layerskip.train.{name}" for name in ("trainer", "data")]
+    modules = [f"layerskip.train.{name}" for name in ("trainer", "data.packing")]
     assert modules_after(f"{blocked}; import {', '.join(modules)}", *modules) == modules
 
 
 def test_only_named_libraries_appear_in_core_files():
     """Optional libraries are imported in one place each, when needed."""
     for path in FILES:
-        for name in imports(path):
+        for name in imported(path):
             allowed = OPTIONAL.get(name.split(".")[0])
             assert allowed is None or str(path.relative_to(SOURCE)) in allowed, f"{path.name} imports {name}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import layerskip
-from layerskip.model import hub
+from layerskip.checkpoint import resolve as hub
 
 ROOT = Path(__file__).parent.parent
 

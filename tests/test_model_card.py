@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from layerskip.model.builtin import BUILTINS
+from layerskip.checkpoint.catalogue import BUILTINS
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 BUILTIN = next(one for one in BUILTINS if one.name == "smollm2-135m")

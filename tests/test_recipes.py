@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from layerskip.errors import UserError
-from layerskip.train.plot import sampled
-from layerskip.train.recipe import (
+from layerskip.train.job.plot import sampled
+from layerskip.train.job.recipe import (
     FSDP_SETTINGS,
     Recipe,
     as_yaml,
@@ -16,7 +16,7 @@ from layerskip.train.recipe import (
     read_recipe,
     recipe_names,
 )
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective.schedule import Schedule
 
 # The paper's table of settings: layers, p_max, S, e_scale, curriculum, R, learning rate, rows per step, steps.
 PUBLISHED = {

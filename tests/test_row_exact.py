@@ -7,10 +7,10 @@ import torch
 
 import tiny
 from layerskip.decode.sampling import Processing, Sampling
-from layerskip.model.linear import packs
-from layerskip.model.native import NativeStack
-from layerskip.model.native_load import FAMILIES
-from layerskip.model.stack import Step
+from layerskip.model.native.linear import packs
+from layerskip.model.native.load import FAMILIES
+from layerskip.model.native.stack import NativeStack
+from layerskip.model.step import Step
 from rounds import decode
 
 CPU, L = torch.device("cpu"), tiny.NUM_LAYERS

@@ -9,15 +9,15 @@ import pytest
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig
 
+from layerskip.checkpoint.facts import Facts, facts_of
+from layerskip.cli.show.training import print_plan, print_result
 from layerskip.decode.options import Options
-from layerskip.display_train import print_plan, print_result
 from layerskip.errors import UserError
-from layerskip.model.checkpoint import Facts, facts_of
-from layerskip.train import loading
-from layerskip.train import run as runs
-from layerskip.train.lora import adapted_modules
-from layerskip.train.plan import REFUSED
-from layerskip.train.recipe import Lora, read_recipe
+from layerskip.train.job import loading
+from layerskip.train.job import run as runs
+from layerskip.train.job.lora import adapted_modules
+from layerskip.train.job.plan import REFUSED
+from layerskip.train.job.recipe import Lora, read_recipe
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip.errors import UserError
-from layerskip.train.schedule import Schedule, drop_rates, enabled_exits, exit_weights
+from layerskip.train.objective.schedule import Schedule, drop_rates, enabled_exits, exit_weights
 
 depths = st.integers(1, 60)
 

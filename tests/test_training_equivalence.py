@@ -13,8 +13,8 @@ import tiny
 import training
 from layerskip.errors import UserError
 from layerskip.model.cost import Cost
-from layerskip.train.exits import ExitTraining
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.schedule import Schedule
 from layerskip.train.trainer import LayerSkipTrainer
 
 PARTS = {

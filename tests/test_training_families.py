@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import tiny
 import training
 from layerskip.errors import UserError
-from layerskip.train.exits import ExitTraining
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.schedule import Schedule
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

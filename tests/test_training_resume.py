@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import training
 import training_kills
+from layerskip.checkpoint.facts import Facts, facts_of
 from layerskip.errors import UserError
-from layerskip.model.checkpoint import Facts, facts_of
 from layerskip.train import checkpoints
 
 

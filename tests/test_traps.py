@@ -8,14 +8,14 @@ import torch
 from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import tiny
+from layerskip.checkpoint import resolve as hub
 from layerskip.decode import sampling
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request
+from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
-from layerskip.model import hub
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.stack import Step
+from layerskip.model.step import Step
 from rounds import decode
 
 L = tiny.NUM_LAYERS

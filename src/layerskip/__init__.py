@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from layerskip.decode.chat import Chat
     from layerskip.decode.generation import Generation
     from layerskip.decode.hf_generate import custom_generate, custom_generate_with
-    from layerskip.decode.language_model import LanguageModel, generate, load
-    from layerskip.decode.round import Round
+    from layerskip.decode.language_model import LanguageModel
+    from layerskip.decode.load import generate, load
+    from layerskip.decode.request import Round
     from layerskip.errors import UserError
 
 _HOMES = {
     "Chat": "layerskip.decode.chat",
     "Generation": "layerskip.decode.generation",
     "LanguageModel": "layerskip.decode.language_model",
-    "Round": "layerskip.decode.round",
+    "Round": "layerskip.decode.request",
     "UserError": "layerskip.errors",
     "custom_generate": "layerskip.decode.hf_generate",
     "custom_generate_with": "layerskip.decode.hf_generate",
-    "generate": "layerskip.decode.language_model",
-    "load": "layerskip.decode.language_model",
+    "generate": "layerskip.decode.load",
+    "load": "layerskip.decode.load",
 }
 
 __all__ = [

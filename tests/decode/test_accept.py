@@ -27,11 +27,18 @@ from laws import (
     small_model,
 )
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request
-from layerskip.decode.sampling import Processing, Sampling, accept, accept_greedy, draw, warp
+from layerskip.decode.request import Request
+from layerskip.decode.sampling import (
+    Processing,
+    Sampling,
+    accept,
+    accept_greedy,
+    draw,
+    warp,
+)
 from layerskip.model.head import Head
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.stack import Step
+from layerskip.model.step import Step
 
 # Closed forms are a few dozen float64 products and sums: each rounds by 1e-16.
 TOLERANCE = 1e-12

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 import tiny
-from layerskip.decode.control import LONGEST, Choice, Controller, Drafted, Prices, arms
+from layerskip.decode.control import (
+    LONGEST,
+    Choice,
+    Controller,
+    Drafted,
+    Prices,
+    arms,
+)
 from layerskip.model.cost import expected_tokens
 from rounds import Replayed, decode
 

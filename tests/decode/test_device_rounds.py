@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from conftest import CLOSE, FULL
-from layerskip.decode import device_rounds
-from layerskip.decode.device_rounds import Shape, device_law, device_round
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request
+from layerskip.decode.request import Request
+from layerskip.decode.rounds import device as device_rounds
+from layerskip.decode.rounds.device import Shape, device_law, device_round
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
-from layerskip.model.stack import Step
+from layerskip.model.step import Step
 from rounds import Replayed, decode
 
 L = tiny.NUM_LAYERS

@@ -6,7 +6,7 @@ import torch
 import tiny
 from conftest import CLOSE
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request
+from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
 from rounds import decode

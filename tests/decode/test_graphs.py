@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from layerskip.decode.graphs import Graphs
+from layerskip.decode.rounds.graphs import Graphs
 from rounds import Replayed, decode
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ import layerskip
 import tiny
 from layerskip import LanguageModel, UserError, custom_generate, custom_generate_with
 from layerskip.decode import language_model
-from layerskip.decode.language_model import stack_of
+from layerskip.decode.load import stack_of
 from layerskip.decode.text import final_text
 
 L, NEW = tiny.NUM_LAYERS, 16

@@ -7,10 +7,10 @@ import torch
 import transformers
 
 import tiny
+from layerskip.checkpoint.facts import Facts
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.options import DEFAULT_CONFIDENCE, Options
 from layerskip.errors import UserError
-from layerskip.model.checkpoint import Facts
 
 L = tiny.NUM_LAYERS
 POLICIES = {

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from laws import FAILS, PASSES, exact_first_tokens, first_tokens, p_value, small_model
-from layerskip.decode import host_rounds
 from layerskip.decode.control import Choice, Controller, Prices
+from layerskip.decode.rounds import host as host_rounds
 from layerskip.decode.sampling import DRAFT, Uniforms
 
 SURE = 0.45  # in the middle of what the small model's exits reach

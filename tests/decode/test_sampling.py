@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from layerskip.decode.engine import Engine
-from layerskip.decode.round import Request, Round
+from layerskip.decode.request import Request, Round
 from layerskip.decode.sampling import (
     DRAFT,
     KEEP,

@@ -9,12 +9,12 @@ import torch
 
 import tiny
 from layerskip.decode.language_model import LanguageModel
-from layerskip.decode.round import Request, Round
+from layerskip.decode.request import Request, Round
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
-from layerskip.measure import card as cards
-from layerskip.measure import draft_sizes
-from layerskip.measure.bench import (
+from layerskip.measure.speed import card as cards
+from layerskip.measure.speed import draft_sizes
+from layerskip.measure.speed.bench import (
     NotLossless,
     bench,
     by_position,
@@ -22,8 +22,8 @@ from layerskip.measure.bench import (
     require_equality,
     schedule,
 )
-from layerskip.measure.methods import Run
-from layerskip.measure.settings import Prompt, Settings
+from layerskip.measure.speed.methods import Run
+from layerskip.measure.speed.settings import Prompt, Settings
 from layerskip.model.huggingface import HuggingFaceStack
 
 L = tiny.NUM_LAYERS

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tiny
-from layerskip.measure import card as cards
-from layerskip.measure.card import Card, bandwidth, card
+from layerskip.measure.speed import card as cards
+from layerskip.measure.speed.card import Card, bandwidth, card
 from layerskip.model.huggingface import HuggingFaceStack
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import tiny
+from layerskip.checkpoint.facts import Facts
 from layerskip.decode.language_model import LanguageModel
-from layerskip.measure import doctor, round_times
-from layerskip.measure.prediction import Cell, Predicted, analyse
-from layerskip.measure.replay import replay
-from layerskip.model.checkpoint import Facts
+from layerskip.measure.advice import doctor
+from layerskip.measure.advice.prediction import Cell, Predicted, analyse
+from layerskip.measure.exits.replay import replay
+from layerskip.measure.speed import round_times
 
 PROMPTS = [[65, 66, 67], [70, 71]]
 

@@ -7,11 +7,11 @@ import warnings
 import pytest
 
 from layerskip.errors import UserError
-from layerskip.measure.lens import Lens
-from layerskip.measure.timeline import Strip, Timeline
+from layerskip.measure.exits.lens import Lens
+from layerskip.measure.exits.timeline import Strip, Timeline
 
 pytest.importorskip("matplotlib")
-from layerskip.measure import draw
+from layerskip.measure.exits import draw
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import torch
 
 import tiny
 from layerskip.errors import UserError
-from layerskip.measure import evaluation
-from layerskip.measure.evaluation import Text, judged, read_text, rows, windows
+from layerskip.measure.exits import evaluation
+from layerskip.measure.exits.evaluation import Text, judged, read_text, rows, windows
 
 L = tiny.NUM_LAYERS
 

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from layerskip.errors import UserError
-from layerskip.measure.exits import chunks
+from layerskip.measure.exits.states import chunks
 
 L = tiny.NUM_LAYERS
 RAGGED = [20, 3, 9, 1, 14]  # two of them longer than the sliding window

@@ -9,11 +9,18 @@ import torch
 
 import tiny
 from layerskip.decode.language_model import LanguageModel
-from layerskip.decode.round import Round
+from layerskip.decode.request import Round
 from layerskip.errors import UserError
-from layerskip.measure.exits import chunks
-from layerskip.measure.lens import LONGEST, Lens, lens, settled, spelled, visible
-from layerskip.measure.timeline import Timeline, timeline
+from layerskip.measure.exits.lens import (
+    LONGEST,
+    Lens,
+    lens,
+    settled,
+    spelled,
+    visible,
+)
+from layerskip.measure.exits.states import chunks
+from layerskip.measure.exits.timeline import Timeline, timeline
 
 L = tiny.NUM_LAYERS
 TEXT = "the quick brown fox jumps"

@@ -10,7 +10,7 @@ import layerskip
 import tiny
 from layerskip.config import LikelihoodLine, read_likelihoods
 from layerskip.errors import UserError
-from layerskip.measure.likelihood import pairs_of, scored, summary
+from layerskip.measure.tasks.likelihood import pairs_of, scored, summary
 
 L = tiny.NUM_LAYERS
 

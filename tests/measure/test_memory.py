@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from layerskip.measure.memory import growth, module_bytes
+from layerskip.measure.speed.memory import growth, module_bytes
 
 MB = 2**20
 

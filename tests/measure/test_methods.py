@@ -7,7 +7,14 @@ import pytest
 import tiny
 from layerskip.decode.language_model import LanguageModel
 from layerskip.errors import UserError
-from layerskip.measure.methods import Run, assisting, hugging_face, hugging_face_model, ours, parsed
+from layerskip.measure.speed.methods import (
+    Run,
+    assisting,
+    hugging_face,
+    hugging_face_model,
+    ours,
+    parsed,
+)
 from layerskip.model.huggingface import HuggingFaceStack
 
 PROMPT = [5, 9, 11, 3]

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import tiny
+from layerskip.checkpoint.facts import Facts
 from layerskip.decode.language_model import LanguageModel
 from layerskip.errors import UserError
-from layerskip.measure import prediction, round_times
-from layerskip.measure.prediction import Cell, analyse, candidate_exits, candidate_sizes, default_cell
-from layerskip.measure.round_times import RoundTimes
-from layerskip.model.checkpoint import Facts
+from layerskip.measure.advice import prediction
+from layerskip.measure.advice.prediction import Cell, analyse, candidate_exits, candidate_sizes, default_cell
+from layerskip.measure.speed import round_times
+from layerskip.measure.speed.round_times import RoundTimes
 
 PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5]]
 L = tiny.NUM_LAYERS

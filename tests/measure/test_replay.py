@@ -5,8 +5,8 @@ import pytest
 
 import tiny
 from layerskip.decode.language_model import LanguageModel
-from layerskip.measure.continuations import continuations, observed
-from layerskip.measure.replay import by_place, joined, replay
+from layerskip.measure.exits.continuations import continuations, observed
+from layerskip.measure.exits.replay import by_place, joined, replay
 from layerskip.watch import silent
 
 PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5, 9, 2, 6]]

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from layerskip.errors import UserError
-from layerskip.measure import sandbox
-from layerskip.measure.sandbox import LAYERS, Limits, run, run_all
+from layerskip.measure.tasks import sandbox
+from layerskip.measure.tasks.sandbox import LAYERS, Limits, run, run_all
 
 QUICK = Limits(seconds=0.5, memory_bytes=192 << 20)
 PATIENT = Limits(seconds=10, memory_bytes=192 << 20)  # for what ends by itself, on however slow a machine
@@ -302,7 +302,7 @@ def test_a_fault_in_c_code_is_a_crash():
 
 @LINUX
 def test_a_run_ends_with_the_process_that_started_it(tmp_path, home):
-    code = "from layerskip.measure.sandbox import *; run('while True: pass', limits=Limits(seconds=60))"
+    code = "from layerskip.measure.tasks.sandbox import *; run('while True: pass', limits=Limits(seconds=60))"
     place = tmp_path / "elsewhere"
     place.mkdir()
     starter = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(place)})

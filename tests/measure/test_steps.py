@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from layerskip.measure.steps import Workbench, head_times, step_cost, timed
+from layerskip.measure.speed.steps import Workbench, head_times, step_cost, timed
 from rounds import decode
 
 L, K = tiny.NUM_LAYERS, 3

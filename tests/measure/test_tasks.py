@@ -9,9 +9,10 @@ import pytest
 
 import layerskip
 from layerskip.errors import UserError
-from layerskip.measure import sandbox, tasks
 from layerskip.measure.intervals import resampled
-from layerskip.measure.tasks import (
+from layerskip.measure.tasks import generation as tasks
+from layerskip.measure.tasks import sandbox
+from layerskip.measure.tasks.generation import (
     GSM8K,
     HUMANEVAL,
     NAMES,
@@ -24,7 +25,7 @@ from layerskip.measure.tasks import (
     read,
     run,
 )
-from layerskip.train.encoding import DataOptions, encode
+from layerskip.train.data.encoding import DataOptions, encode
 
 CODE = [  # of the shape of HumanEval's lines
     {

@@ -11,10 +11,10 @@ import layerskip
 import tiny
 from layerskip.decode.language_model import LanguageModel
 from layerskip.errors import UserError
-from layerskip.measure import tune
-from layerskip.measure.prediction import Cell, Predicted, candidate_sizes
-from layerskip.measure.replay import replay
-from layerskip.measure.tune import Race, Trial, finalists, halving, save_choice
+from layerskip.measure.advice import tune
+from layerskip.measure.advice.prediction import Cell, Predicted, candidate_sizes
+from layerskip.measure.advice.tune import Race, Trial, finalists, halving, save_choice
+from layerskip.measure.exits.replay import replay
 
 PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5]]
 

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from layerskip.errors import UserError
-from layerskip.measure.vocabulary import coverage, documents, first_ids, frequencies, ranked
+from layerskip.measure.exits.vocabulary import coverage, documents, first_ids, frequencies, ranked
 
 
 def written(tmp_path, name, content):
@@ -83,7 +83,7 @@ def test_a_packed_file_that_is_none_is_an_error(tmp_path):
 
 
 def test_every_tenth_document_is_held_out_across_batches(monkeypatch):
-    from layerskip.measure import vocabulary
+    from layerskip.measure.exits import vocabulary
 
     monkeypatch.setattr(vocabulary, "BATCH", 7)
     tokenizer = tiny.tokenizer()

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import layerskip
 import tiny
+from layerskip.checkpoint import builtin as making
+from layerskip.checkpoint import catalogue, delta
+from layerskip.checkpoint import resolve as hub
 from layerskip.errors import UserError
-from layerskip.model import builtin as making
-from layerskip.model import delta, hub
 
 GGUF = b"not read here"
 TRAINED = tiny.builtin(GGUF, size_bytes=1000, base="tiny-model-base", delta="tiny-model.safetensors")
@@ -36,7 +37,7 @@ def package(tmp_path, folder, monkeypatch):
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(making, "fetch", fetch)
     monkeypatch.setattr(making, "rebuild", lambda gguf, to: shutil.copytree(folder, to, dirs_exist_ok=True))
-    monkeypatch.setattr(making, "DELTAS", tmp_path / "package")
+    monkeypatch.setattr(catalogue, "DELTAS", tmp_path / "package")
     monkeypatch.setattr(hub, "BUILTINS", (TRAINED, TRAINED.plain))
     (tmp_path / "package").mkdir()
     return tmp_path / "package"
@@ -93,7 +94,7 @@ def test_a_trained_model_is_its_base_and_what_training_changed(cache, package, s
     assert torch.allclose(norm_of(folder), norm_of(base) + 0.1)
     assert (folder / "README.md").read_text() == "# its card\n"
     assert not (base / "README.md").exists()
-    source = json.loads((folder / making.SOURCE_FILE).read_text())
+    source = json.loads((folder / catalogue.SOURCE_FILE).read_text())
     assert (source["name"], source["base"], source["licence"]) == (
         "tiny-model",
         "tiny-model-base",
@@ -176,7 +177,7 @@ def test_a_stale_base_gives_way_to_an_older_folder_that_is_right(cache, older):
 
 def test_an_older_version_does_not_take_the_trained_folder_for_the_base(ship):
     ship()
-    source = json.loads((hub.resolve("tiny-model") / making.SOURCE_FILE).read_text())
+    source = json.loads((hub.resolve("tiny-model") / catalogue.SOURCE_FILE).read_text())
     assert "file_sha256" not in source, "which is what it looks for"
 
 
@@ -193,7 +194,7 @@ def test_an_older_folder_in_a_cache_that_can_only_be_read_is_used_where_it_is(ol
 
 def test_a_delta_for_another_rebuild_is_refused_and_the_base_stays(cache, ship, monkeypatch):
     ship()
-    monkeypatch.setattr(making, "REBUILD_VERSION", making.REBUILD_VERSION + 1)
+    monkeypatch.setattr(catalogue, "REBUILD_VERSION", catalogue.REBUILD_VERSION + 1)
     with pytest.raises(UserError, match=r"tiny-model\.safetensors was made for tiny-model-base"):
         hub.resolve("tiny-model")
     assert models(cache) == ["tiny-model-base"]
@@ -271,6 +272,6 @@ def test_processes_that_ask_at_once_make_each_folder_once(cache, ship, monkeypat
 
 
 def test_the_built_in_names_are_a_trained_model_and_its_base():
-    trained, base = making.BUILTINS
+    trained, base = catalogue.BUILTINS
     assert (trained.name, trained.base, base.name) == ("smollm2-135m", base.name, "smollm2-135m-base")
     assert trained.plain == replace(base, description=trained.description)

@@ -6,7 +6,7 @@ import torch
 from layerskip.errors import UserError
 from layerskip.model import cache as caches
 from layerskip.model.cache import Cache, KVShape
-from layerskip.model.stack import Step
+from layerskip.model.step import Step
 
 SHAPE = KVShape(2, 4, 4, torch.float32, torch.device("cpu"))
 

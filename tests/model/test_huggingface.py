@@ -9,9 +9,11 @@ import transformers as hf
 import tiny
 from conftest import CLOSE
 from layerskip.errors import UserError
-from layerskip.model import huggingface, stack
-from layerskip.model.huggingface import FAMILIES, Family, HuggingFaceStack
-from layerskip.model.stack import Step
+from layerskip.model import families
+from layerskip.model import load as models
+from layerskip.model.families import FAMILIES, Family
+from layerskip.model.huggingface import HuggingFaceStack
+from layerskip.model.step import Step
 
 
 def test_every_family_of_the_table_is_tested():
@@ -52,7 +54,7 @@ def test_a_wrong_row_of_the_table_is_refused_by_the_parity_check(monkeypatch):
     """The check is what stands between a moved attribute and silently wrong text."""
     for family, wrong in (
         ("gemma3_text", Family(window="layer_types", rotary_per_kind=False)),
-        ("gpt2", Family("transformer", "h", (), rotary=None, embed=huggingface._gpt2_embedding)),
+        ("gpt2", Family("transformer", "h", (), rotary=None, embed=families._gpt2_embedding)),
         ("gpt2", Family("transformer", "h", ("ln_f",), rotary=None)),
     ):
         monkeypatch.setitem(FAMILIES, family, wrong)
@@ -134,13 +136,13 @@ def test_a_reduced_head_gives_the_same_numbers_for_its_tokens():
 
 def test_a_folder_loads_as_a_stack_and_a_broken_one_is_a_user_error(tmp_path):
     tiny.random_model("qwen2").save_pretrained(tmp_path)
-    ours, model = stack.load(tmp_path, dtype=torch.float32)
+    ours, model = models.load(tmp_path, dtype=torch.float32)
     assert ours.num_layers == tiny.NUM_LAYERS
     assert not model.training
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
     with pytest.raises(UserError, match="cannot load"):
-        stack.load(tmp_path, dtype=torch.float32)
+        models.load(tmp_path, dtype=torch.float32)
 
 
 def test_a_folder_with_missing_or_damaged_weights_is_refused(tmp_path):
@@ -153,10 +155,10 @@ def test_a_folder_with_missing_or_damaged_weights_is_refused(tmp_path):
     del weights["model.layers.3.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights .*layers.3.mlp.up_proj"):
-        stack.load(tmp_path, dtype=torch.float32)
+        models.load(tmp_path, dtype=torch.float32)
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot load"):
-        stack.load(tmp_path, dtype=torch.float32)
+        models.load(tmp_path, dtype=torch.float32)
 
 
 def test_layers_on_several_devices_work_through_the_stack(tmp_path):

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from layerskip.model.lowrank import Kept, chosen, directions, packed, rows, stored_bytes
+from layerskip.checkpoint.lowrank import (
+    Kept,
+    chosen,
+    directions,
+    packed,
+    rows,
+    stored_bytes,
+)
 
 
 def random(*shape, seed=0):

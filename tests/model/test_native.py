@@ -10,11 +10,13 @@ import transformers as hf
 import tiny
 from conftest import CLOSE
 from layerskip.errors import UserError
-from layerskip.model import kernels as compiled
-from layerskip.model import linear, native_load, stack
-from layerskip.model.attention import Attention
-from layerskip.model.native import NativeStack
-from layerskip.model.stack import Step
+from layerskip.model import load as models
+from layerskip.model.native import kernels as compiled
+from layerskip.model.native import linear
+from layerskip.model.native import load as native_load
+from layerskip.model.native.attention import Attention
+from layerskip.model.native.stack import NativeStack
+from layerskip.model.step import Step
 
 needs_compiler = pytest.mark.skipif(compiled.kernels() is None, reason="no C++ compiler")
 
@@ -66,22 +68,22 @@ def test_flags_of_a_family_change_nothing_about_the_logits(family, changes, kind
 
 def test_what_is_not_llama_shaped_gets_the_hugging_face_stack_and_says_why_when_native_is_asked_for(tmp_path):
     folder = saved(tmp_path, "gpt2")
-    assert stack.load(folder, dtype=torch.float32)[0].name == "hf"
+    assert models.load(folder, dtype=torch.float32)[0].name == "hf"
     with pytest.raises(UserError, match="'gpt2' is not among llama"):
-        stack.load(folder, dtype=torch.float32, kind="native")
+        models.load(folder, dtype=torch.float32, kind="native")
     with pytest.raises(UserError, match="int8, which needs the native stack"):
-        stack.load(folder, dtype=torch.bfloat16, quantize="int8")
+        models.load(folder, dtype=torch.bfloat16, quantize="int8")
     with pytest.raises(UserError, match="unknown stack 'naitve'"):
-        stack.load(folder, dtype=torch.float32, kind="naitve")
+        models.load(folder, dtype=torch.float32, kind="naitve")
 
 
 def test_a_checkpoint_of_the_family_runs_natively_unless_refused_and_frees_the_model_it_came_from(tmp_path):
     folder = saved(tmp_path)
-    ours, shell = stack.load(folder, dtype=torch.float32)
+    ours, shell = models.load(folder, dtype=torch.float32)
     assert ours.name == "native"
     kept = sum(p.numel() for p in shell.model.layers.parameters())
     assert kept == 0, "weights are held once"
-    assert stack.load(folder, dtype=torch.float32, kind="hf")[0].name == "hf"
+    assert models.load(folder, dtype=torch.float32, kind="hf")[0].name == "hf"
 
 
 def test_a_native_stack_that_would_compute_something_else_is_not_trusted(tmp_path, monkeypatch):
@@ -89,7 +91,7 @@ def test_a_native_stack_that_would_compute_something_else_is_not_trusted(tmp_pat
     model = tiny.random_model("qwen3")
     monkeypatch.setattr(native_load, "_verdicts", {})
     monkeypatch.setattr(Attention, "_turned", lambda self, qkv, cos, sin: qkv)
-    monkeypatch.setattr("layerskip.model.native.kernels", lambda: None)
+    monkeypatch.setattr("layerskip.model.native.stack.kernels", lambda: None)
     assert "tiny model of its kind" in native_load.native_reason(model)
     with pytest.raises(UserError, match="parity check"):
         native_load.native_stack(model)
@@ -140,7 +142,7 @@ def test_compiled_regions_let_nan_and_infinity_through():
 def test_without_a_compiler_decoding_works_and_is_only_slower(monkeypatch):
     from rounds import decode
 
-    monkeypatch.setattr("layerskip.model.native.kernels", lambda: None)
+    monkeypatch.setattr("layerskip.model.native.stack.kernels", lambda: None)
     bare = NativeStack(tiny.calibrated("llama"))
     assert bare.kernels is None
     assert decode(bare, [[5, 6, 7]], 24, 2, 3).tokens == decode(tiny.stack("llama"), [[5, 6, 7]], 24).tokens
@@ -159,9 +161,9 @@ def test_a_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
 def test_int8_is_bfloat16_on_the_cpu_and_anything_else_says_so(tmp_path):
     folder = saved(tmp_path)
     with pytest.raises(UserError, match="bfloat16 activations, not float32"):
-        stack.load(folder, dtype=torch.float32, quantize="int8")
+        models.load(folder, dtype=torch.float32, quantize="int8")
     with pytest.raises(UserError, match="unknown quantisation 'int3'"):
-        stack.load(folder, dtype=torch.bfloat16, quantize="int3")
+        models.load(folder, dtype=torch.bfloat16, quantize="int3")
     with pytest.raises(UserError, match="no kernel on meta"):
         linear.require_quantizable("int8", torch.bfloat16, torch.device("meta"))
 

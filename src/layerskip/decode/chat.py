@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerskip.decode.engine import Engine
 from layerskip.decode.generation import Generation, finished
@@ -11,15 +11,14 @@ from layerskip.decode.options import Options, seeded
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
-    from layerskip.decode.language_model import LanguageModel
-    from layerskip.decode.round import Round
+    from layerskip.decode.request import Round
 
 
 class Chat:
     """A conversation: one row whose cache is reused up to the longest common token prefix of each turn."""
 
     def __init__(
-        self, lm: LanguageModel, options: Options, system: str | None = None, context: int | None = None
+        self, lm: Any, options: Options, system: str | None = None, context: int | None = None
     ) -> None:
         self.lm = lm
         self.options = seeded(options)

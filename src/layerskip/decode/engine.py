@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.decode import steps
 from layerskip.decode.control import Choice, Drafted
-from layerskip.decode.device_rounds import DeviceRounds, device_law
-from layerskip.decode.host_rounds import HostRounds
-from layerskip.decode.round import Request, Round
+from layerskip.decode.request import Request, Round
+from layerskip.decode.rounds.device import DeviceRounds, device_law
+from layerskip.decode.rounds.host import HostRounds
 from layerskip.decode.row import Row
 from layerskip.decode.sampling import Uniforms
 from layerskip.errors import UserError
@@ -191,9 +190,8 @@ class Engine:
         start = self.cache.lengths[row.slot]
         chunk = row.tokens[start : start + self.prefill_chunk]
         tokens = torch.tensor([chunk], device=self.stack.device)  # [1, T]
-        h = steps.prefill(
-            self.stack, self.cache, tokens, self.host_rounds.span([row], [start], [len(chunk)]), row.depth
-        )
+        step = self.host_rounds.span([row], [start], [len(chunk)])
+        h, _ = self.stack.run(self.stack.embed(tokens, step), 0, row.depth, step, self.cache)  # [1, T, D]
         end = start + len(chunk)
         if end < len(row.tokens):
             self.cache.set_length(row.slot, end)

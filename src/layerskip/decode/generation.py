@@ -10,7 +10,7 @@ from layerskip.decode import text as texts
 
 if TYPE_CHECKING:
     from layerskip.decode.options import Plan
-    from layerskip.decode.round import Round
+    from layerskip.decode.request import Round
 
 
 @dataclass

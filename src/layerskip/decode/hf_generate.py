@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.decode.engine import Engine
-from layerskip.decode.language_model import LanguageModel, stack_of
+from layerskip.decode.language_model import LanguageModel
+from layerskip.decode.load import stack_of
 from layerskip.decode.options import Options
-from layerskip.decode.round import Request
+from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.decode.text import StopStrings, split_stops
 from layerskip.errors import UserError

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerskip.checkpoint.facts import POLICIES
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError, nearest
-from layerskip.model.checkpoint import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from layerskip.model.checkpoint import Facts
+    from layerskip.checkpoint.facts import Facts
 
 MODES = ("ar", "early-exit", "self-speculative")
 _UNSET = ("exit_layer", "draft_length", "seed", "simulate_acceptance", "confidence")  # may be None

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerskip.decode.control import Choice
-    from layerskip.decode.round import Request
+    from layerskip.decode.request import Request
     from layerskip.decode.sampling import Uniforms
 
 

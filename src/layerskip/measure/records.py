@@ -14,9 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from layerskip.checkpoint.files import cache_folder, write_json
 from layerskip.errors import UserError
-from layerskip.model.checkpoint import write_json
-from layerskip.model.hub import cache_folder
 
 Record = dict[str, Any]
 

@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.environment import environment
 from layerskip.errors import UserError
-from layerskip.measure.card import device_name
+from layerskip.measure.environment import device_name, environment
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from layerskip.model.stack import Step
+    from layerskip.model.step import Step
 
 
 @dataclass(frozen=True)

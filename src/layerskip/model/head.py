@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from layerskip.model.stack import Stack
-
 
 @dataclass(frozen=True)
 class Head:
@@ -63,21 +61,3 @@ def draft_ids(size: int, vocab_size: int, ranked: Sequence[int] | None, always: 
     first = [token for token in dict.fromkeys(always) if 0 <= token < vocab_size][:size]
     order = [*first, *(ranked or ()), *range(vocab_size)]
     return sorted(list(dict.fromkeys(order))[:size])
-
-
-def reduced(
-    stack: Stack, size: int, ranked: Sequence[int] | None, always: Sequence[int], rows: Tensor | None = None
-) -> Head:
-    """Build a draft head of `size` tokens, see `draft_ids`; with `rows` [ranked, D] of its own the first of these.
-
-    Raises: UserError.
-    """
-    if rows is None:
-        return stack.reduced_head(draft_ids(size, stack.vocab_size, ranked, always))
-    if ranked is None or len(rows) != len(ranked) or not 1 <= size <= len(rows):
-        raise UserError(
-            f"a draft vocabulary of {size}: the draft head was trained with {len(ranked or ())} tokens",
-            "--draft-vocab auto takes them all",
-        )
-    places = sorted(range(size), key=ranked.__getitem__)
-    return stack.reduced_head([ranked[place] for place in places], rows[places])

@@ -7,82 +7,32 @@ wrong row of the table, or a new release that moves something, is an error and n
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 
 from layerskip.errors import UserError
 from layerskip.model.cache import Cache, KVShape
+from layerskip.model.families import (
+    FAMILIES,
+    Family,
+    context_of,
+    device_of,
+    parts_of,
+    refuse_unsupported,
+    tied,
+    windows_of,
+)
 from layerskip.model.head import Head
-from layerskip.model.stack import Counters, Stack, Step
+from layerskip.model.parity import check_slices, probe_tokens
+from layerskip.model.stack import Counters, Stack
+from layerskip.model.step import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from torch import Tensor
-
-ADDING_A_MODEL = "docs/adding-a-model.md says what a family must provide"
-
-# Largest relative difference between our slices and the model's own forward that rounding explains: the same
-# modules run, only the attention kernel may differ (masked against causal, other tiles). In float64 too some of
-# Hugging Face's own steps (rotary tables, RMS norms, the eager softmax) are done in float32.
-PARITY = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-def _token_embedding(decoder: Any, table: Any, tokens: Tensor, positions: Tensor) -> Tensor:
-    embedded: Tensor = table(tokens)
-    return embedded
-
-
-def _gpt2_embedding(decoder: Any, table: Any, tokens: Tensor, positions: Tensor) -> Tensor:
-    embedded: Tensor = decoder.wte(tokens) + decoder.wpe(positions)
-    return embedded
-
-
-def _opt_embedding(decoder: Any, table: Any, tokens: Tensor, positions: Tensor) -> Tensor:
-    embedded = decoder.embed_tokens(tokens)
-    if decoder.project_in is not None:
-        embedded = decoder.project_in(embedded)
-    summed: Tensor = embedded + decoder.embed_positions(None, 0, position_ids=positions)
-    return summed
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps its parts; paths are attributes of the causal model's decoder."""
-
-    decoder: str = "model"
-    layers: str = "layers"
-    finish: tuple[str, ...] = ("norm",)  # applied in order before the head; a missing (None) part is skipped
-    rotary: str | None = "rotary_emb"
-    rotary_per_kind: bool = False  # one table for full, one for sliding attention
-    window: str = "none"  # which layers slide: none, all (when the config sets a window), layer_types
-    cache_argument: str = "past_key_values"
-    embed: Callable[[Any, Any, Tensor, Tensor], Tensor] = _token_embedding
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(window="all"),
-    "qwen2": Family(window="layer_types"),
-    "qwen3": Family(window="layer_types"),
-    "phi3": Family(window="all"),
-    "smollm3": Family(window="layer_types"),
-    "olmo2": Family(),
-    "gemma": Family(),
-    "gemma2": Family(window="layer_types"),
-    "gemma3_text": Family(window="layer_types", rotary_per_kind=True),
-    "gpt2": Family("transformer", "h", ("ln_f",), rotary=None, embed=_gpt2_embedding),
-    "opt": Family(
-        "model.decoder", finish=("final_layer_norm", "project_out"), rotary=None, embed=_opt_embedding
-    ),
-    "gpt_neox": Family("gpt_neox", finish=("final_layer_norm",), cache_argument="layer_past"),
-}
 
 
 class HuggingFaceStack(Stack):
@@ -205,97 +155,8 @@ class HuggingFaceStack(Stack):
         return Cache(self.kv_shapes, rows, capacity)
 
 
-def parts_of(hf: Any) -> tuple[Any, list[Any], Any, list[Any]]:
-    """Find decoder, layers, rotary module and finishing modules by the family's paths. Raises: UserError."""
-    kind = hf.config.get_text_config().model_type
-    family = FAMILIES.get(kind, Family())
-    try:
-        decoder = hf.get_submodule(family.decoder)
-        rotary = getattr(decoder, family.rotary) if family.rotary else None
-        finish = [module for name in family.finish if (module := getattr(decoder, name)) is not None]
-        return decoder, list(getattr(decoder, family.layers)), rotary, finish
-    except AttributeError as error:
-        raise UserError(f"model type {kind!r} is not supported: {error}", ADDING_A_MODEL) from None
-
-
 def _num_bytes(*modules: Any) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-
-
-def tied(table: Tensor, head: Tensor) -> bool:
-    return table is head or (table.device.type != "meta" and table.data_ptr() == head.data_ptr())
-
-
-def device_of(hf: Any) -> torch.device:
-    """Where tokens go in; a table offloaded by accelerate takes them from the CPU through its hooks."""
-    device: torch.device = hf.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def refuse_unsupported(hf: Any) -> None:
-    """Refuse by name what the rounds cannot decode exactly, before anything is computed."""
-    refuse_architecture(hf)
-    if any(module.training for module in hf.modules()):
-        raise UserError(
-            "the model is in training mode: dropout would change its output", "call model.eval() first"
-        )
-    if (attention := hf.config._attn_implementation) not in ("sdpa", "eager"):
-        raise UserError(
-            f"attention implementation {attention!r} is not supported (sdpa and eager are)",
-            'load the model with attn_implementation="sdpa"',
-        )
-
-
-def refuse_architecture(hf: Any) -> None:
-    """Refuse kinds of models that neither decoding nor training knows. Raises: UserError."""
-    config = hf.config
-    text = config.get_text_config()
-    kind = text.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{kind!r} is an encoder-decoder; layerskip decodes decoder-only models")
-    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
-        raise UserError(
-            f"{config.model_type!r} is multimodal and not supported", "export its text decoder and load that"
-        )
-    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if any(getattr(text, name, None) for name in experts):
-        raise UserError(f"{kind!r} is a mixture of experts and not supported yet", ADDING_A_MODEL)
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if (unknown := kinds - {"full_attention", "sliding_attention"}) or not hasattr(
-        text, "num_attention_heads"
-    ):
-        what = ", ".join(sorted(unknown)) or "recurrent"
-        raise UserError(
-            f"{kind!r} has layers of a kind whose state cannot be rolled back ({what})", ADDING_A_MODEL
-        )
-    if hf.get_output_embeddings() is None:
-        raise UserError(
-            f"{type(hf).__name__} has no language-model head", "load it with AutoModelForCausalLM"
-        )
-
-
-def context_of(config: Any) -> int | None:
-    """Find how long a sequence may get.
-
-    Rotary tables that are recomputed beyond the original length (dynamic, longrope) would give draft and
-    verification other angles than plain decoding, so such models stop at the original length.
-    """
-    context: int | None = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            context = parameters.get("original_max_position_embeddings") or context
-    return context
-
-
-def windows_of(config: Any, family: Family, num_layers: int) -> list[int | None]:
-    window: int | None = getattr(config, "sliding_window", None)
-    if family.window == "all":
-        return [window] * num_layers
-    if family.window == "layer_types":
-        types = config.layer_types[:num_layers]
-        return [window if kind == "sliding_attention" else None for kind in types]
-    return [None] * num_layers
 
 
 def _kinds(config: Any, family: Family, num_layers: int) -> list[str]:
@@ -331,81 +192,3 @@ def check_parity(stack: HuggingFaceStack, hf: Any) -> None:
     stack.run(stack.embed(tokens, step), 0, stack.num_layers, step, probe)
     stack.kv_shapes = [probe.shapes[index] for index in range(stack.num_layers)]
     check_slices(stack, tokens, reference)
-
-
-def probe_tokens(vocab_size: int, device: torch.device, length: int = 8) -> Tensor:
-    """Make a prompt that hits no special pattern: [1, length]."""
-    return ((torch.arange(length, device=device) * 7919 + 11) % vocab_size)[None]
-
-
-def check_slices(stack: Stack, tokens: Tensor, reference: Tensor, other_kernels: bool = False) -> None:
-    """Compare a stack's logits for tokens [1, n] with a reference [1, n, V]: whole, then sliced and cached.
-
-    `other_kernels` in 16 bit: rounding then differs at every step, and a prompt of random tokens amplifies it at
-    some positions, so it is the middle one of the positions that has to agree, and less closely.
-
-    Raises: UserError when they differ beyond rounding.
-    """
-    middle, length = max(1, stack.num_layers // 2), tokens.shape[1]
-    reference = reference.to(stack.device, torch.float32)
-    prefill, plain, verification = (0, length - 3), (length - 3, 1), (length - 2, 2)
-    for what, chunks in (
-        ("its layers one by one", [(0, length)]),
-        ("its layers sliced and cached", [prefill, plain, verification]),
-    ):
-        cache, logits = stack.new_cache(1, length), []
-        for start, count in chunks:
-            step = Step.span([0], [start], [count], stack.device, spill=length)
-            h, _ = stack.run(stack.embed(tokens[:, start : start + count], step), 0, middle, step, cache)
-            h, _ = stack.run(h, middle, stack.num_layers, step, cache)
-            logits.append(stack.logits(h))
-        _compare(stack, torch.cat(logits, 1), reference, what, other_kernels and stack.dtype.itemsize == 2)
-
-
-def _compare(stack: Stack, ours: Tensor, reference: Tensor, what: str, loosely: bool) -> None:
-    scale = reference.abs().max().item()
-    differences = (ours - reference).abs().amax(-1).flatten()  # [n]
-    difference = (differences.median() if loosely else differences.max()).item()
-    difference = difference if ours.isfinite().all() else math.nan
-    allowed = PARITY.get(stack.dtype, 1e-4) * (5 if loosely else 1)
-    if not math.isfinite(scale):
-        raise UserError(
-            "the model gives NaN or infinite logits: its weights are damaged, or overflow in this dtype",
-            "download it again, or try --dtype float32",
-        )
-    if not difference <= allowed * max(scale, 1e-6):  # also catches our own NaN
-        raise UserError(
-            f"model type {stack.model_type!r} fails the parity check: {what} give logits that differ "
-            f"from the model's own by {difference:.3g} (their largest is {scale:.3g})",
-            ADDING_A_MODEL,
-        )
-
-
-def load_model(path: Path, *, dtype: torch.dtype, device: str | torch.device, device_map: Any = None) -> Any:
-    """Load a checked folder with `AutoModelForCausalLM` (safetensors only, no remote code)."""
-    from transformers import AutoModelForCausalLM
-
-    placement = {"device_map": device_map} if device_map is not None else {}
-    try:
-        hf, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **placement,
-        )
-        hf = hf.eval() if device_map is not None else hf.to(device).eval()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"not enough memory on {device} for the weights of {path}", "use a 16-bit --dtype"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load {path} as a causal language model: {error}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(
-            f"{path} lacks {len(missing)} weights of {type(hf).__name__}, the first is {missing[0]}",
-            "is the download complete, and config.json that of these weights?",
-        )
-    return hf

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from layerskip.model.cost import Cost, expected_tokens
-from layerskip.train.exits import Totals
+from layerskip.train.objective.exits import Totals
 
 if TYPE_CHECKING:
-    from layerskip.train.exits import ExitTraining
+    from layerskip.train.objective.exits import ExitTraining
 
 DRAFT_LENGTHS = range(1, 13)
 DRAFT_VOCABULARY = 8192

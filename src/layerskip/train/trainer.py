@@ -22,20 +22,19 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from layerskip.checkpoint.facts import Facts, entry
 from layerskip.errors import UserError
-from layerskip.model.checkpoint import Facts
 from layerskip.train import checkpoints
-from layerskip.train.encoding import IGNORED
-from layerskip.train.exits import ExitTraining
-from layerskip.train.export import entry
+from layerskip.train.data.encoding import IGNORED
 from layerskip.train.figures import by_exit, predicted, reduced
-from layerskip.train.schedule import Schedule
+from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.schedule import Schedule
 from layerskip.train.supported import refuse_unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layerskip.train.exits import Totals
+    from layerskip.train.objective.exits import Totals
 
 
 @dataclass

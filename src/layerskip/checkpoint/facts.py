@@ -1,0 +1,232 @@
+"""What a checkpoint says about its exits: the single key `layerskip` in its `config.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from layerskip.checkpoint.files import write_json
+from layerskip.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+POLICIES = ("fixed", "confidence", "adaptive")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Our entry in a checkpoint's configuration; an absent entry means untrained exits."""
+
+    exits: tuple[int, ...] = ()  # trained exit layers
+    exit_layer: int | None = None  # default E
+    draft_length: int | None = None  # default K
+    draft_vocab: str | None = None  # file beside config.json: token ids by falling frequency, a JSON list
+    draft_head: str | None = (
+        None  # file beside it: the draft head's own rows, [draft vocabulary, D] in its order
+    )
+    draft_vocab_size: int | None = None  # how many of its first ids, without it of the lowest; 0: none
+    mode: str | None = None  # default way of decoding, as measured; None: see `pays`
+    policy: str | None = None  # default policy of drafting: fixed, confidence or adaptive
+    confidence: float | None = None  # stop drafting where the exit's most probable token has less than this
+    recipe: str | None = None
+    versions: dict[str, str] | None = None
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.exits)
+
+    def owns_head(self, exit_layer: int) -> bool:
+        """Whether drafting at this exit reads rows of its own; an exit with a map is trained alone."""
+        return self.draft_head is not None and self.exits == (exit_layer,)
+
+    @property
+    def pays(self) -> bool:
+        """Whether drafting is the default: as measured, else with trained exits one of which is the default.
+
+        Trained exits without a default one were predicted to be slower.
+        """
+        if self.mode is not None:
+            return self.mode != "ar"
+        return self.trained and self.exit_layer is not None
+
+
+# Checkpoints published by the method's authors carry no entry of ours; settings from the paper's tables.
+_PUBLISHED = {
+    "layerskip-llama2-7b": Facts(exits=(8,), exit_layer=8, draft_length=12),
+    "layerskip-llama2-13b": Facts(exits=(7, 15), exit_layer=7, draft_length=4),
+}
+
+
+def facts_of(config: Any, name: str = "") -> Facts:
+    """Read the entry from a Hugging Face config object; fall back to the table of published checkpoints.
+
+    Raises: UserError for keys or values we do not know.
+    """
+    entry = getattr(config, "layerskip", None)
+    if entry is None:
+        last = str(name or getattr(config, "_name_or_path", "")).rstrip("/").rsplit("/", 1)[-1].lower()
+        return _PUBLISHED.get(last, Facts())
+    known = {field.name for field in fields(Facts)}
+    if not isinstance(entry, dict):
+        raise UserError(f"config.json: layerskip is {entry!r}, not an object of " + ", ".join(sorted(known)))
+    for key in entry:
+        if key not in known:
+            raise UserError(f"config.json: unknown key layerskip.{key}", nearest(key, known))
+    layers = config.get_text_config().num_hidden_layers
+    exits, default, drafts = entry.get("exits") or [], entry.get("exit_layer"), entry.get("draft_length")
+    for exit_layer in [
+        *(exits if isinstance(exits, list) else [exits]),
+        *([] if default is None else [default]),
+    ]:
+        if type(exit_layer) is not int or not 1 <= exit_layer < layers:
+            raise UserError(
+                f"config.json: layerskip names exit {exit_layer!r}, the model has {layers} layers",
+                f"exits are whole numbers from 1 to {layers - 1}; exits is a list of them",
+            )
+    if drafts is not None and (type(drafts) is not int or drafts < 0):
+        raise UserError(
+            f"config.json: layerskip.draft_length is {drafts!r}", "it is a whole number, 0 or more"
+        )
+    size, confidence = entry.get("draft_vocab_size"), entry.get("confidence")
+    fits = {
+        "draft_vocab": (isinstance(entry.get("draft_vocab"), (str, type(None))), "it names a file"),
+        "draft_head": (isinstance(entry.get("draft_head"), (str, type(None))), "it names a file"),
+        "draft_vocab_size": (size is None or (type(size) is int and size >= 0), "a whole number, 0 or more"),
+        "mode": (entry.get("mode") in (None, "ar", "self-speculative"), "ar or self-speculative"),
+        "policy": (entry.get("policy") in (None, *POLICIES), ", ".join(POLICIES)),
+        "confidence": (
+            confidence is None or (type(confidence) in (int, float) and 0 <= confidence <= 1),
+            "a probability, from 0 to 1",
+        ),
+    }
+    for key, (fit, allowed) in fits.items():
+        if not fit:
+            raise UserError(f"config.json: layerskip.{key} is {entry[key]!r}", allowed)
+    return Facts(**{**entry, "exits": tuple(exits if isinstance(exits, list) else [exits])})
+
+
+def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
+    """Read the checkpoint's draft vocabulary, ids by falling frequency; None when it has none.
+
+    The whole list: how much of it drafting uses by default is `Facts.draft_vocab_size`.
+    """
+    if path is None or facts.draft_vocab is None:
+        return None
+    file = path / facts.draft_vocab
+    try:
+        ranked = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the draft vocabulary {file}: {error}") from error
+    if not isinstance(ranked, list) or not all(isinstance(token, int) for token in ranked):
+        raise UserError(f"{file} is not a JSON list of token ids")
+    return ranked
+
+
+def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
+    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head."""
+    if path is None or facts.draft_head is None:
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weight: Tensor = load_file(path / facts.draft_head)["weight"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"cannot read the draft head {path / facts.draft_head}: {error}",
+            "copy or download the folder again",
+        ) from error
+    return weight
+
+
+def write_draft_head(folder: Path, ids: Sequence[int], weight: Tensor | None) -> dict[str, str]:
+    """Put a draft vocabulary, by falling frequency, and any rows of its own, [ids, D], into a folder; name both."""
+    from safetensors.torch import save_file
+
+    write_json(folder / "draft_vocab.json", list(ids))
+    named = {"draft_vocab": "draft_vocab.json"}
+    if weight is not None:
+        save_file({"weight": weight.contiguous()}, folder / "draft_head.safetensors")
+        named["draft_head"] = "draft_head.safetensors"
+    return named
+
+
+def fingerprint(folder: Path | None, *kinds: str) -> str:
+    """Tell files of a checkpoint apart by parts of them, by default its weights: training on keeps their names."""
+    digest = hashlib.sha256()
+    files = (
+        () if folder is None else (file for kind in kinds or ("*.safetensors",) for file in folder.glob(kind))
+    )
+    for file in sorted(files):
+        with file.open("rb") as content:
+            size = content.seek(0, 2)
+            for place in range(0, size, max(1, size // 64)):
+                content.seek(place)
+                digest.update(content.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def write_draft_vocabulary(folder: Path, ids: Sequence[int], facts: Facts) -> Path:
+    """Put `draft_vocab.json` into a checkpoint and name it in `config.json`; see `write_entry`.
+
+    The list is replaced before the configuration that names it.
+    Raises: UserError where the draft head has rows of its own, which belong to its list.
+    """
+    if facts.draft_head is not None:
+        raise UserError(
+            f"the draft head of {folder} was trained for the vocabulary it has",
+            "--draft-vocab N uses a part of it",
+        )
+    file = folder / "draft_vocab.json"
+    with _writing(folder):
+        write_json(file, list(ids))
+    write_entry(folder, facts, draft_vocab=file.name, draft_vocab_size=None)
+    return file
+
+
+def write_entry(folder: Path, facts: Facts, **changes: Any) -> None:
+    """Change keys of our entry in a checkpoint's `config.json`; None removes one, every other key stays.
+
+    `facts` are those the checkpoint is known by: a published one gets an entry only now, which must not hide
+    its default exit. The file is replaced whole. Raises: UserError when the folder cannot be written.
+    """
+    with _writing(folder):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = {
+            "exits": list(facts.exits),
+            "exit_layer": facts.exit_layer,
+            "draft_length": facts.draft_length,
+        }
+        entry = config.get("layerskip") or {key: value for key, value in known.items() if value}
+        merged = {**entry, **changes}
+        config["layerskip"] = {key: value for key, value in merged.items() if value is not None}
+        write_json(folder / "config.json", config, indent=2)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error}", "use a copy that is writable") from error
+
+
+def entry(facts: Facts) -> dict[str, Any]:
+    """Word the facts as the `layerskip` key of config.json."""
+    told: dict[str, Any] = {
+        "exits": list(facts.exits),
+        "exit_layer": facts.exit_layer,
+        "draft_length": facts.draft_length,
+        "recipe": facts.recipe,
+        "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
+    }
+    return {key: value for key, value in told.items() if value is not None}

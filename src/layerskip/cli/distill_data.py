@@ -1,0 +1,261 @@
+"""The verb distill-data: a model's own continuations, written as data to train its exits on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from layerskip.cli.app import (
+    AsJson,
+    Device,
+    Dtype,
+    MaxNew,
+    Model,
+    Quantize,
+    Seed,
+    StackName,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    load,
+)
+from layerskip.cli.results import encoded, unescaped
+from layerskip.cli.show.terminal import err, out
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from layerskip.decode.generation import Generation
+
+Prompt = str | list[dict[str, str]]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb of this file to the command line."""
+    app.command(name="distill-data")(distill_data)
+
+
+def distill_data(
+    model: Model,
+    prompts: Annotated[
+        list[Path], typer.Option(help="JSON lines with prompt or messages, also .gz; may be repeated.")
+    ],
+    output: Annotated[Path, typer.Option(help="A .jsonl file; one that is there is continued.")],
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the prompts.", show_default="prompt or messages")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Wrap text prompts as messages.", show_default="if it can"),
+    ] = None,
+    separator: Annotated[
+        str, typer.Option(help="What follows a text prompt that is not wrapped; \\n is a line break.")
+    ] = "\\n",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    stack: StackName = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's own continuations of prompts as training data; run again to go on where it stopped.
+
+    layerskip distill-data smollm2-135m --prompts prompts.jsonl --output own.jsonl --max-new-tokens 256
+    """
+    from layerskip.checkpoint.facts import fingerprint
+    from layerskip.config import read_prompts
+    from layerskip.decode.options import Options
+
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "batch_size": batch,
+        "chat": False,  # wrapped here already
+    }
+    _ = Options.parse(options).processing  # a slip costs no time
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}", "--limit is at least 1")
+    if output.suffix != ".jsonl":
+        raise UserError(f"{output} is not named .jsonl", "the data are JSON lines: --output own.jsonl")
+    lines = [line.content for path in prompts for line in read_prompts(path, column)][:limit]
+    given = [_to_continue(content, number) for number, content in enumerate(lines, 1)]
+    found = _found(output)
+    lm = load(model, dtype, device, stack, quantize, threads)
+    if lm.tokenizer is None:
+        raise UserError(f"{model} has no tokenizer, so it cannot read prompts", "add its tokenizer.json")
+    if lm.has_template if chat is None else chat:
+        given = [_as_messages(prompt) for prompt in given]
+    after = unescaped(separator)
+    settings = {key: value for key, value in options.items() if key not in ("batch_size", "chat")}
+    settings |= {"separator": after, "dtype": str(lm.stack.dtype), "quantize": quantize}
+    settings |= {"weights": fingerprint(lm.path)}
+    _check_found(found, given, settings, output)
+    left = [index for index in range(len(given)) if index not in found]
+    tokens_of = [encoded(lm, given[index], False, after) for index in left]
+    began = time.perf_counter()
+    record: dict[str, Any] = {
+        "output": str(output),
+        "prompts": len(given),
+        "found": len(given) - len(left),  # by an earlier run
+        "written": 0,
+        "ended": 0,
+        "new_tokens": 0,
+        "interrupted": False,
+    }
+    try:
+        with output.open("a", encoding="utf-8", newline="\n") as file, _bar(record) as advance:
+            results = lm.each(tokens_of, indices=left, **options)
+            for index, tokens, result in zip(left, tokens_of, results, strict=True):
+                first = not found and not record["written"]
+                file.write(_line(index, given[index], tokens, result, settings if first else None) + "\n")
+                file.flush()
+                record["written"] += 1
+                record["ended"] += result.finish_reason == "eos"
+                record["new_tokens"] += len(result.tokens)
+                advance()
+    except KeyboardInterrupt:
+        record["interrupted"] = True
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}") from error
+    record["seconds"] = time.perf_counter() - began
+    _report(record, as_json)
+    if record["interrupted"]:
+        sys.exit(130)
+
+
+# -- prompts and lines ---------------------------------------------------------------------------------------
+
+
+def _to_continue(content: Prompt, number: int) -> Prompt:
+    """Leave out the answer a conversation ends with: the model writes its own."""
+    if isinstance(content, str):
+        return content
+    messages = list(content)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError(f"prompt {number} has nothing to answer", "a conversation needs a user's message")
+    return messages
+
+
+def _as_messages(prompt: Prompt) -> Prompt:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _line(
+    index: int, prompt: Prompt, tokens: list[int], result: Generation, settings: dict[str, Any] | None
+) -> str:
+    """Phrase a training example: its text for people, and the very tokens seen and written.
+
+    The text alone would not do: a model may write a text in other tokens than the tokenizer would, and whether it
+    ended with its end token, or its budget ended it, does not show. The first line tells the settings of all.
+    """
+    if isinstance(prompt, str):
+        told: dict[str, Any] = {"prompt": prompt, "completion": result.text}
+    else:
+        told = {"messages": [*prompt, {"role": "assistant", "content": result.text}]}
+    told |= {
+        "index": index,
+        "finish_reason": result.finish_reason,
+        "input_ids": tokens + result.tokens,
+        "completion_mask": [0] * len(tokens) + [1] * len(result.tokens),
+    }
+    told |= {} if settings is None else {"settings": settings}
+    return json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+
+
+# -- going on ------------------------------------------------------------------------------------------------
+
+
+def _found(output: Path) -> dict[int, dict[str, Any]]:
+    """Read what an earlier run has written, after cutting off the half line a killed one leaves."""
+    try:
+        if not output.exists():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            return {}
+        content = output.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+        found = {line["index"]: line for line in lines}
+        if len(whole) < len(content):
+            with output.open("rb+") as file:
+                file.truncate(len(whole))
+    except OSError as error:
+        raise UserError(f"cannot use {output}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{output} was not written by distill-data", "give another --output, or remove it"
+        ) from error
+    return found
+
+
+def _check_found(
+    found: dict[int, dict[str, Any]], given: list[Prompt], settings: dict[str, Any], output: Path
+) -> None:
+    before = next((line["settings"] for line in found.values() if "settings" in line), settings)
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        raise UserError(
+            f"{output} was made with other settings: {', '.join(changed)} differ",
+            "give those of its first run, another --output, or remove it",
+        )
+    for index, line in found.items():
+        prompt = line["messages"][:-1] if "messages" in line else line.get("prompt")
+        if index < len(given) and prompt != given[index]:  # more than now: an earlier run had a greater limit
+            raise UserError(
+                f"{output} was made from other prompts: number {index + 1} differs",
+                "give another --output, or remove it",
+            )
+
+
+@contextmanager
+def _bar(record: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Show on stderr how far the work is, while a terminal looks on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    began = time.perf_counter()
+    with Progress(*columns, *times, console=err, transient=True, disable=not err.is_terminal) as bars:
+        task = bars.add_task("writing", total=record["prompts"], completed=record["found"])
+
+        def advance() -> None:
+            pace = record["new_tokens"] / (time.perf_counter() - began)
+            bars.update(task, advance=1, description=f"writing, {pace:.0f} tokens/s")
+
+        yield advance
+
+
+def _report(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record))
+        return
+    whole = record["found"] + record["written"]
+    told = f"{record['output']}: {whole} of {record['prompts']} prompts"
+    told += f", {record['written']} now ({record['new_tokens']} tokens, {record['ended']} ended by the model)"
+    (err if record["interrupted"] else out).print(Text(told))
+    if record["interrupted"]:
+        err.print(Text("stopped; run the same command again to go on", style="dim"))

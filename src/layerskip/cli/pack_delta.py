@@ -1,0 +1,82 @@
+"""The verb pack-delta: what training changed, as a small file beside the base it was trained from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from layerskip.cli.app import AsJson  # noqa: TC001 - typer reads it
+from layerskip.cli.results import progress
+from layerskip.cli.show.terminal import out, share
+from layerskip.errors import UserError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb of this file to the command line."""
+    app.command(name="pack-delta")(pack_delta)
+
+
+def pack_delta(
+    base: Annotated[str, typer.Argument(help="What training began with: built-in name, folder or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="What training made of it: a folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="A .safetensors file; one that is there is replaced.")],
+    size_mb: Annotated[float, typer.Option(help="The largest size of the file, in 10^6 bytes.")] = 24.0,
+    about: Annotated[
+        Path | None, typer.Option(help="A JSON object to carry along: data, licence, results.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what training changed as a small file, at the rank that its size allows, and say how much is kept.
+
+    layerskip pack-delta smollm2-135m-base ./my-model --output my-model.safetensors --size-mb 24
+    """
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output} is not named .safetensors", "--output my-model.safetensors")
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"no folder {output.parent}", "make it first, or name another --output")
+    if not size_mb > 0:
+        raise UserError(f"size-mb is {size_mb:g}", "--size-mb is more than 0")
+    told = {} if about is None else _told(about)
+    from layerskip.checkpoint import resolve as hub
+    from layerskip.checkpoint.delta import make_delta
+
+    folders = [hub.resolve(name) for name in (base, tuned)]
+    told.setdefault("base", folders[0].resolve().name if Path(base).is_dir() else base)
+    with progress() as watch:
+        report = make_delta(folders[0], folders[1], output, int(size_mb * 1e6), told, watch)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+
+
+def _told(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}", "--about names a file with one JSON object"
+        ) from error
+    if not isinstance(told, dict):
+        raise UserError(f"{path} is not a JSON object", "--about names a file with one JSON object")
+    return told
+
+
+def _print(report: dict[str, Any]) -> None:
+    table = Table("parameters", "of the change", "kept", "mean rank", "MB", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report["kinds"]:
+        rank = "" if row["mean_rank"] is None else f"{row['mean_rank']:.0f}"
+        many = "" if row["parameters"] == 1 else f" ({row['parameters']})"
+        name = row["name"].removeprefix("model.").removesuffix(".weight")
+        table.add_row(name + many, share(row["share"]), share(row["kept"]), rank, f"{row['bytes'] / 1e6:.2f}")
+    out.print(table)
+    ids = f", {report['draft_vocab']} ids of the draft vocabulary" if report["draft_vocab"] else ""
+    out.print(
+        f"{report['file']}: {report['bytes'] / 1e6:.2f} MB, {share(report['kept'])} of the squared change{ids}"
+    )

@@ -1,0 +1,144 @@
+"""Load a model and its tokenizer for decoding; wrap one that is in memory."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from layerskip.checkpoint import facts as checkpoint
+from layerskip.checkpoint import resolve as hub
+from layerskip.decode.language_model import LanguageModel
+from layerskip.errors import UserError, nearest
+from layerskip.model import load as models
+from layerskip.model.huggingface import HuggingFaceStack
+from layerskip.model.native.linear import fast_bfloat16
+from layerskip.model.native.load import native_family
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
+    """Turn a name into a dtype.
+
+    `auto` is bfloat16 (else float16) on accelerators, and float32 on the CPU, unless it has bfloat16 instructions
+    and the stack is native: then bfloat16 is as exact there.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.bfloat16 if native and fast_bfloat16() else torch.float32
+        half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        return torch.float16 if half else torch.bfloat16
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}", nearest(dtype, [*DTYPES, "auto"]))
+    return DTYPES[dtype]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn a name into a device; `auto` is the accelerator when there is one. Raises: UserError."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} is not usable here: {reason}", "try --device cpu") from error
+    return chosen
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    stack: str = "auto",
+    quantize: str | None = None,
+    progress: bool = True,
+) -> LanguageModel:
+    """Load a built-in model, a Hugging Face folder, or a hub id.
+
+    `stack` is native (fast, Llama-shaped families), hf (the model's own modules) or auto; `quantize` int8 rounds
+    the weights of a native stack on the CPU.
+
+    Raises: UserError when it cannot be found or loaded, or fails the parity check.
+    """
+    from transformers import AutoTokenizer
+
+    if not isinstance(name, (str, PathLike)):
+        raise UserError(
+            f"load takes a name or folder, got {type(name).__name__}",
+            "for a model in memory: layerskip.generate(hf_model, ...)",
+        )
+    chosen = resolve_device(device)
+    resolve_dtype(dtype, chosen)  # a slip costs no download
+    path = hub.resolve(str(name), progress=progress)
+    kind = resolve_dtype(dtype, chosen, native=stack != "hf" and device_map is None and native_family(path))
+    if quantize is not None and dtype == "auto":
+        kind = torch.bfloat16
+    model, hf = models.load(
+        path, dtype=kind, device=chosen, device_map=device_map, kind=stack, quantize=quantize
+    )
+    if (
+        dtype == "auto"
+        and quantize is None
+        and kind == torch.bfloat16
+        and chosen.type == "cpu"
+        and not model.row_exact
+    ):
+        return load(
+            name, dtype="float32", device=device, device_map=device_map, stack=stack, progress=progress
+        )
+    tokenizer = None  # token ids still work; text then says what is missing
+    if any(
+        (path / file).exists() for file in TOKENIZER_FILES
+    ):  # else transformers would make up an empty one
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"cannot read the tokenizer of {path}: {error}", "add its tokenizer.json"
+            ) from error
+    lm = LanguageModel(model, tokenizer, path, hf)
+    lm.facts = checkpoint.facts_of(hf.config, str(name))
+    return lm
+
+
+_stacks: WeakKeyDictionary[Any, HuggingFaceStack] = WeakKeyDictionary()
+
+
+def stack_of(hf_model: Any) -> HuggingFaceStack:
+    """Wrap a model already in memory; its modules are used in place.
+
+    The parity check runs once per model, and again when it was moved, cast or changed.
+    """
+    if not isinstance(hf_model, torch.nn.Module):
+        raise UserError(
+            f"expected a Hugging Face model in memory, got {type(hf_model).__name__}",
+            "for a name or folder: layerskip.load(name).generate(...)",
+        )
+    known = _stacks.get(hf_model)
+    if known is None or not known.fits(hf_model):
+        known = _stacks[hf_model] = HuggingFaceStack(hf_model)
+    return known
+
+
+def generate(hf_model: Any, prompt: Any, *, tokenizer: Any = None, **keywords: Any) -> Any:
+    """Generate with a Hugging Face model already in memory; see `LanguageModel.generate`."""
+    return LanguageModel(stack_of(hf_model), tokenizer, hf=hf_model).generate(prompt, **keywords)

@@ -1,0 +1,1 @@
+"""Which settings pay here: doctor and tune."""

@@ -1,0 +1,198 @@
+"""What a model would gain here, whether it is fit for it, and a verdict in words.
+
+    result = examine(lm, analysis, chat=True, name="smollm2-135m")
+    print(result["verdict"])
+
+The predictions are `prediction.analyse`'s; here are the checks beside them: does an output end, is it the same
+twice, are drafts judged by the same numbers that plain decoding goes by, what memory does it take.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerskip.decode.options import Options
+from layerskip.measure.advice.prediction import Analysis, Cell, default_cell
+
+if TYPE_CHECKING:
+    from layerskip.decode.language_model import LanguageModel
+
+TRAINED_AGREEMENT = 0.5  # of an exit in the lower half: SmolLM2's untrained ones reach a tenth
+MARK = "qzx"  # stands for an answer, to see what a template puts behind it
+EXACT = (torch.float32, torch.float64)
+
+
+def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str, also: str = "") -> dict[str, Any]:
+    """Put predictions, checks and verdict together.
+
+    `name` is how the user calls the model, `also` the options that let tune look at the same.
+    """
+    best = analysis.best
+    checks = {**ending(lm, analysis, chat), **sameness(lm, analysis)}
+    trained = lm.facts.trained or _looks_trained(lm, analysis)
+    pays = best.interval[0] > 1
+    return {
+        "verdict": verdict(analysis, name, trained, default_cell(lm), also),
+        "recommended_mode": "self-speculative" if pays else "ar",
+        "trained_exits": trained,
+        "exits": list(lm.facts.exits),
+        "layers": lm.stack.num_layers,
+        **analysis.record(),
+        "checks": checks,
+        "memory": memory(lm, best.cell),
+    }
+
+
+def _looks_trained(lm: LanguageModel, analysis: Analysis) -> bool:
+    """Whether an exit of the lower half agrees as only trained ones do, though the checkpoint does not say."""
+    half = lm.stack.num_layers // 2
+    return any(share >= TRAINED_AGREEMENT for k, share in analysis.seen.agreement.items() if k <= half)
+
+
+def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None, also: str = "") -> str:
+    """Say in a sentence or two what to do."""
+    best = analysis.best
+    low, high = best.interval
+    cell = best.cell
+    given = f"--exit-layer {cell.exit_layer} --draft-length {cell.draft_length}"
+    given += f" --draft-vocab {cell.draft_vocab or 'off'}"
+    gain = f"{best.speedup:.2f} x [{low:.2f}, {high:.2f}]"
+    confirm = f"layerskip tune {name}{also} --save"
+    if low > 1:
+        if cell == default:
+            return f"You will get {gain} with self-speculation as it is the default: {given}."
+        now = next((one for one in analysis.cells if one.cell == default), None)
+        than = f" (the default, {cell_text(now.cell)}, is predicted {now.speedup:.2f} x)" if now else ""
+        return f"You will get {gain} with {given}{than}; {confirm} measures it and makes it the default."
+    keep = (
+        "It is the default already."
+        if default is None
+        else f"{confirm} measures it and makes that the default."
+    )
+    plain = f"use plain decoding (--mode ar). {keep}"
+    if high >= 1:
+        return f"About even: {gain} at best, with {given}. Until it is measured to gain, {plain}"
+    curve = analysis.seen.agreement[cell.exit_layer]
+    if trained:
+        why = (
+            f"The exits are trained, but exit {cell.exit_layer} agrees with the whole model at "
+            f"{100 * curve:.0f}% of the positions of these prompts. Give prompts like those it was trained for "
+            f"(--prompts), or train it further on such data: layerskip train finetune model={name} data=..."
+        )
+    else:
+        why = (
+            "The exits are not trained; to gain, train them: "
+            f"layerskip train finetune model={name} data=... output=..."
+        )
+    return f"You will get {gain} at best, with {given}: {plain} {why}"
+
+
+def cell_text(cell: Cell) -> str:
+    vocab = f"draft vocabulary {cell.draft_vocab}" if cell.draft_vocab else "no draft vocabulary"
+    return f"E {cell.exit_layer}, K {cell.draft_length}, {vocab}"
+
+
+# -- does an output end --------------------------------------------------------------------------------------
+
+
+def ending(lm: LanguageModel, analysis: Analysis, chat: bool) -> dict[str, Any]:
+    """Compare who says what ends an output: generation config, tokenizer, chat template; and how outputs ended."""
+    tokenizer = lm.tokenizer
+    used = sorted(lm.eos_ids(Options()))
+    own = getattr(tokenizer, "eos_token_id", None)
+    turn = end_of_turn(tokenizer)
+    ended = sum(one.ended for one in analysis.continuations)
+    warnings = []
+    if not used:
+        warnings.append(
+            "no end-of-sequence token is known: outputs run to the budget. Name one as eos_token_id in "
+            "generation_config.json"
+        )
+    for token, whose in (
+        (own, "the tokenizer's end of sequence"),
+        (turn, "the chat template's end of a turn"),
+    ):
+        if token is not None and token not in used and used:
+            text = tokenizer.convert_ids_to_tokens(token)
+            warnings.append(
+                f"{whose} {text} (id {token}) does not end an output here: add {token} to eos_token_id in "
+                f"generation_config.json, or give --stop '{text}'"
+            )
+    if tokenizer is not None and not lm.has_template:
+        warnings.append("there is no chat template: prompts are continued as plain text")
+    if chat and turn is None and lm.has_template:
+        warnings.append("the chat template ends an answer with no token of its own: outputs may run on")
+    return {
+        "chat_template": lm.has_template,
+        "prompts_as_chat": chat,
+        "eos_ids": used,
+        "tokenizer_eos_id": own,
+        "end_of_turn_id": turn,
+        "ended": ended,
+        "continuations": len(analysis.continuations),
+        "warnings": list(dict.fromkeys(warnings)),
+    }
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Find the special token a chat template writes behind an answer; None without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    from jinja2 import TemplateError  # as in decode.text
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    try:  # templates are code of the checkpoint's authors: they may refuse, or expect what is not there
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (TemplateError, ValueError, TypeError, AttributeError, KeyError):
+        return None
+    behind = text.rpartition(MARK)[2].lstrip()
+    special = [token for token in tokenizer.all_special_tokens if token and behind.startswith(token)]
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if str(t) and behind.startswith(str(t))]
+    found = max([*special, *added], key=len, default=None)
+    return None if found is None else int(tokenizer.convert_tokens_to_ids(found))
+
+
+# -- is it the same twice ------------------------------------------------------------------------------------
+
+
+def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
+    """Decode a prompt twice plainly, then by self-speculation, and tell how near the two best logits come."""
+    one = max(analysis.continuations, key=lambda one: len(one.tokens))
+    plain = {"mode": "ar", "max_new_tokens": analysis.budget}
+    first, again = (lm.generate(one.prompt, **plain).tokens for _ in range(2))
+    drafted = lm.generate(one.prompt, **{**plain, **analysis.best.cell.options}).tokens
+    shorter, seen = min(len(first), len(drafted)), analysis.seen
+    parted = next((i for i in range(shorter) if first[i] != drafted[i]), shorter)
+    equal = first == drafted
+    return {
+        "deterministic": first == again,
+        "self_speculative_equal": equal,
+        "first_difference": None if equal else parted,
+        "equality_promised": equality_promised(lm),
+        "row_exact": lm.stack.row_exact,
+        "dtype": str(lm.stack.dtype).removeprefix("torch."),
+        "stack": lm.stack.name,
+        "ties": seen.ties,
+        "near_ties": seen.near_ties,
+        "pass_equals_decoding": seen.equal,
+    }
+
+
+def equality_promised(lm: LanguageModel) -> bool:
+    """Whether self-speculation must give plain decoding's tokens here: else near ties may turn over."""
+    return lm.stack.row_exact or lm.stack.dtype in EXACT
+
+
+def memory(lm: LanguageModel, cell: Cell) -> dict[str, int]:
+    """Bytes of the weights, of the keys and values of one token, and of the draft head's own rows."""
+    cache = lm.stack.new_cache(1, 1)
+    slots = cache.keys[0].shape[2]
+    head = lm.draft_head(Options.parse({"draft_vocab": cell.draft_vocab or "off"}))
+    stack = lm.stack
+    return {
+        "weight_bytes": stack.num_layers * stack.layer_bytes + stack.head_bytes + stack.table_bytes,
+        "cache_bytes_per_token": cache.num_bytes // slots,
+        "draft_head_bytes": 0 if head is None else head.num_bytes,
+    }

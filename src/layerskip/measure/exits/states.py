@@ -1,0 +1,139 @@
+"""What every exit says about a text, in one pass of all layers: the base of evaluation, tuning and pictures.
+
+    for chunk in chunks(stack, sequences, exits=[2, 4, 8]):
+        chunk.full                                  # float32 [N, V], the whole model
+        for exit_layer, logits in chunk.exits():    # float32 [N, V] or [N, head.size], one exit at a time
+
+Sequences are run side by side, as many as `BATCH_TOKENS` allows; the states after every exit are kept by taps, and
+the head reads them `CHUNK` positions at a time, so no [exits, N, V] is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from layerskip.errors import UserError
+from layerskip.model.step import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layerskip.model.head import Head
+    from layerskip.model.stack import Stack
+
+BATCH_TOKENS = 2048  # positions of one pass, padding included
+CHUNK = 256  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive positions of one sequence, and what can be read from them.
+
+    Position t is that of a token; its logits predict token t + 1.
+    """
+
+    stack: Stack
+    sequence: int  # its place in the input
+    positions: range
+    states: dict[int, Tensor]  # exit layer -> [N, D]
+    full: Tensor  # float32 [N, V], all layers
+
+    @torch.inference_mode()  # a norm with a gradient could not save the states, which are inference tensors
+    def logits(self, exit_layer: int, head: Head | None = None) -> Tensor:
+        """Read one exit: float32 [N, V], or [N, head.size] with a draft head; the last layer is `full` itself.
+
+        Raises: UserError for logits that are not numbers.
+        """
+        if head is None and exit_layer == self.stack.num_layers:
+            return self.full
+        return _finite(self.stack.logits(self.states[exit_layer], head), exit_layer)
+
+    def exits(self, head: Head | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Read one exit after the other, by ascending layer."""
+        return ((exit_layer, self.logits(exit_layer, head)) for exit_layer in sorted(self.states))
+
+
+def chunks(
+    stack: Stack,
+    sequences: Sequence[Sequence[int]],
+    exits: Sequence[int],
+    firsts: Sequence[int] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    size: int = CHUNK,
+) -> Iterator[Chunk]:
+    """Run sequences of token ids through all layers and hand out their positions, chunk by chunk, in input order.
+
+    `firsts[i]` is the first position of sequence i that is wanted (default 0): the last token of its prompt, say,
+    where its continuation is judged. The last position is handed out too; it predicts what is not there yet.
+    Raises: UserError for an exit that is no layer of the model, an empty sequence, one beyond the context, and for
+    logits that are not numbers.
+    """
+    check_exits(exits, stack.num_layers)
+    _check(stack, sequences)
+    firsts = [0] * len(sequences) if firsts is None else firsts
+    for group in _batches([len(tokens) for tokens in sequences], batch_tokens):
+        states = _states(stack, [sequences[i] for i in group], exits)
+        for row, i in enumerate(group):
+            for start in range(firsts[i], len(sequences[i]), size):
+                positions = range(start, min(start + size, len(sequences[i])))
+                own = {k: h[row, positions.start : positions.stop] for k, h in states.items()}  # [N, D]
+                with torch.inference_mode():
+                    full = _finite(stack.logits(own[stack.num_layers]), stack.num_layers)
+                yield Chunk(stack, i, positions, {k: own[k] for k in exits}, full)
+
+
+def check_exits(exits: Iterable[int], layers: int) -> None:
+    """Refuse what is no layer of a model of `layers`. Raises: UserError."""
+    for exit_layer in exits:
+        if not 1 <= exit_layer <= layers:
+            raise UserError(f"exit layer {exit_layer} is out of range", f"exits are layers 1 to {layers}")
+
+
+def _finite(logits: Tensor, exit_layer: int) -> Tensor:
+    if not torch.stack(logits.aminmax()).isfinite().all():  # one pass, no copy; NaN is passed on
+        raise UserError(
+            f"the logits at exit {exit_layer} are not all finite", "try --dtype float32 or bfloat16"
+        )
+    return logits
+
+
+def _check(stack: Stack, sequences: Sequence[Sequence[int]]) -> None:
+    for number, tokens in enumerate(sequences, 1):
+        if not tokens:
+            raise UserError(f"text {number} is empty", "leave it out")
+        if stack.context is not None and len(tokens) > stack.context:
+            raise UserError(
+                f"text {number} has {len(tokens)} tokens, the context is {stack.context}", "cut it into parts"
+            )
+
+
+def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Group neighbours as long as rows times the longest of them stay within `limit`; one is always taken."""
+    group: list[int] = []
+    for i, length in enumerate(lengths):
+        longest = max([length, *(lengths[j] for j in group)])
+        if group and longest * (len(group) + 1) > limit:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+@torch.inference_mode()
+def _states(stack: Stack, sequences: Sequence[Sequence[int]], exits: Sequence[int]) -> dict[int, Tensor]:
+    """Hidden states after every exit and after the last layer: {k: [B, T, D]}, T the longest; padding is junk."""
+    counts = [len(tokens) for tokens in sequences]
+    width, rows = max(counts), list(range(len(sequences)))
+    cache = stack.new_cache(len(rows), width)
+    for row in rows:
+        cache.set_length(row, 0, stack.num_layers)
+    step = Step.span(rows, [0] * len(rows), counts, stack.device, spill=cache.capacity)
+    padded = [[*tokens, *[tokens[-1]] * (width - len(tokens))] for tokens in sequences]
+    tokens = torch.tensor(padded, device=stack.device)  # [B, T]
+    h, taps = stack.run(stack.embed(tokens, step), 0, stack.num_layers, step, cache, taps=exits)
+    return {**taps, stack.num_layers: h}

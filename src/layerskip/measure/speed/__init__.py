@@ -1,0 +1,1 @@
+"""How fast: timed methods, step times, the roofline."""

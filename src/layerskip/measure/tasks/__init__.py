@@ -1,0 +1,1 @@
+"""Scored tasks and the sandbox that judges programs."""

@@ -1,0 +1,81 @@
+"""Load a plain Hugging Face folder and choose its stack: native where the family has one, else the model's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from layerskip.errors import UserError, nearest
+from layerskip.model.families import refuse_unsupported
+from layerskip.model.huggingface import HuggingFaceStack
+from layerskip.model.native.linear import require_quantizable
+from layerskip.model.native.load import native_reason, native_stack
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from layerskip.model.stack import Stack
+
+KINDS = ("auto", "native", "hf")
+
+
+def load(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    device_map: Any = None,
+    kind: str = "auto",
+    quantize: str | None = None,
+) -> tuple[Stack, Any]:
+    """Load a plain Hugging Face folder; return its stack and the Hugging Face model it came from.
+
+    `kind` auto takes the native stack where the family has one, native insists on it, hf refuses it. The native
+    stack takes the model's weights with it: what is returned then is a shell with its configuration.
+
+    Raises: UserError for a model that does not load, or whose slices do not reproduce it.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown stack {kind!r}", nearest(kind, KINDS))
+    require_quantizable(quantize, dtype, torch.device(device))
+    hf = load_model(path, dtype=dtype, device=device, device_map=device_map)
+    refuse_unsupported(hf)
+    reason = "it was refused" if kind == "hf" else native_reason(hf, placed=device_map is not None)
+    if reason is None:
+        return native_stack(hf, quantize=quantize), hf
+    if kind == "native" or quantize is not None:
+        wanted = "the native stack" if quantize is None else f"{quantize}, which needs the native stack,"
+        raise UserError(f"{wanted} cannot be had: {reason}", "leave out --quantize and --stack native")
+    return HuggingFaceStack(hf), hf
+
+
+def load_model(path: Path, *, dtype: torch.dtype, device: str | torch.device, device_map: Any = None) -> Any:
+    """Load a checked folder with `AutoModelForCausalLM` (safetensors only, no remote code)."""
+    from transformers import AutoModelForCausalLM
+
+    placement = {"device_map": device_map} if device_map is not None else {}
+    try:
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **placement,
+        )
+        hf = hf.eval() if device_map is not None else hf.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"not enough memory on {device} for the weights of {path}", "use a 16-bit --dtype"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load {path} as a causal language model: {error}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of {type(hf).__name__}, the first is {missing[0]}",
+            "is the download complete, and config.json that of these weights?",
+        )
+    return hf

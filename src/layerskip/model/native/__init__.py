@@ -1,0 +1,1 @@
+"""The fast decoder for Llama-shaped families."""

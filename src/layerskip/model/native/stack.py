@@ -1,0 +1,191 @@
+"""The fast decoder for Llama-shaped families, behind the same contract as the Hugging Face stack.
+
+One class; families differ by what their modules have (biases, per-head norms, windows, layers without rotary
+angles, a scaled embedding). Query, key and value are one product, gate and up another; residuals are added inside
+the products; the regions between them are compiled on the CPU where a compiler is at hand. Build it with
+`native_load.native_stack`, which checks the result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from layerskip.model.cache import Cache, KVShape
+from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
+from layerskip.model.head import Head
+from layerskip.model.native.attention import SLOTS, Attention
+from layerskip.model.native.kernels import SUFFIXES, kernels
+from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
+from layerskip.model.native.linear import SINGLE_ROW, Packed, packed, packs, row_exact
+from layerskip.model.parity import probe_tokens
+from layerskip.model.stack import Counters, Stack
+from layerskip.model.step import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class NativeStack(Stack):
+    """Run a Llama-shaped decoder on fused, packed weights.
+
+    `empty` frees each Hugging Face layer once it is taken. `compiled` False keeps to torch's operations.
+    Exact: with `row_exact`, the bits of a token do not depend on how many a call brings (tests/test_row_exact.py).
+    """
+
+    name = "native"
+
+    def __init__(
+        self, hf: Any, *, quantize: str | None = None, empty: bool = False, compiled: bool = True
+    ) -> None:
+        config = hf.config.get_text_config()
+        family = FAMILIES[config.model_type]
+        _, modules, rotary, finish = parts_of(hf)
+        self.model_type, self.num_layers, self.width = config.model_type, len(modules), config.hidden_size
+        self.dtype, self.device = hf.dtype, device_of(hf)
+        self.context = context_of(config)
+        self.quantize = quantize
+        self.counters = Counters()
+        table, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+        self.table: Tensor = table.weight.detach()
+        scale = getattr(table, "scalar_embed_scale", None)  # rounded to the dtype, as Hugging Face does
+        self.embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
+        self.vocab_size = head.weight.shape[0]
+        self.tied = tied(table.weight, head.weight)
+        attention, kv_heads = modules[0].self_attn, config.num_key_value_heads
+        self.layers: list[Layer] = []
+        for module, window in zip(modules, windows_of(config, family, self.num_layers), strict=True):
+            self.layers.append(Layer.of(module, window, kv_heads, quantize))
+            if empty:
+                _empty(module)
+        self.finish = Norm.of(finish[0])
+        self.head = packed(head.weight, head.bias, quantize)
+        if empty and not self.tied:
+            _empty(head)
+        self.layer_bytes = sum(linear.num_bytes for linear in self.layers[0].linears)
+        self.head_bytes = self.head.num_bytes
+        aliased = self.tied and not isinstance(self.head, Packed) and quantize is None
+        self.table_bytes = 0 if aliased else self.table.numel() * self.table.element_size()
+        shape = KVShape(kv_heads, attention.head_dim, attention.head_dim, self.dtype, self.device)
+        self.kv_shapes = [shape] * self.num_layers
+        self.kernels = (
+            kernels() if compiled and self.device.type == "cpu" and self.dtype in SUFFIXES else None
+        )
+        self.gated = activation_of(config)
+        self.attention = Attention(
+            config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
+            rotary, self.context, exact=False, kernels=self.kernels,
+        )  # fmt: skip
+        self.single_row = SINGLE_ROW if isinstance(self.head, Packed) else 1
+        self.attention.exact = (
+            packs(self.dtype, self.device)
+            and self.attention.can_be_exact
+            and row_exact([*self.layers[0].linears, self.head], self.dtype, self.single_row)
+        )
+        self.row_exact = self.attention.exact = self.attention.exact and self._is_row_exact()
+
+    @torch.inference_mode()
+    def _is_row_exact(self) -> bool:
+        """Try the first layers and the head whole: nine positions in one call against one by one."""
+        tokens = probe_tokens(self.vocab_size, self.device, length=9)
+        depth, outputs = min(2, self.num_layers), []
+        for counts in ([9], [1] * 9):
+            cache, start, parts = Cache(self.kv_shapes, 1, 9, SLOTS), 0, []
+            for count in counts:
+                step = Step.span([0], [start], [count], self.device, spill=9)
+                h = self.embed(tokens[:, start : start + count], step)
+                parts.append(self.logits(self.run(h, 0, depth, step, cache)[0]))
+                start += count
+            outputs.append(torch.cat(parts, 1))
+        self.counters.reset()
+        return torch.equal(*outputs)
+
+    def embed(self, tokens: Tensor, step: Step) -> Tensor:
+        h = F.embedding(tokens, self.table)
+        return h if self.embed_scale is None else h * self.embed_scale
+
+    def run(
+        self, h: Tensor, start: int, stop: int, step: Step, cache: Cache, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        if start == stop:
+            return h, {}
+        cache.bind(step)
+        self.counters.count_run(start, stop, step)
+        copies = self.single_row if h.shape[:2] == (1, 1) else 1
+        if copies > 1:
+            h = h.expand(1, copies, -1).contiguous()  # [1, 4, D]: see `Packed`
+        tapped = {}
+        for index in range(start, stop):
+            layer = self.layers[index]
+            h = layer.out.added_to(h, self._attended(layer, index, h, step, cache, copies))
+            gate_up = layer.gate_up(self._normed(layer.before_mlp, h, copies))
+            h = layer.down.added_to(h, self._activated(gate_up, copies))
+            if index + 1 in taps:
+                tapped[index + 1] = h[:, : step.width]
+        return h[:, : step.width], tapped
+
+    def _attended(self, layer: Layer, index: int, h: Tensor, step: Step, cache: Cache, copies: int) -> Tensor:
+        """Attend in one layer; write its keys and values. Shapes: h [B, T', D] -> [B, T', heads d]."""
+        heads, kv_heads, width = self.attention.heads, self.attention.kv_heads, step.width
+        qkv = layer.qkv(self._normed(layer.before_attention, h, copies))  # [B, T', (heads + 2 H) d]
+        qkv = qkv[:, :width].view(-1, width, heads + 2 * kv_heads, self.attention.size)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], 2)
+            qkv = torch.cat((self._normed(layer.q_norm, query), self._normed(layer.k_norm, key), value), 2)
+        return self.attention(qkv, index, step, cache, layer.window, layer.rotary, copies)
+
+    def _normed(self, norm: Norm, h: Tensor, copies: int = 1) -> Tensor:
+        """Shapes: [..., D] -> [..., D]; `copies` equal rows need computing once."""
+        if self.kernels is not None and norm.gain.dtype == h.dtype:
+            return self.kernels.norm(h, norm.gain, norm.eps, copies)
+        return norm(h)
+
+    def _activated(self, gate_up: Tensor, copies: int) -> Tensor:
+        """Shapes: [B, T', 2 F] -> [B, T', F], F the width of the MLP."""
+        if self.kernels is not None and ACTIVATIONS[self.gated] is F.silu:
+            return self.kernels.swiglu(gate_up, copies)
+        gate, up = gate_up.chunk(2, -1)
+        return ACTIVATIONS[self.gated](gate) * up
+
+    def logits(self, h: Tensor, head: Head | None = None) -> Tensor:
+        size, project = (self.vocab_size, self.head) if head is None else (head.size, head.project)
+        shape, rows = h.shape[:-1], h[..., 0].numel()
+        self.counters.head_rows[size] += rows
+        if rows == 1 and self.single_row > 1:
+            h = h.reshape(1, 1, -1).expand(1, self.single_row, -1).contiguous()
+        return project(self._normed(self.finish, h)).float().view(-1, size)[:rows].view(*shape, size)
+
+    def products(self) -> None:
+        """Run every matrix product of a plain step and nothing else: the floor of its time."""
+        inputs = {
+            size: torch.zeros(1, self.single_row, size, dtype=self.dtype, device=self.device)
+            for linear in (*self.layers[0].linears, self.head)
+            for size in (linear.in_features, linear.out_features)
+        }
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.gate_up):
+                linear(inputs[linear.in_features])
+            for linear in (layer.out, layer.down):
+                linear.added_to(inputs[linear.out_features], inputs[linear.in_features])
+        self.head(inputs[self.head.in_features])
+
+    def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
+        index = torch.tensor(list(ids), device=self.device)
+        if weight is not None:
+            own = packed(weight.to(self.device, self.dtype), quantize=self.quantize)
+            return Head(index, own, own.num_bytes)
+        tied = self.tied and self.quantize is None
+        rows = packed(self.table[index]) if tied else self.head.rows(index)
+        return Head(index, rows, rows.num_bytes)
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        return Cache(self.kv_shapes, rows, capacity, SLOTS if self.row_exact else 1)
+
+
+def _empty(module: Any) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)

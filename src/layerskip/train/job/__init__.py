@@ -1,0 +1,1 @@
+"""A training run from a recipe: plan, run, export."""

@@ -1,0 +1,175 @@
+"""What a finished run leaves: a plain Hugging Face folder with the `layerskip` entry, and a model card.
+
+Everything is written aside and moved into place file by file, `config.json` last: until it stands there the folder
+is no checkpoint, so a kill or a full disk never leaves a mixture that loads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerskip.checkpoint.facts import entry, write_draft_head
+from layerskip.errors import UserError
+from layerskip.train.objective.exit_map import add_map, folded, map_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from layerskip.checkpoint.facts import Facts
+    from layerskip.train.job.recipe import Recipe
+
+MAKING = ".exporting"
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def export(
+    trainer: Any,
+    source: Path,
+    output: Path,
+    facts: Facts,
+    recipe: Recipe,
+    result: dict[str, Any],
+    ids: Sequence[int] | None = None,
+) -> None:
+    """Write the trained model into `output`; every rank calls it, the first one writes.
+
+    Adapters are merged; a map of the exit becomes rows of its own for the draft vocabulary `ids`. Tokenizer and
+    generation config are those of `source`, byte for byte.
+    Raises: UserError when there is no room; checkpoints and a former export stay as they were.
+    """
+    from safetensors import SafetensorError
+
+    trainer.exits.detach()
+    model = _whole(trainer, recipe)
+    if trainer.args.process_index == 0:
+        making = output / MAKING
+        try:
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir(parents=True)
+            _check_space(model, output)
+            model.config.layerskip = entry(facts)
+            if ids is not None:
+                weight = None if map_of(model) is None else folded(model, ids)
+                model.config.layerskip |= write_draft_head(making, ids, weight)
+            model.save_pretrained(making)
+            for file in _copied(source):
+                shutil.copyfile(file, making / file.name)
+            (making / "README.md").write_text(card(recipe, facts, result), encoding="utf-8")
+            _move(making, output)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write the model into {output}: {error}",
+                "free some space; --resume finishes from the last checkpoint",
+            ) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
+    """Write the model card: how to use it, what each exit knows, how it was trained."""
+    base = Path(recipe.model).name if recipe.model and recipe.from_config is None else None
+    header = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [layerskip, early-exit]",
+    ]
+    if base is not None and recipe.model is not None and not Path(recipe.model).expanduser().exists():
+        header += [f"base_model: {recipe.model}"] if "/" in recipe.model else []
+    lines = [*header, "---", "", f"# {Path(str(result['output'])).name}", ""]
+    lines += [
+        f"{base or 'A model from random weights'}, trained with layer dropout and early-exit loss, so that its "
+        "first layers can draft for the rest (LayerSkip, arXiv 2404.16710).",
+        "",
+        "```",
+        f'layerskip generate ./{Path(str(result["output"])).name} "..."',
+        "```",
+        "",
+        "An ordinary checkpoint otherwise: `AutoModelForCausalLM.from_pretrained` opens it.",
+        "",
+        "| exit layer | loss | agrees with the last layer |",
+        "| --- | --- | --- |",
+    ]
+    for k, figures in result["exits"].items():
+        lines.append(f"| {k} | {_number(figures['loss'], '.3f')} | {_number(figures['agreement'], '.1%')} |")
+    measured = "held-out data" if recipe.eval_data else "the last training batches"
+    told = f"Measured on {measured}: per token, with the right text before it."
+    lines += ["", told if result["exits"] else "Nothing was measured."]
+    speedup = _number(result.get("predicted_speedup"), ".2f")
+    if facts.exit_layer is None and facts.trained:
+        why = f"Drafting does not pay yet: the cost model predicts {speedup} x at best"
+        why = "No exit was measured" if result.get("predicted_speedup") is None else why
+        lines += ["", f"{why}, so plain decoding is the default."]
+    if facts.exit_layer is not None:
+        lines += [
+            "",
+            f"Default: exit layer E = {facts.exit_layer}, draft length K = {facts.draft_length}; the cost model "
+            f"predicts {speedup} x from these agreements, `layerskip bench` measures.",
+        ]
+    keys = (
+        "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum", "rotation",
+        "exits", "exit_loss", "learning_rate", "lr_schedule", "dtype", "seed",
+    )  # fmt: skip
+    steps, tokens = result["steps"], result.get("tokens")
+    trained = f"{steps} steps" + ("" if tokens is None else f", {tokens:,} tokens with padding")
+    lines += ["", f"Recipe {recipe.name or 'of its own'}, {trained}.", "", "```"]
+    lines += [f"{key}: {getattr(recipe, key)}" for key in keys]
+    lines += [f"lora: rank {recipe.lora.rank}, merged"] if recipe.lora else []
+    return "\n".join([*lines, "```", ""])
+
+
+def _whole(trainer: Any, recipe: Recipe) -> Any:
+    """Gather the model on the first rank, adapters merged."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if trainer.is_fsdp_enabled:
+        from transformers import AutoModelForCausalLM
+
+        state = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.process_index != 0:
+            return None
+        model = AutoModelForCausalLM.from_config(trainer.exits.hf.config, dtype=trainer.exits.hf.dtype)
+        if recipe.exit_map:
+            add_map(model)
+        if recipe.lora is not None:
+            from layerskip.train.job.lora import with_adapters
+
+            model = with_adapters(model, recipe.lora)
+        model.load_state_dict(state)
+    return model.merge_and_unload() if recipe.lora is not None else model
+
+
+def _copied(source: Path) -> Iterable[Path]:
+    return sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()})
+
+
+def _check_space(model: Any, output: Path) -> None:
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    if (free := shutil.disk_usage(output).free) < needed * 1.02:
+        raise UserError(
+            f"the model takes {needed / 1e9:.2f} GB and {output} has {free / 1e9:.2f} GB free",
+            "free some space; --resume finishes from the last checkpoint",
+        )
+
+
+def _move(making: Path, output: Path) -> None:
+    for file in making.iterdir():  # what is moved must be on the disk, or a power cut leaves empty files
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    (output / "config.json").unlink(missing_ok=True)
+    for old in output.glob("*.safetensors*"):
+        old.unlink()  # of a former export, maybe cut into other shards
+    weights_mode = (making / "config.json").stat().st_mode
+    for file in sorted(making.iterdir(), key=lambda path: path.name == "config.json"):
+        file.chmod(weights_mode)  # safetensors writes files that only their owner reads
+        os.replace(file, output / file.name)
+
+
+def _number(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)

@@ -1,0 +1,138 @@
+"""What a recipe names, found and checked: configuration, tokenizer, rows of data, the model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from layerskip.train.data.packing import Rows
+    from layerskip.train.job.recipe import Recipe
+    from layerskip.watch import Watch
+
+
+def configuration_of(recipe: Recipe) -> tuple[Path, Any]:
+    """Find the model's folder and its configuration; with from_config the folder is that of the tokenizer."""
+    from transformers import AutoConfig
+
+    from layerskip.checkpoint import resolve as hub
+
+    if recipe.model is None and recipe.from_config is None:
+        raise UserError(
+            "the recipe has no model", "model=NAME starts from a checkpoint, from_config=FILE from nothing"
+        )
+    folder = None if recipe.model is None else hub.resolve(recipe.model)
+    path = folder
+    if recipe.from_config is not None:
+        path = Path(recipe.from_config).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"no configuration {path}", "from_config names a config.json or its folder")
+        folder = folder or path.parent
+    assert folder is not None
+    try:
+        return folder, AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read the model's configuration {path}: {error}") from error
+
+
+def check_length(recipe: Recipe, config: Any) -> None:
+    from layerskip.model.families import context_of
+
+    context = context_of(config.get_text_config())
+    if context is not None and recipe.length > context:
+        raise UserError(
+            f"rows of {recipe.length} tokens are longer than the model's context of {context}",
+            f"length={context} or less",
+        )
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{folder} has no tokenizer", "model=NAME gives one beside from_config")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot read the tokenizer of {folder}: {error}", "add its tokenizer.json"
+        ) from error
+
+
+def ends_of(folder: Path, config: Any) -> set[int]:
+    """All tokens that end what the model writes: those of its generation config, else of its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        generation = GenerationConfig.from_model_config(config)
+    ids = generation.eos_token_id
+    return {ids} - {None} if not isinstance(ids, list) else {*ids}
+
+
+def rows_of(
+    recipe: Recipe,
+    sources: Sequence[str],
+    tokenizer: Any,
+    config: Any,
+    watch: Watch | None,
+    ends: Iterable[int],
+    limit: int | None = None,
+) -> Rows | None:
+    if not sources:
+        return None
+    from layerskip.train.data import packing as data
+
+    columns = data.Columns(**recipe.columns.model_dump())
+    options = data.DataOptions(
+        length=recipe.length,
+        template=recipe.template,
+        separator=recipe.separator,
+        loss_on=recipe.loss_on,
+        pack=recipe.pack,
+        long=recipe.long,
+    )
+    found = itertools.chain.from_iterable(data.examples(source, columns) for source in sources)
+    encoded = data.encode(itertools.islice(found, limit), tokenizer, options, watch, ends)
+    pad = tokenizer.pad_token_id
+    rows = data.rows(encoded, options, 0 if pad is None else pad)
+    data.check_labels(rows, config.get_text_config().vocab_size)
+    return rows
+
+
+def model_for(recipe: Recipe, folder: Path, config: Any) -> Any:
+    """Load or make the model, float32."""
+    import torch
+
+    from layerskip.model.load import load_model
+
+    if recipe.from_config is None:
+        model = load_model(folder, dtype=torch.float32, device="cpu")
+    else:
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(recipe.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.name_or_path = ""  # PEFT would look for a checkpoint there, then on the hub
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # saving would refuse it; the file itself is copied unchanged at the end
+        ends = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = type(generation)(**ends)
+    return model
+
+
+def check_packing(recipe: Recipe, model: Any) -> None:
+    from layerskip.train.data.packing import packs
+
+    if recipe.pack and not packs(model):
+        raise UserError(
+            f"model type {model.config.model_type!r} does not keep packed examples apart", "pack=false"
+        )

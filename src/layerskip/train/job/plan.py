@@ -1,0 +1,160 @@
+"""A recipe as Hugging Face's arguments, and the plan that is shown before a run: steps, tokens, memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from layerskip.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from layerskip.train.job.recipe import Recipe
+    from layerskip.train.job.run import Run
+    from layerskip.train.objective.schedule import Schedule
+    from layerskip.train.trainer import LayerSkipArguments
+
+
+REFUSED = {
+    "gradient_accumulation_steps": "accumulation or global_batch decides it",
+    "prediction_loss_only": "the logits of all exits are never made at once",
+    "ignore_data_skip": "a resumed run would see other rows",
+    "save_only_model": "no run could be resumed from its checkpoints",
+    "auto_find_batch_size": "a resumed run would see other rows",
+    "dataloader_drop_last": "the plan counts all rows",
+}
+
+
+def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkipArguments:
+    import torch
+
+    from layerskip.train.trainer import LayerSkipArguments
+
+    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    eval_every = recipe.eval_every or recipe.save_every
+    if recipe.best_by != "none" and recipe.save_every % eval_every:
+        raise UserError(
+            f"best_by needs an evaluation at every checkpoint: save_every is {recipe.save_every}, "
+            f"eval_every {eval_every}",
+            f"eval_every={recipe.save_every}",
+        )
+    if recipe.best_by == "speedup" and not schedule.trained:
+        raise UserError("best_by speedup needs an exit, and e_scale=0 trains none", "best_by=loss")
+    settings: dict[str, Any] = {
+        "output_dir": str(output),
+        **{
+            key: getattr(recipe, key)
+            for key in (
+                "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum",
+                "rotation", "last_every", "exit_loss", "learning_rate", "weight_decay", "max_grad_norm", "seed",
+                "report_to",
+            )
+        },
+        "exits": None if schedule.exits is None else list(schedule.exits),
+        "max_steps": recipe.steps or -1,
+        "num_train_epochs": recipe.epochs,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "lr_scheduler_type": recipe.lr_schedule,
+        "warmup_steps": recipe.warmup,
+        "bf16": recipe.dtype == "bfloat16",
+        **({"gradient_checkpointing": True} if recipe.checkpointing else {}),
+        "torch_compile": recipe.compile,
+        "dataloader_num_workers": recipe.workers,
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "save_total_limit": recipe.keep,
+        "logging_steps": recipe.log_every,
+        "eval_strategy": "steps" if recipe.eval_sources else "no",
+        "eval_steps": eval_every if recipe.eval_sources else None,
+        "load_best_model_at_end": recipe.best_by != "none",
+        "metric_for_best_model": {"loss": "eval_loss", "speedup": "eval_predicted_speedup"}.get(recipe.best_by),
+        "greater_is_better": {"loss": False, "speedup": True}.get(recipe.best_by),
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "use_cpu": on_cpu,
+    }  # fmt: skip
+    known = {field.name for field in fields(LayerSkipArguments)}
+    for key in recipe.arguments:
+        if key in settings:
+            raise UserError(
+                f"arguments.{key} is decided by the recipe's own keys", "layerskip recipes show lists them"
+            )
+        if key in REFUSED:
+            raise UserError(f"arguments.{key} cannot be set: {REFUSED[key]}", "leave it out")
+        if key not in known:
+            raise UserError(f"unknown key arguments.{key}", nearest(key, known))
+    defaults = {"ddp_find_unused_parameters": False, "logging_first_step": True}
+    try:
+        arguments = LayerSkipArguments(**settings, **defaults | recipe.arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"the recipe's settings do not fit this machine: {error}") from error
+    if recipe.global_batch is not None:
+        rows = recipe.batch_size * arguments.world_size
+        if recipe.global_batch % rows:
+            raise UserError(
+                f"global_batch {recipe.global_batch} is not a multiple of batch_size {recipe.batch_size} x "
+                f"{arguments.world_size} devices",
+                f"global_batch={max(1, recipe.global_batch // rows) * rows}, or another batch_size",
+            )
+        arguments.gradient_accumulation_steps = recipe.global_batch // rows
+    else:
+        arguments.gradient_accumulation_steps = recipe.accumulation
+    return arguments
+
+
+def plan_of(run: Run) -> dict[str, Any]:
+    """Say what the run will do. Units: bytes for memory, layers for the head."""
+    recipe, arguments, rows = run.recipe, run.arguments, run.train_rows
+    batch = recipe.batch_size * arguments.world_size
+    batches = math.ceil(len(rows) / batch)
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps = recipe.steps or math.ceil(recipe.epochs * per_epoch)
+    rows_per_step = batch * arguments.gradient_accumulation_steps
+    mean = rows.num_tokens / len(rows)
+    config = run.model.config.get_text_config()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    return {
+        "steps": steps,
+        "epochs": round(steps / per_epoch, 2),
+        "rows": len(rows),
+        "examples": rows.num_examples,
+        "rows_per_step": rows_per_step,
+        "rows_per_pass": batch,
+        "passes": arguments.gradient_accumulation_steps,
+        "tokens": round(steps * rows_per_step * mean),
+        "tokens_per_epoch": rows.num_tokens,
+        "learnt_share": round(rows.num_targets / rows.num_tokens, 3),
+        "eval_rows": 0 if run.eval_rows is None else len(run.eval_rows),
+        "layers": config.num_hidden_layers,
+        "exits": list(run.schedule.trained),
+        "parameters": parameters,
+        "trainable": trainable,
+        "devices": arguments.world_size,
+        "device": arguments.device.type,
+        "memory_bytes": _memory(run, parameters, trainable),
+        "resumes_at": None if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1]),
+    }
+
+
+def _memory(run: Run, parameters: int, trainable: int) -> int:
+    """Estimate the peak of one device that holds everything: weights, gradients, Adam, activations, logits."""
+    config, recipe = run.model.config.get_text_config(), run.recipe
+    tokens, width = recipe.batch_size * recipe.length, config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    short = recipe.dtype == "bfloat16"  # autocast: norms and the residual stay float32, products are 16 bit
+    size = 2 if short else 4
+    # What a Llama-shaped layer keeps for its backward pass; 4 x 512 tokens of SmolLM2 took 5.2 GB in all.
+    layer = tokens * ((32 if short else 56) * width + 4 * inner * size)
+    layers = config.num_hidden_layers
+    activations = layer + layers * tokens * width * 4 if recipe.checkpointing else layers * layer
+    head = config.vocab_size * width
+    weights = (6 if short else 4) * parameters + 12 * trainable
+    if (
+        recipe.last_loss != "ce" and recipe.lora is None and recipe.freeze != "model"
+    ):  # what it was before training stands beside it
+        weights += (2 if short else 4) * parameters
+    return int(weights + activations + 4 * head + 3 * (1 << 26))

@@ -1,0 +1,366 @@
+"""A training run from a recipe: check everything, train, evaluate, leave a plain Hugging Face folder.
+
+    run = prepare(read_recipe("finetune", ["data=chats.jsonl", "output=out"]))
+    print(run.plan)
+    result = finish(run)
+
+`train(recipe)` is both. What can be refused is refused by `prepare`, before a step is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerskip.checkpoint.facts import Facts
+from layerskip.checkpoint.files import write_text
+from layerskip.errors import UserError
+from layerskip.train import checkpoints
+from layerskip.train.job.export import export
+from layerskip.train.job.loading import (
+    check_length,
+    check_packing,
+    configuration_of,
+    ends_of,
+    model_for,
+    rows_of,
+    tokenizer_of,
+)
+from layerskip.train.job.plan import arguments_for, plan_of
+from layerskip.train.job.recipe import Recipe, as_yaml, differing_keys, read_recipe
+from layerskip.train.objective.exit_map import add_map, map_of
+from layerskip.train.objective.schedule import Schedule
+
+if TYPE_CHECKING:
+    from layerskip.train.data.packing import Rows
+    from layerskip.train.trainer import LayerSkipArguments
+    from layerskip.watch import Watch
+
+RECIPE_FILE = "recipe.yaml"
+FACTS_FILE = "run.json"
+"""Beside the recipe: what data and devices make of it, which a resumed run must not change either."""
+MAY_DIFFER = (
+    "name",
+    "description",
+    "source",
+    "layers",
+    "output",
+    "keep",
+    "workers",
+    "report_to",
+    "log_every",
+)
+"""Keys that a resumed run may change: they decide nothing about the weights."""
+
+
+@dataclass
+class Run:
+    """A run that passed every check."""
+
+    recipe: Recipe
+    schedule: Schedule
+    model: Any
+    tokenizer: Any
+    folder: Path
+    """Where tokenizer and generation config come from."""
+    arguments: LayerSkipArguments
+    train_rows: Rows
+    eval_rows: Rows | None
+    ends: set[int]
+    """Tokens that end what the model writes."""
+    checkpoint: Path | None
+    """Where training goes on."""
+    use_cache: bool
+    """The configuration's, which the trainer turns off and the export gives back."""
+    warnings: list[str]
+    """What was noticed while the data were read."""
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.arguments.output_dir)
+
+
+def train(
+    recipe: Recipe, resume: bool = False, callbacks: Sequence[Any] = (), watch: Watch | None = None
+) -> dict[str, Any]:
+    """Train as the recipe says; returns the final figures. Writes into the recipe's output folder.
+
+    Raises: UserError for whatever the recipe, the data or the model cannot do, before any step.
+    """
+    return finish(prepare(recipe, resume, watch), callbacks)
+
+
+def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) -> Run:
+    """Check a recipe against its output folder, model and data; load all three. Cheap checks come first.
+
+    Raises: UserError.
+    """
+    _check_installed(recipe)
+    output = checked_output(recipe, resume)
+    if not recipe.sources:
+        raise UserError(
+            "the recipe has no data", "data=FILE names .jsonl, .parquet, .txt, a folder or a data set"
+        )
+    folder, config = configuration_of(recipe)
+    num_layers = config.get_text_config().num_hidden_layers
+    if recipe.layers is not None and recipe.layers > num_layers:
+        raise UserError(
+            f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
+            "layers=null takes its settings as they are; the shipped recipes for any depth are finetune and lora",
+        )
+    schedule = schedule_for(recipe, num_layers)
+    check_length(recipe, config)
+    arguments = arguments_for(recipe, output, schedule)
+    tokenizer, ends = tokenizer_of(folder), ends_of(folder, config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        train_rows = rows_of(recipe, recipe.sources, tokenizer, config, watch, ends)
+        eval_rows = rows_of(recipe, recipe.eval_sources, tokenizer, config, watch, ends, recipe.eval_limit)
+    assert train_rows is not None
+    model = model_for(recipe, folder, config)
+    run = Run(
+        recipe, schedule, model, tokenizer, folder, arguments, train_rows, eval_rows, ends,
+        checkpoints.latest(output) if resume else None,
+        getattr(config, "use_cache", True), [str(warning.message) for warning in caught],
+    )  # fmt: skip
+    check_packing(recipe, model)
+    if recipe.exit_map:
+        add_map(model)
+    freeze(model, recipe, schedule)
+    if recipe.lora is not None:
+        from layerskip.train.job.lora import with_adapters
+
+        run.model = with_adapters(model, recipe.lora)
+        lowest = min(recipe.lora.layers or [1])
+        if above := [k for k in schedule.trained if k < lowest]:
+            raise UserError(
+                f"exit {above[0]} would learn nothing: no layer up to it has adapters, the lowest is {lowest}",
+                f"lora.layers=[...] from {above[0]} down, or exits=[...] from {lowest} up",
+            )
+    run.plan = plan_of(run)
+    if run.checkpoint is not None:
+        _check_unchanged(run)
+    return run
+
+
+def freeze(model: Any, recipe: Recipe, schedule: Schedule) -> None:
+    """Exclude from training what the recipe leaves as it is; adapters see to that themselves."""
+    from layerskip.model.families import parts_of
+
+    if recipe.freeze == "nothing":
+        return
+    if recipe.freeze == "embeddings":
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
+        return
+    model.requires_grad_(False)
+    learning = parts_of(model)[1][: max(schedule.trained)] if recipe.freeze == "above" else []
+    for module in (*learning, map_of(model)):
+        if module is not None:
+            module.requires_grad_(True)
+
+
+def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train, evaluate, export. An interrupted run leaves its checkpoint and exports nothing.
+
+    Raises: UserError for a loss that is not finite, or a disk that is full; checkpoints stay as they were.
+    """
+    import torch
+    from transformers import PrinterCallback
+
+    from layerskip.train import figures
+    from layerskip.train.objective.anchor import anchor_of
+    from layerskip.train.objective.reference import before_training
+    from layerskip.train.trainer import LayerSkipTrainer
+
+    main = run.arguments.process_index == 0
+    if main:
+        _write_down(run)
+    stays = run.recipe.last_loss == "kl" and run.recipe.freeze != "model"
+    reference = before_training(run.model, getattr(torch, run.recipe.dtype)) if stays else None
+    anchor = None
+    if run.recipe.last_loss == "anchor":
+        run.model.to(run.arguments.device)
+        with torch.autocast(run.arguments.device.type, torch.bfloat16, run.recipe.dtype == "bfloat16"):
+            anchor = anchor_of(run.model, max(run.schedule.trained), run.train_rows, run.recipe.seed)
+    trainer = LayerSkipTrainer(
+        model=run.model,
+        args=run.arguments,
+        train_dataset=run.train_rows,
+        eval_dataset=run.eval_rows,
+        data_collator=run.train_rows.collate,
+        callbacks=list(callbacks),
+    )
+    ids = None if run.recipe.exit_vocab is None else run.train_rows.frequent(run.recipe.exit_vocab, run.ends)
+    trainer.exits.learn_only(ids)
+    trainer.exits.reference, trainer.exits.anchor = reference, anchor
+    if callbacks or not main:
+        trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
+    if (run.plan["resumes_at"] or 0) < run.plan["steps"]:
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    else:
+        _load_finished(trainer, run)
+    result: dict[str, Any] = {
+        "recipe": run.recipe.name,
+        "steps": trainer.state.global_step,
+        "tokens": None,
+        "train_s": time.perf_counter() - began,
+        "interrupted": trainer.interrupted,
+        "output": str(run.output),
+        **dict.fromkeys(("exit_layer", "draft_length", "predicted_speedup")),
+    }
+    history = trainer.state.log_history
+    if not result["interrupted"] and run.eval_rows is not None:
+        done = any("eval_loss" in line and line.get("step") == trainer.state.global_step for line in history)
+        if not done or trainer.state.best_model_checkpoint:  # the best one's weights are loaded by now
+            trainer.evaluate()
+    result |= final_figures(history, run.eval_rows is not None)
+    if main:
+        shutil.rmtree(run.output / checkpoints.STAGING, ignore_errors=True)
+    if result["interrupted"]:
+        return result
+    agreement = {
+        int(k): told["agreement"] for k, told in result["exits"].items() if told["agreement"] is not None
+    }
+    chosen = figures.predicted(
+        trainer.exits, {k: agreement[k] for k in run.schedule.trained if k in agreement}
+    )
+    exit_layer, draft_length, speedup = chosen or (None, None, None)
+    if speedup is not None and speedup < 1.0:
+        exit_layer = draft_length = None  # decoding stays plain until it is asked for more
+    result |= {"exit_layer": exit_layer, "draft_length": draft_length, "predicted_speedup": speedup}
+    if trainer.state.best_model_checkpoint and run.recipe.best_by != "none":
+        result["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
+    facts = Facts(run.schedule.trained, exit_layer, draft_length, recipe=run.recipe.name or None)
+    run.model.config.use_cache = run.use_cache
+    export(trainer, run.folder, run.output, facts, run.recipe, result, ids)
+    return result
+
+
+def _load_finished(trainer: Any, run: Run) -> None:
+    """Take up a run that was stopped between its last step and its export; `train` would make a step too many."""
+    from transformers import TrainerState
+
+    if trainer.is_fsdp_enabled:
+        raise UserError(
+            f"the run in {run.output} made its last step, and sharded checkpoints are read in training only",
+            "remove its last checkpoint and --resume",
+        )
+    assert run.checkpoint is not None
+    trainer.state = TrainerState.load_from_json(str(run.checkpoint / "trainer_state.json"))
+    trainer.state.best_model_checkpoint = checkpoints.best(trainer.state, run.output)
+    best = trainer.state.best_model_checkpoint if run.recipe.best_by != "none" else None
+    trainer._load_from_checkpoint(best or str(run.checkpoint))
+
+
+def final_figures(history: Sequence[dict[str, Any]], evaluated: bool) -> dict[str, Any]:
+    """Gather each exit's last loss and agreement from the log; exits rotate, so not all stand in one line."""
+    prefix = "eval_exit_" if evaluated else "exit_"
+    exits: dict[str, dict[str, float | None]] = {}
+    told: dict[str, Any] = {"exits": exits}
+    for line in history:
+        for key, value in line.items():
+            if key.startswith(prefix):
+                number, _, what = key.removeprefix(prefix).partition("_")
+                exits.setdefault(number, {"loss": None, "agreement": None})[what] = value
+            elif key in ("tokens", "tokens_per_s", "dropped", "loss", "eval_loss"):
+                told[key] = value
+    told["exits"] = dict(sorted(exits.items(), key=lambda item: int(item[0])))
+    return told
+
+
+# -- checks and loading, in the order of `prepare` ------------------------------------------------------------
+
+
+def _check_installed(recipe: Recipe) -> None:
+    needed = ["accelerate", *(["peft"] if recipe.lora else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"training needs {' and '.join(missing)}", 'pip install "layerskip[train]"')
+
+
+def checked_output(recipe: Recipe, resume: bool) -> Path:
+    """Say where to write. Raises: UserError when something else is there, or another recipe's run."""
+    if recipe.output is None:
+        raise UserError("the recipe has no output", "output=FOLDER says where checkpoints and the model go")
+    output = Path(recipe.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file", "name a folder")
+    before = output / RECIPE_FILE
+    if resume and before.is_file():
+        keys = [key for key in differing_keys(read_recipe(str(before)), recipe) if key not in MAY_DIFFER]
+        if keys:
+            raise UserError(
+                f"the run in {output} has another recipe, it differs in {', '.join(keys)}",
+                f"resume with the same settings (`layerskip train {before} --resume`), or choose another output",
+            )
+    elif output.is_dir() and any(output.iterdir()):
+        if resume:
+            raise UserError(
+                f"{output} holds no run to resume: it has no {RECIPE_FILE}", "choose another output"
+            )
+        hint = "--resume continues it, " if before.is_file() else ""
+        raise UserError(f"output {output} is not empty", f"{hint}another output starts afresh")
+    return output
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    digest, rows = hashlib.sha256(), run.train_rows
+    for array in (rows.tokens, rows.labels, rows.starts, rows.bounds):
+        digest.update(array.data)
+    return {key: run.plan[key] for key in ("rows_per_step", "steps")} | {"data": digest.hexdigest()}
+
+
+def _check_unchanged(run: Run) -> None:
+    """Raises: UserError when a resumed run would train on other rows than the one it goes on with."""
+    file, now = run.output / FACTS_FILE, _facts(run)
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}", "choose another output") from error
+    changed = ["the data" if key == "data" else f"{key} ({before.get(key)} before, now {value})"
+               for key, value in now.items() if before.get(key) != value]  # fmt: skip
+    if changed:
+        raise UserError(
+            f"the run in {run.output} cannot go on exactly, these changed: {', '.join(changed)}",
+            "resume with the data, the tokenizer and the number of devices of its start, or choose another output",
+        )
+
+
+def _write_down(run: Run) -> None:
+    """Put recipe and facts into the output folder, each as a whole, and only where they are new."""
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            (FACTS_FILE, json.dumps(_facts(run)) + "\n"),
+            (RECIPE_FILE, as_yaml(run.recipe)),
+        ):
+            file = run.output / name
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                write_text(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write into {run.output}: {error}", "free some space") from error
+
+
+def schedule_for(recipe: Recipe, num_layers: int) -> Schedule:
+    """Fit a recipe to a model's depth. Raises: UserError where it has too few layers."""
+    exits = recipe.exits
+    if exits == "auto":
+        exits = sorted({max(1, num_layers * eighths // 8) for eighths in range(1, 5)} - {num_layers})
+    elif exits is not None and max(exits) > num_layers:
+        raise UserError(
+            f"the recipe trains exit {max(exits)}, the model has {num_layers} layers",
+            f"exits=[...] names layers from 1 to {num_layers - 1}",
+        )
+    if not isinstance(recipe.weighting, str) and (strange := [k for k in recipe.weighting if k > num_layers]):
+        raise UserError(f"the recipe weighs exit {strange[0]}, the model has {num_layers} layers")
+    return Schedule.of(num_layers, recipe, exits)

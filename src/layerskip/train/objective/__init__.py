@@ -1,0 +1,1 @@
+"""What training minimises: schedule, layer dropout, exit loss, what holds the model."""

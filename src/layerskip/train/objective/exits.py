@@ -1,0 +1,366 @@
+"""Teach a Hugging Face model's exits: attach the recipe to the model, so that its own `forward` gives the loss.
+
+    exits = ExitTraining(model, Schedule(30, exits=(4, 8)))
+    with exits:
+        exits.begin(step, total)
+        model(input_ids=..., labels=...).loss.backward()
+
+The loss is computed inside the model's forward, so that whatever wraps it (DDP, FSDP, PEFT, autocast, activation
+checkpointing) sees one forward and one backward. When the last layer alone has a weight, the model's own loss is
+used unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from layerskip.errors import UserError, nearest
+from layerskip.model.families import ADDING_A_MODEL, parts_of, refuse_architecture
+from layerskip.model.parity import PARITY, probe_tokens
+from layerskip.train.data.encoding import IGNORED
+from layerskip.train.objective.anchor import Anchor, live_tokens
+from layerskip.train.objective.dropout import LayerDropout, keep_masks, sliced
+from layerskip.train.objective.exit_map import map_of
+from layerskip.train.objective.loss import EXIT_LOSSES, Sums, multi_exit_loss
+from layerskip.train.objective.reference import evaluating
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from torch import Tensor
+
+    from layerskip.train.objective.schedule import Schedule
+
+
+@dataclass
+class Totals:
+    """Sums since the last look, on the model's device: reading them waits for it."""
+
+    ce: dict[int, Tensor] = field(default_factory=dict)
+    kl: dict[int, Tensor] = field(default_factory=dict)
+    agreement: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)  # with a loss, by exit: exits rotate
+    layer_rows: int = 0  # rows times layers that a plain pass would have run
+    dropped: int = 0  # of these, not run
+    seen: int = 0  # tokens read, with and without a loss, padding among them
+
+    def add(self, sums: Sums) -> None:
+        for place, k in enumerate(sums.exits):
+            for total, part in ((self.ce, sums.ce), (self.kl, sums.kl), (self.agreement, sums.agreement)):
+                total[k] = total[k] + part[place] if k in total else part[place]
+            self.tokens[k] = self.tokens.get(k, 0) + sums.tokens
+
+
+class ExitTraining:
+    """A model with its recipe attached. `begin` tells it where in the run it stands; `totals` what came out.
+
+    `eval_exits` are measured in evaluation mode (default: the trained ones). `distributed` keeps ranks alike, see
+    `LayerDropout`. `seed` addresses the dropout masks.
+    Raises: UserError where the model's logits are not head(final norm(x)) by our table of families.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        schedule: Schedule,
+        exit_loss: str = "ce",
+        residual_scale: str = "none",
+        seed: int = 0,
+        distributed: bool = False,
+        eval_exits: tuple[int, ...] | None = None,
+        vocabulary: Sequence[int] | None = None,
+    ) -> None:
+        # A router's loss, an encoder: what is not seen here would be left out silently.
+        refuse_architecture(hf)
+        config = hf.config.get_text_config()
+        self.hf, self.schedule, self.exit_loss, self.seed = hf, schedule, exit_loss, seed
+        if exit_loss not in EXIT_LOSSES:
+            raise UserError(f"unknown exit_loss {exit_loss!r}", nearest(str(exit_loss), EXIT_LOSSES))
+        _, layers, _, self.finish = parts_of(hf)
+        if len(layers) != schedule.num_layers:
+            raise UserError(f"the schedule is for {schedule.num_layers} layers, the model has {len(layers)}")
+        self.layers, self.head = layers, hf.get_output_embeddings()
+        if type(self.head) is not torch.nn.Linear:
+            raise UserError(
+                f"the head is a {type(self.head).__name__}, exits need a plain linear one",
+                "leave the head out of what LoRA or quantisation replace",
+            )
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.eval_exits = schedule.trained if eval_exits is None else eval_exits
+        if schedule.last_every > 1 and exit_loss != "ce":
+            raise UserError(
+                f"exit_loss {exit_loss}, last_every {schedule.last_every}: rows that end early have no last layer",
+                "exit_loss=ce, or last_every=1",
+            )
+        self.learn_only(vocabulary)
+        self.dropout = LayerDropout(layers, residual_scale, distributed)
+        self.totals = Totals()
+        self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
+        self.step, self.total, self.first_row = 0, 1, 0
+        self.anchor: Anchor | None = None  # in place of a loss of the last layer
+        self.reference: Callable[..., Tensor] | None = None
+        """From inputs, what the head read before training, [B, T, D]: the last layer then learns to say that."""
+        self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
+        self._wanted: set[int] = set()
+        self._caught: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._before: Any = None
+        self._eager: dict[Any, Any] = {}
+
+    def learn_only(self, vocabulary: Sequence[int] | None) -> None:
+        """Let rows that end early tell these token ids apart alone, as a reduced draft head does; None: all."""
+        self._ids = None if vocabulary is None else torch.tensor(sorted(vocabulary))
+        self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
+        if self._ids is not None:
+            self._place_of = torch.full((self.head.weight.shape[0],), -1)
+            self._place_of[self._ids] = torch.arange(len(self._ids))
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._hooks)
+
+    def attach(self) -> None:
+        """Put the recipe into the model's forward, in place of another one there; no parameter is renamed."""
+        if (other := getattr(self.hf.forward, "exit_training", None)) is not None:
+            other.detach()  # a second trainer of the same model must not train through the first
+        check_logits(self.hf, self.finish, self.softcap)
+        self.dropout.attach()
+        # What changes from step to step (exits, rows, tokens with a label) is kept from a compiler, layers are not.
+        disable: Any = torch.compiler.disable
+        self._eager = {
+            f: disable(f) for f in (self._catch, self._prepare, self._note, self._loss, self._referred)
+        }
+        for k, layer in enumerate(self.layers, 1):
+            hook = functools.partial(self._eager[self._catch], k)
+            self._hooks.append(layer.register_forward_hook(hook))
+        self._before = self.hf.__dict__.get("forward")
+        original, inner = self.hf.forward, disable(self._forward, recursive=False)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return inner(original, *args, **kwargs)
+
+        self.hf.forward = disable(forward, recursive=False)
+        self.hf.forward.exit_training = self
+
+    def detach(self) -> None:
+        """Leave the model as it was; again does nothing."""
+        if not self.attached:
+            return
+        self.dropout.detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._eager = [], {}
+        if self._before is None:
+            del self.hf.forward
+        else:
+            self.hf.forward = self._before
+
+    def __enter__(self) -> ExitTraining:
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def begin(self, step: int, total: int, first_row: int = 0) -> None:
+        """Say which optimiser step comes, and which row of its global batch is the first of the next call."""
+        self.step, self.total, self.first_row = step, total, first_row
+
+    def drain(self) -> Totals:
+        """Hand over the totals and start new ones."""
+        done, self.totals = self.totals, Totals()
+        return done
+
+    # -- inside the model's forward ----------------------------------------------------------------------------
+
+    def _catch(self, k: int, layer: Any, args: Any, out: Any) -> None:
+        if k in self._wanted:
+            self._caught[k] = out[0] if isinstance(out, tuple) else out
+
+    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        hf = self.hf
+        labels = kwargs.get("labels")
+        if args:  # by position: input ids first, in every causal model
+            if len(args) > 1:
+                raise TypeError(
+                    "a model whose exits are trained takes input_ids alone by position, the rest by name"
+                )
+            kwargs = {**kwargs, "input_ids": args[0]}
+        if labels is None or not (hf.training or self.measuring):
+            self.dropout.set([], None, hf.device)
+            return original(**kwargs)
+        given = kwargs.get("input_ids")
+        tokens: Tensor = kwargs["inputs_embeds"] if given is None else given
+        last = self.schedule.num_layers
+        weights = self._eager[self._prepare](tokens)
+        exits = {*weights} if hf.training else {*self.eval_exits, last}
+        if exits == {last} and hf.training and self.reference is None:
+            # The model's own loss; a cache would hide from transformers that rows are packed.
+            out = original(**{"use_cache": False, **kwargs})
+            self._eager[self._note](out.loss.detach(), labels, kwargs.get("num_items_in_batch"))
+            return out
+        divisor = kwargs.pop("num_items_in_batch", None)
+        rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
+        before = (
+            self._eager[self._referred](rest, tokens) if hf.training and self.reference is not None else None
+        )
+        was = self.anchor.before(**rest) if hf.training and self.anchor is not None else None
+        self._wanted, self._caught = exits - {last}, {}
+        try:
+            final = hf.base_model(**rest, use_cache=False).last_hidden_state
+        finally:
+            self._wanted, caught = set(), self._caught
+            self._caught = {}
+        positions = rest.get("position_ids")
+        return self._eager[self._loss](final, caught, labels, weights, divisor, before, was, positions)
+
+    @torch.no_grad()
+    def _referred(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+        """What the model said before training of the rows that go through all layers; other rows hold anything."""
+        assert self.reference is not None
+        kept, self.dropout.kept = self.dropout.kept, None
+        try:
+            if self._whole is None:
+                return self.reference(**inputs)
+            chosen = [row for row, whole in enumerate(self._whole) if whole]
+            if not chosen and not self.dropout.distributed:
+                return tokens.new_empty(0)
+            rows = torch.tensor(chosen or [0], device=tokens.device)  # every rank calls sharded layers
+            part = self.reference(**sliced(inputs, rows, len(self._whole)))
+            return part.new_zeros(len(self._whole), *part.shape[1:]).index_copy(0, rows, part)
+        finally:
+            self.dropout.kept = kept
+
+    def _prepare(self, tokens: Tensor) -> dict[int, float]:
+        """Draw who is dropped in this pass; return the weights of the exits."""
+        rows, last = tokens.shape[0], self.schedule.num_layers
+        self._whole = None
+        if not self.hf.training:
+            return {last: 1.0}
+        rates = self.schedule.drop_rates(self.step, self.total)
+        kept = keep_masks(rates, self.seed, self.step, self.first_row, rows) if any(rates) else None
+        weights = self.schedule.weights(self.step, self.total)
+        deepest = max((k for k in weights if k < last), default=last)
+        if self.schedule.last_every > 1 and deepest < last:
+            self._whole = self.schedule.whole(self.step, self.first_row, rows)
+            kept = np.ones((last, rows), dtype=np.bool_) if kept is None else kept
+            kept[deepest:] &= self._whole
+        self.dropout.set(rates, kept, tokens.device)
+        self.totals.layer_rows += last * rows
+        self.totals.dropped += 0 if kept is None else last * rows - int(kept.sum())
+        self.totals.seen += rows * tokens.shape[1]
+        return weights
+
+    def _note(self, loss: Tensor, labels: Tensor, divisor: Tensor | int | None) -> None:
+        """Add a loss that the model worked out itself to the totals."""
+        tokens = int((labels[:, 1:] != IGNORED).sum())
+        ce = loss.float() * (tokens if divisor is None else divisor)
+        zero, agreed = torch.zeros_like(ce)[None], torch.full_like(ce, tokens)[None]
+        self.totals.add(Sums((self.schedule.num_layers,), ce[None], zero, agreed, tokens))
+
+    def _loss(
+        self,
+        final: Tensor,
+        caught: dict[int, Tensor],
+        labels: Tensor,
+        weights: dict[int, float],
+        divisor: Tensor | int | None,
+        before: Tensor | None,
+        was: Tensor | None,
+        positions: Tensor | None,
+    ) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        wanted, last = labels[:, 1:].reshape(-1), self.schedule.num_layers
+        learnt, short, price = wanted != IGNORED, None, None
+        count = learnt.sum().clamp_min(1) if divisor is None else divisor
+        if was is not None or self._whole is not None:  # the loss has parts: one divisor for all
+            divisor = count
+        if was is not None and self.anchor is not None:  # in place of the last layer's loss
+            now, live = caught[max(caught)], live_tokens(labels, positions)
+            price = weights[last] * self.anchor.price(was, now, live) / count
+            weights, final = {**weights, last: 0.0}, final.detach()
+        if self._whole is not None:
+            whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
+            # As often as the last layer is left out it counts for more: the expected loss is the whole one.
+            weights = {k: w * (self.schedule.last_every if k == last else 1) for k, w in weights.items()}
+            short, learnt = learnt & ~whole, learnt & whole
+        places = learnt.nonzero()[:, 0]  # the one wait for the device of a call
+        states = {last: _picked(final, places)}
+        for k in sorted(caught, reverse=True):
+            states[k] = self._read(_picked(caught[k], places))
+        given: dict[str, Any] = {"softcap": self.softcap, "exit_loss": self.exit_loss, "divisor": divisor}
+        known = None if before is None or not len(places) else _picked(before, places)
+        loss, sums = multi_exit_loss(
+            states, wanted[places], weights, self.head.weight, self.head.bias, **given, before=known
+        )
+        self.totals.add(sums)  # figures are those of whole rows: there is a last layer to agree with
+        if short is not None:
+            loss = loss + self._short(short, caught, wanted, weights, given)
+        return CausalLMOutputWithPast(loss=loss if price is None else loss + price)
+
+    def _short(
+        self, learnt: Tensor, caught: dict[int, Tensor], wanted: Tensor, weights: dict[int, float], given: Any
+    ) -> Tensor:
+        """Loss of the early exits over rows that end at the deepest of them: [B * (T - 1)] of them are learnt."""
+        head, bias = self.head.weight, self.head.bias
+        if self._place_of is not None and self._ids is not None:
+            self._ids, self._place_of = self._ids.to(wanted.device), self._place_of.to(wanted.device)
+            wanted = self._place_of[wanted.clamp_min(0)]
+            learnt = learnt & (wanted >= 0)
+            head, bias = head[self._ids], None if bias is None else bias[self._ids]
+        places = learnt.nonzero()[:, 0]
+        states = {k: self._read(_picked(state, places)) for k, state in caught.items()}
+        return multi_exit_loss(states, wanted[places], weights, head, bias, **given)[0]
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the head reads at an early exit."""
+        for module in self.finish:
+            x = module(x)
+        learnt = map_of(self.hf)
+        return x if learnt is None else learnt(x)
+
+
+def _picked(hidden: Tensor, places: Tensor) -> Tensor:
+    """States that predict a token with a label: [N, D] from [B, T, D]; the last of a row predicts nothing."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
+
+
+@torch.no_grad()
+def check_logits(hf: Any, finish: list[Any], softcap: float | None) -> None:
+    """Compare head(final norm(x)), as exits will be read, with the model's own logits on eight tokens.
+
+    Raises: UserError when they differ.
+    """
+    head = hf.get_output_embeddings()
+    if head.weight.device.type == "meta":
+        return
+    seen: list[Tensor] = []
+    hook = finish[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) if finish else None
+    try:
+        tokens = probe_tokens(head.weight.shape[0], head.weight.device)
+        with evaluating(hf):
+            reference = hf(input_ids=tokens, use_cache=False).logits.float()
+    finally:
+        if hook is not None:
+            hook.remove()
+    x = seen[-1]
+    for module in finish:
+        x = module(x)
+    ours = head(x).float()
+    if softcap is not None:
+        ours = torch.tanh(ours / softcap) * softcap
+    if (ours - reference).abs().max() > PARITY[hf.dtype] * reference.abs().max():
+        raise UserError(
+            f"model type {hf.config.model_type!r}: its logits are not head(norm(x)), exits would be misread",
+            ADDING_A_MODEL,
+        )
