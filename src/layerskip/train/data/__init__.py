@@ -1,4 +1,4 @@
-"""From files to rows of tokens with labels: `examples`, `encode`, `rows`, `collate`, `split`, loaded at first use."""
+"""From files to rows of tokens with labels: `examples`, `encode`, `rows`, `split`; each is loaded at first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
