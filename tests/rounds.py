@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from layerskip.decode.engine import Engine
 from layerskip.decode.request import Request
+from layerskip.decode.scheduler import Scheduler
 
 ENGINE_OPTIONS = ("draft_head", "prefill_chunk", "device_rounds")
 
@@ -37,23 +38,17 @@ def decode(stack, prompts, new=48, exit_layer=None, draft_length=0, rows=None, c
     engine = Engine(stack, rows=rows or len(prompts), capacity=capacity, **given)
     if capture is not None:
         engine.device_rounds.graphs.capture = capture
-    waiting = [
+    requests = [
         replace(Request(prompt, new, exit_layer, draft_length, index=index, **options), **each(index))
         for index, prompt in enumerate(prompts)
     ]
     record = Record([[] for _ in prompts], [[] for _ in prompts], engine)
-    running = {}
-    while waiting or running:
-        while waiting and len(running) < len(engine.cache.lengths):
-            request = waiting.pop(0)
-            running[engine.add(request)] = request
-        for round in engine.step():
-            request = running[round.row]
-            record.tokens[request.index] += round.tokens
-            record.rounds[request.index].append(round)
-            _note(record, round, request.eos)
-            if round.finish_reason:
-                del running[round.row]
+    for place, event in Scheduler(engine).run(requests):
+        if isinstance(event, Exception):
+            raise event
+        record.tokens[place] += event.tokens
+        record.rounds[place].append(event)
+        _note(record, event, requests[place].eos)
     assert not engine.busy
     return record
 

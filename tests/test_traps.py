@@ -11,7 +11,7 @@ import tiny
 from layerskip.checkpoint import resolve as hub
 from layerskip.decode import sampling
 from layerskip.decode.engine import Engine
-from layerskip.decode.request import Request
+from layerskip.decode.request import Failure, Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
 from layerskip.model.huggingface import HuggingFaceStack
@@ -247,12 +247,15 @@ def test_trap_12_an_exit_state_continues_to_the_full_model_wherever_it_is_cut(fa
             assert torch.equal(h, whole)
 
 
-def test_nan_logits_are_an_error_and_the_other_rows_go_on(llama):
+@pytest.mark.parametrize("exit_layer", [1, 2])
+def test_nan_logits_are_an_error_and_the_other_rows_go_on(llama, exit_layer):
     _, stack = llama
     wanted = decode(stack, [[7, 8]], 8).tokens[0]
     engine = Engine(stack, rows=2, capacity=32)
     good = engine.add(Request([7, 8], 8, 2, 3))
-    bad = engine.add(Request(PROMPT, 8, 1, 3, index=1))  # another exit: another group
+    bad = engine.add(
+        Request(PROMPT, 8, exit_layer, 3, index=1)
+    )  # in the group of the good row, or in another
     tokens = []
     while not engine.cache.lengths[bad]:
         tokens += [t for round in engine.step() if round.row == good for t in round.tokens]
@@ -260,11 +263,12 @@ def test_nan_logits_are_an_error_and_the_other_rows_go_on(llama):
         engine.cache.keys[0][bad, :, :2] = torch.nan
     errors = []
     while engine.busy:
-        try:
-            tokens += [t for round in engine.step() if round.row == good for t in round.tokens]
-        except UserError as error:
-            errors.append(error.message)
-    assert errors == ["the model gave NaN or infinite logits"]
+        for event in engine.step():
+            if isinstance(event, Failure):
+                errors.append((event.row, event.error.message))
+            elif event.row == good:
+                tokens += event.tokens
+    assert errors == [(bad, "the model gave NaN or infinite logits")]
     assert tokens == wanted
     assert not engine.cache.keys[0][bad].isnan().any(), "the freed row is clean for the next request"
 

@@ -10,11 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 from conftest import CLOSE, FULL
 from layerskip.decode.engine import Engine
-from layerskip.decode.request import Request
+from layerskip.decode.request import Failure, Request
 from layerskip.decode.rounds import device as device_rounds
 from layerskip.decode.rounds.device import Shape, device_law, device_round
 from layerskip.decode.sampling import Processing, Sampling
-from layerskip.errors import UserError
 from layerskip.model.step import Step
 from rounds import Replayed, decode
 
@@ -246,22 +245,26 @@ def test_the_cache_after_every_round_equals_a_fresh_prefill_of_the_kept_tokens(s
         )
 
 
-def test_nan_logits_are_the_same_error_and_the_other_rows_go_on(stacks):
+@pytest.mark.parametrize("exit_layer", [1, 2])
+def test_nan_logits_are_the_same_error_and_the_other_rows_go_on(stacks, exit_layer):
     wanted = decode(stacks["llama"], [[7, 8]], 8).tokens[0]
     engine = Engine(stacks["llama"], rows=2, capacity=32, device_rounds=True)
     good = engine.add(Request([7, 8], 8, 2, 3))
-    bad = engine.add(Request(PROMPTS[0], 8, 1, 3, index=1))  # another exit: another group
+    bad = engine.add(
+        Request(PROMPTS[0], 8, exit_layer, 3, index=1)
+    )  # in the group of the good row, or in another
     tokens, errors = [], []
     while not engine.cache.lengths[bad]:
         tokens += [t for round in engine.step() if round.row == good for t in round.tokens]
     with torch.inference_mode():
         engine.cache.keys[0][bad, :, :2] = torch.nan
     while engine.busy:
-        try:
-            tokens += [t for round in engine.step() if round.row == good for t in round.tokens]
-        except UserError as error:
-            errors.append(error.message)
-    assert errors == ["the model gave NaN or infinite logits"]
+        for event in engine.step():
+            if isinstance(event, Failure):
+                errors.append((event.row, event.error.message))
+            elif event.row == good:
+                tokens += event.tokens
+    assert errors == [(bad, "the model gave NaN or infinite logits")]
     assert tokens == wanted
     assert not engine.cache.keys[0][bad, :, :-1].isnan().any()
 

@@ -9,7 +9,7 @@ import pytest
 
 from laws import FAILS, PASSES, exact_first_tokens, first_tokens, p_value, small_model
 from layerskip.decode.control import Choice, Controller, Prices
-from layerskip.decode.rounds import host as host_rounds
+from layerskip.decode.drafters.exit import ExitDrafter
 from layerskip.decode.sampling import DRAFT, Uniforms
 
 SURE = 0.45  # in the middle of what the small model's exits reach
@@ -87,13 +87,17 @@ def test_the_adaptive_controller_leaves_the_law_alone(model, device):
 
 def test_dropping_drawn_tokens_that_look_unlikely_would_be_seen(model, monkeypatch):
     """Control: stopping by the drawn token's own probability instead, after the draw, is biased (trap 8)."""
-    original = host_rounds.HostRounds._propose
+    original = ExitDrafter._propose
 
-    def picky(self, rows, drawing, states, logits):
-        proposed = original(self, rows, drawing, states, logits)
+    def picky(self, rows, drafts, drawing, processors, logits):
+        going_on = original(self, rows, drafts, drawing, processors, logits)
         laws = logits.softmax(-1)
-        return {b: token for (b, token), law in zip(proposed.items(), laws, strict=True) if law[token] >= 0.3}
+        unlikely = [b for b, law in zip(going_on, laws, strict=True) if law[drafts[b].tokens[-1]] < 0.3]
+        for b in unlikely:
+            drafts[b].tokens.pop()
+            drafts[b].laws.pop()
+        return [b for b in going_on if b not in unlikely]
 
-    monkeypatch.setattr(host_rounds.HostRounds, "_propose", picky)
+    monkeypatch.setattr(ExitDrafter, "_propose", picky)
     found = first_tokens(model, 3, 400, exit_layer=2, draft_length=3)
     assert p_value(found, exact_first_tokens(model, 3)) < FAILS

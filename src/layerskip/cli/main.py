@@ -351,13 +351,12 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | No
 
 
 def _stream(lm: LanguageModel, prompt: str, options: dict[str, Any]) -> None:
-    from layerskip.decode.generation import finished
+    from layerskip.decode.generation import statistics
     from layerskip.decode.options import Options
 
     rounds = print_rounds(lm, lm.stream(prompt, **options), options["stop"])
-    plan = lm.plan(Options.parse(options))
     prompt_tokens = sum(round.prompt_tokens for round in rounds)
-    stats = finished(lm.tokenizer, rounds, plan, prompt_tokens).stats
+    stats = statistics(rounds, lm.plan(Options.parse(options)), prompt_tokens)
     err.print(Text(statistics_line(stats), style="dim"))
 
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from layerskip.decode.engine import Engine
-from layerskip.decode.generation import Generation, finished
-from layerskip.decode.options import Options, seeded
-from layerskip.errors import UserError
+from layerskip.decode.scheduler import Scheduler, Status, Ticket
 
 if TYPE_CHECKING:
+    from layerskip.decode.call import Call
+    from layerskip.decode.engine import Engine
+    from layerskip.decode.generation import Generation
     from layerskip.decode.request import Round
 
 
 class Chat:
-    """A conversation: one row whose cache is reused up to the longest common token prefix of each turn."""
+    """A conversation: one row whose cache is reused up to the longest common token prefix of each turn.
 
-    def __init__(
-        self, lm: Any, options: Options, system: str | None = None, context: int | None = None
-    ) -> None:
-        self.lm = lm
-        self.options = seeded(options)
-        self.plan = lm.plan(options)
+    `LanguageModel.chat` opens one.
+    """
+
+    def __init__(self, call: Call, engine: Engine, system: str | None = None) -> None:
+        self.call = call
+        self.scheduler = Scheduler(engine)
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._system)
-        if context is not None and context < 1:
-            raise UserError(f"context is {context}", "give a number of tokens, at least 1")
-        capacity = min(filter(None, (context, lm.stack.context)), default=4096)
-        self.engine = Engine(lm.stack, rows=1, capacity=capacity, draft_head=lm.draft_head(options))
-        self._row: int | None = None
+        self._ticket: Ticket | None = None  # of the turn before, whose row is kept
         self._turn = 0
         self.last: Generation | None = None
 
@@ -39,24 +35,23 @@ class Chat:
         Raises: UserError, with the conversation unchanged, when it no longer fits the context.
         """
         messages = [*self.messages, {"role": "user", "content": content}]
-        request = self.lm.request(messages, self.options, self._turn, keep=True)
-        row = self._row = self.engine.add(request, self._row)
+        request = self.call.request(messages, self._turn, keep=True)
+        before = self._ticket
+        if before is not None and before.status in (Status.FAILED, Status.CANCELLED):
+            before = None
+        ticket = self._ticket = self.scheduler.submit(request, before)
         self._turn += 1
         rounds: list[Round] = []
         try:
-            while not (rounds and rounds[-1].finish_reason):
-                for round in self.engine.step():
-                    rounds.append(round)
-                    yield round
-        except UserError:
-            self._row = None  # the engine has cancelled it
-            raise
+            while ticket.status in (Status.WAITING, Status.RUNNING):
+                for _, event in self.scheduler.step():
+                    if isinstance(event, Exception):
+                        raise event
+                    rounds.append(event)
+                    yield event
         finally:
-            if self._row is not None:
-                self.engine.pause(row)
-            self.last = finished(
-                self.lm.tokenizer, rounds, self.plan, len(request.prompt), self.options.stops
-            )
+            self.scheduler.pause(ticket)
+            self.last = self.call.generation(rounds, len(request.prompt))
             if self.last.tokens:  # an answer abandoned before its first token leaves no turn
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
@@ -64,6 +59,6 @@ class Chat:
         """Forget the conversation but not the system message."""
         self.messages = list(self._system)
         self.last = None
-        if self._row is not None:
-            self.engine.cancel(self._row)
-            self._row = None
+        if self._ticket is not None:
+            self.scheduler.cancel(self._ticket)
+            self._ticket = None

@@ -47,6 +47,7 @@ class Choice:
     draft_length: int
     confidence: float = 0.0  # stop before drawing where the draft head's largest probability is below
     probes: tuple[int, ...] = ()  # exits whose agreement is looked at on the way
+    drafter: str = "exit"  # a name in `drafters.DRAFTERS`
 
 
 class Drafted(NamedTuple):

@@ -3,8 +3,10 @@
     engine = Engine(stack, rows=2, capacity=512)
     row = engine.add(Request(prompt=ids, max_new_tokens=64, exit_layer=6, draft_length=4))
     while engine.busy:
-        for round in engine.step():
+        for event in engine.step():     # a `Round`, or the `Failure` of one row
             ...
+
+`scheduler.py` puts a queue in front of it.
 
 One round function serves all modes. A row drafts K tokens with its first `exit_layer` layers and verifies them
 with the layers up to `depth`: plain decoding is K = 0 with E = depth = L, early-exit decoding K = 0 with
@@ -15,18 +17,21 @@ Invariant, per row, between steps: the cache holds all tokens but the last, whic
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerskip.decode.control import Choice, Drafted
-from layerskip.decode.request import Request, Round
+from layerskip.decode.drafters import DRAFTERS
+from layerskip.decode.drafters.exit import ExitDrafter
+from layerskip.decode.request import Failure, Request, Round
 from layerskip.decode.rounds.device import DeviceRounds, device_law
 from layerskip.decode.rounds.host import HostRounds
-from layerskip.decode.row import Row
+from layerskip.decode.row import Draft, Outcome, Row, span
 from layerskip.decode.sampling import Uniforms
-from layerskip.errors import UserError
+from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +61,11 @@ class Engine:
         self.stack = stack
         self.draft_head = draft_head
         self.prefill_chunk = prefill_chunk
+        if stack.context is not None and capacity > stack.context:
+            raise UserError(
+                f"a cache of {capacity} positions passes the model's context of {stack.context}",
+                "make it smaller",
+            )
         with torch.inference_mode():
             self.cache = stack.new_cache(rows, capacity)
         if device_rounds is None:
@@ -63,8 +73,10 @@ class Engine:
         self.host_rounds = HostRounds(stack, self.cache, draft_head)
         self.device_rounds = DeviceRounds(stack, self.cache, draft_head) if device_rounds else None
         self._rows: dict[int, Row] = {}
-        self._step_id = 0
+        self._step_id = self._arrivals = 0
         self._prefilled_last = False
+        self._events: list[Round | Failure] = []  # of a step that is going on, or was interrupted
+        self._driving = threading.Lock()
 
     def serves(self, rows: int, capacity: int, draft_head: Head | None) -> bool:
         """Whether this engine has no rows and is what one would be made as now."""
@@ -74,11 +86,26 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any row still has tokens to come."""
-        return any(not row.finished for row in self._rows.values())
+        return bool(self._events) or any(not row.finished for row in self._rows.values())
+
+    @property
+    def untold(self) -> bool:
+        """Whether a step that was interrupted has left events for the next one to tell."""
+        return bool(self._events)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request can be added without a row to go on in."""
+        return len(self._rows) < len(self.cache.lengths)
 
     def tokens(self, row: int) -> list[int]:
         """Committed tokens of a row, prompt included."""
-        return list(self._rows[row].tokens)
+        return list(self._known(row).tokens)
+
+    def _known(self, row: int) -> Row:
+        if row not in self._rows:
+            raise UserError(f"the engine has no row {row}", "it has ended, or was cancelled")
+        return self._rows[row]
 
     # -- rows come and go ------------------------------------------------------------------------------------
 
@@ -93,7 +120,7 @@ class Engine:
         depth = exit_layer if request.believe else self.stack.num_layers
         reused = 0
         if row is not None:
-            before = self._rows[row]
+            before = self._known(row)
             if not before.finished:
                 raise UserError(f"row {row} is still generating", "cancel it first, or wait for its end")
             if self.cache.depths[row] == depth:
@@ -105,16 +132,20 @@ class Engine:
                     "all rows of the engine are taken", "wait for one to finish, or make more rows"
                 )
         self.cache.set_length(row, reused, depth)
-        choice = Choice(exit_layer, request.draft_length, request.confidence)
+        choice = Choice(exit_layer, request.draft_length, request.confidence, drafter=request.drafter)
         tokens, uniforms = list(request.prompt), Uniforms(request.seed)
-        self._rows[row] = Row(row, request, depth, choice, tokens, uniforms, request.processing.processors)
+        self._arrivals += 1
+        state = request.processing.processors
+        self._rows[row] = Row(row, request, depth, choice, tokens, uniforms, state, self._arrivals)
         return row
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request this engine cannot honour."""
         layers, length = self.stack.num_layers, len(request.prompt)
         exit_layer = layers if request.exit_layer is None else request.exit_layer
-        early = request.draft_length > 0 or request.believe
+        early = request.believe or (request.draft_length > 0 and request.drafter == ExitDrafter.name)
+        if request.drafter not in DRAFTERS:
+            raise UserError(f"unknown drafter {request.drafter!r}", nearest(request.drafter, DRAFTERS))
         if not 1 <= exit_layer <= (layers - 1 if early else layers):
             allowed = f"choose an exit layer from 1 to {layers - 1} (the model has {layers} layers)"
             raise UserError(f"exit layer {exit_layer} is out of range", allowed)
@@ -143,138 +174,175 @@ class Engine:
 
     def pause(self, row: int) -> None:
         """Stop generating but keep the row's cache for a next turn."""
-        self._rows[row].finished = True
+        self._known(row).finished = True
 
     # -- work ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> list[Round]:
+    def step(self) -> list[Round | Failure]:
         """Do one work item: a prompt chunk of one row, or a round of the rows that share an exit layer.
 
-        Prompts and rounds alternate when both wait, so that a long prompt does not stall running rows.
+        Prompts and rounds alternate when both wait, so that a long prompt does not stall running rows. An error of
+        a row (the model gives NaN, a processor or a stop function raises) ends that row alone. After an interrupt
+        the next step tells what was committed, and what was not is done again.
 
-        Raises: UserError when the model gives NaN or processors forbid everything; the rows of this work
-        item are cancelled then and the others can go on.
+        Raises: UserError where another thread is in a step.
         """
+        if not self._driving.acquire(blocking=False):
+            raise UserError("two threads step one engine", "one drives; others submit to its `Scheduler`")
+        try:
+            if not self._events:
+                self._work()
+            events, self._events = self._events, []
+            return events
+        finally:
+            self._driving.release()
+
+    def _work(self) -> None:
         waiting = [row for row in self._rows.values() if not row.finished]
         prompts = [row for row in waiting if self._prefilling(row)]
         rounds = [row for row in waiting if not self._prefilling(row)]
         if not waiting:
-            return []
+            return
         _choose(rounds)
         self._step_id += 1
         self._prefilled_last = bool(prompts) and not (rounds and self._prefilled_last)
         if self._prefilled_last:
-            group = prompts[:1]
+            self._prefill(min(prompts, key=lambda row: row.arrived))
         else:
             oldest = self._kind(min(rounds, key=lambda row: row.waited))
-            group = [row for row in rounds if self._kind(row) == oldest]
-        try:
-            return self._prefill(group[0]) if self._prefilled_last else self._round(group)
-        except UserError:
-            for row in group:
-                self.cancel(row.slot)
-            raise
+            self._round([row for row in rounds if self._kind(row) == oldest])
 
     def _kind(self, row: Row) -> tuple[Any, ...]:
         """What rows must have in common to be served by one step."""
         choice, law = row.choice, device_law(row.request) if self.device_rounds else None
         controller = id(row.request.controller)  # its rows are counted and timed together
-        return choice.exit_layer, choice.confidence, choice.probes, row.depth, controller, law
+        shared = choice.drafter, choice.exit_layer, choice.confidence, choice.probes
+        return *shared, row.depth, controller, law
 
     def _prefilling(self, row: Row) -> bool:
         return self.cache.lengths[row.slot] < len(row.request.prompt)
 
-    def _prefill(self, row: Row) -> list[Round]:
+    def _prefill(self, row: Row) -> None:
         began = time.perf_counter()
         start = self.cache.lengths[row.slot]
         chunk = row.tokens[start : start + self.prefill_chunk]
-        tokens = torch.tensor([chunk], device=self.stack.device)  # [1, T]
-        step = self.host_rounds.span([row], [start], [len(chunk)])
-        h, _ = self.stack.run(self.stack.embed(tokens, step), 0, row.depth, step, self.cache)  # [1, T, D]
-        end = start + len(chunk)
+        end, passes = start + len(chunk), row.depth * len(chunk)
+        try:
+            tokens = torch.tensor([chunk], device=self.stack.device)  # [1, T]
+            step = span([row], [start], [len(chunk)], self.stack, self.cache)
+            h, _ = self.stack.run(self.stack.embed(tokens, step), 0, row.depth, step, self.cache)  # [1, T, D]
+            if end == len(row.tokens):
+                logits = self.stack.logits(h[:, -1])  # [1, V]
+                [verdict] = self.host_rounds.judge([row], [Draft()], logits)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this row and no other
+            self._fail(row, error)
+            return
+        seconds = time.perf_counter() - began
         if end < len(row.tokens):
             self.cache.set_length(row.slot, end)
-            seconds, passes = time.perf_counter() - began, row.depth * len(chunk)
-            return [self._report(row, ([], None), h, seconds, [], 0, passes, len(chunk))]
-        logits = self.stack.logits(h[:, -1])  # [1, V]
-        kept, following = self.host_rounds.judge([row], logits)[0]
-        seconds = time.perf_counter() - began
-        self.cache.set_length(row.slot, end)
-        committed = self._commit(row, [], kept, following)
-        return [self._report(row, committed, logits, seconds, [], 0, row.depth * len(chunk), len(chunk))]
-
-    def _round(self, rows: list[Row]) -> list[Round]:
-        """Draft, verify, accept, commit: one round of every row in the group, see `_kind`."""
-        began, choice, controller = time.perf_counter(), rows[0].choice, rows[0].request.controller
-        if self.device_rounds and device_law(rows[0].request) is not None and not choice.probes:
-            outcomes = self.device_rounds.round(rows)
+            self._report(row, Outcome([], None, passes, None), [], None, seconds, len(chunk))
         else:
-            outcomes = self.host_rounds.round(rows)
+            self._commit(row, Outcome([], verdict, passes, logits), seconds, len(chunk))
+
+    def _round(self, rows: list[Row]) -> None:
+        """Draft, verify, accept, commit: one round of every row in the group, see `_kind`.
+
+        A round that fails has committed nothing. It is done again row by row, which gives the same numbers, and
+        only the row that fails alone has failed.
+        """
+        began, choice, controller = time.perf_counter(), rows[0].choice, rows[0].request.controller
+        on_device = self.device_rounds and device_law(rows[0].request) is not None and not choice.probes
+        try:
+            if self.device_rounds and on_device and choice.drafter == ExitDrafter.name:
+                outcomes = self.device_rounds.round(rows)
+            else:
+                outcomes = self.host_rounds.round(rows)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends the row it belongs to and no other
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+                return
+            for row in rows:
+                self._round([row])
+            return
         seconds = time.perf_counter() - began
-        rounds, seen = [], []
-        for row, (draft, kept, following, num_computed, logits, agreements) in zip(
-            rows, outcomes, strict=True
-        ):
-            committed = self._commit(row, draft, kept, following)
-            self.cache.set_length(row.slot, len(row.tokens) - 1, row.depth)
-            passes = num_computed * row.depth
-            rounds.append(self._report(row, committed, logits, seconds, draft, kept, passes))
-            seen.append(Drafted(len(draft), kept, len(committed[0]), agreements))
+        seen = []
+        for row, outcome in zip(rows, outcomes, strict=True):
+            committed = self._commit(row, outcome, seconds)
+            seen.append(Drafted(len(outcome.draft), outcome.kept, committed, outcome.agreements))
         if controller is not None:
             controller.learn(choice, seconds, seen)
-        return rounds
 
-    def _commit(self, row: Row, draft: list[int], kept: int, following: int) -> tuple[list[int], str | None]:
-        """Append what was accepted, cut at the first end of sequence, stop or budget; return it and the reason."""
-        committed: list[int] = []
-        reason = None
-        for token in (*draft[:kept], following):
-            row.tokens.append(token)
-            committed.append(token)
-            if token in row.request.eos:
-                reason = "eos"
-            elif row.request.stop is not None and row.request.stop(token):
-                reason = "stop"
-            elif row.budget == 0 or len(row.tokens) > self.cache.capacity:
-                reason = "length"
-            if reason:
-                break
-        return committed, reason
+    def _commit(self, row: Row, outcome: Outcome, seconds: float, prompt_tokens: int = 0) -> int:
+        """Append what was accepted, cut at the first end of sequence, stop or budget; report it; count its tokens.
+
+        All questions are asked before anything changes: a stop function that raises ends its row alone, and one
+        that cancels rows of this engine may do so.
+        """
+        if self._rows.get(row.slot) is not row:
+            return 0  # cancelled by the stop function of a row beside it
+        tokens: list[int] = []
+        reason, limit = None, min(len(row.tokens) + row.budget, self.cache.capacity + 1)
+        try:
+            for token in outcome.committed:
+                tokens.append(token)
+                if token in row.request.eos:
+                    reason = "eos"
+                elif row.request.stop is not None and row.request.stop(token):
+                    reason = "stop"
+                elif len(row.tokens) + len(tokens) >= limit:
+                    reason = "length"
+                if reason:
+                    break
+        except Exception as error:  # noqa: BLE001 - the caller's own function may raise anything
+            self._fail(row, error)
+            return 0
+        if self._rows.get(row.slot) is row:
+            row.tokens += tokens
+            assert outcome.verdict is not None
+            row.state = outcome.verdict.state
+            self.cache.set_length(row.slot, len(row.tokens) - 1, row.depth)
+            self._report(row, outcome, tokens, reason, seconds, prompt_tokens)
+        return len(tokens)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        if self._rows.get(row.slot) is row:
+            self.cancel(row.slot)
+            self._events.append(Failure(row.slot, error))
 
     def _report(
         self,
         row: Row,
-        committed: tuple[list[int], str | None],
-        logits: Tensor | None,
+        outcome: Outcome,
+        tokens: list[int],
+        reason: str | None,
         step_s: float,
-        draft: list[int],
-        kept: int,
-        layer_passes: int,
-        prompt_tokens: int = 0,
-    ) -> Round:
+        prompt_tokens: int,
+    ) -> None:
         """Describe what a work item did for a row, and let go of the row when it is finished."""
-        (tokens, reason), request = committed, row.request
+        request = row.request
         row.waited, row.finished = self._step_id, reason is not None
+        plain = "early-exit" if request.believe else "plain"
+        drafting = row.exit_layer < row.depth or row.choice.draft_length > 0
+        self._events.append(
+            Round(
+                row=row.slot,
+                tokens=tokens,
+                draft=outcome.draft,
+                accepted=min(outcome.kept, len(tokens)),
+                exit_layer=row.exit_layer,
+                draft_length=row.choice.draft_length,
+                source="prefill" if prompt_tokens else "self-speculative" if drafting else plain,
+                step_id=self._step_id,
+                step_s=step_s,
+                layer_passes=outcome.layer_passes,
+                prompt_tokens=prompt_tokens,
+                finish_reason=reason,
+                logprobs=_logprobs(outcome.logits, tokens) if request.logprobs and tokens else None,
+            )
+        )
         if row.finished and not request.keep:
             self.cancel(row.slot)
-        plain = "early-exit" if request.believe else "plain"
-        source = "self-speculative" if row.exit_layer < row.depth else plain
-        return Round(
-            row=row.slot,
-            tokens=tokens,
-            draft=draft,
-            accepted=min(kept, len(tokens)),
-            exit_layer=row.exit_layer,
-            draft_length=row.choice.draft_length,
-            source="prefill" if prompt_tokens else source,
-            step_id=self._step_id,
-            step_s=step_s,
-            layer_passes=layer_passes,
-            prompt_tokens=prompt_tokens,
-            finish_reason=reason,
-            logprobs=_logprobs(logits, tokens) if request.logprobs and tokens else None,
-        )
 
 
 def _choose(rows: list[Row]) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerskip.decode import text as texts
-
 if TYPE_CHECKING:
     from layerskip.decode.options import Plan
     from layerskip.decode.request import Round
@@ -22,16 +20,13 @@ class Generation:
     finish_reason: str | None
     rounds: list[Round]
     stats: dict[str, Any]
+    error: Exception | None = None  # what ended it, where `finish_reason` is "error"
 
-
-def finished(
-    tokenizer: Any, rounds: list[Round], plan: Plan, prompt_tokens: int, stops: Sequence[str] = ()
-) -> Generation:
-    """Sum up the rounds of one sequence."""
-    tokens = [token for round in rounds for token in round.tokens]
-    text = "" if tokenizer is None else texts.final_text(tokenizer, tokens, stops)
-    reason = rounds[-1].finish_reason if rounds else None
-    return Generation(text, tokens, reason, rounds, statistics(rounds, plan, prompt_tokens))
+    def checked(self) -> Generation:
+        """Raise the error that ended it, where one did."""
+        if self.error is not None:
+            raise self.error
+        return self
 
 
 def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[str, Any]:

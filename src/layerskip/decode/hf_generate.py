@@ -25,6 +25,7 @@ from layerskip.decode.load import stack_of
 from layerskip.decode.options import Options
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
+from layerskip.decode.scheduler import Scheduler
 from layerskip.decode.text import StopStrings, split_stops
 from layerskip.errors import UserError
 
@@ -178,15 +179,15 @@ def _generate(
             "lower max_new_tokens (or max_length), or shorten the prompt",
         )
     engine = Engine(lm.stack, rows=len(requests), capacity=capacity)
-    rows = {engine.add(request): request.index for request in requests}
     new: list[list[int]] = [[] for _ in requests]
     if streamer is not None and stream_prompt:
         streamer.put(input_ids.cpu())
-    while engine.busy:
-        for round in engine.step():
-            new[rows[round.row]] += round.tokens
-            if streamer is not None and round.tokens:
-                streamer.put(torch.tensor(round.tokens))
+    for place, event in Scheduler(engine).run(requests):
+        if isinstance(event, Exception):
+            raise event
+        new[place] += event.tokens
+        if streamer is not None and event.tokens:
+            streamer.put(torch.tensor(event.tokens))
     if streamer is not None:
         streamer.end()
     return _result(config, input_ids, new, ends.eos)

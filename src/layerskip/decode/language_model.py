@@ -1,4 +1,4 @@
-"""The Python face: load a model, generate, stream, chat. Thin loops over the engine.
+"""The Python face: load a model, generate, stream, chat. Thin loops over the scheduler.
 
 lm = layerskip.load("smollm2-135m")
 lm.generate("def fibonacci(n):", mode="self-speculative", exit_layer=6, draft_length=4).text
@@ -7,8 +7,7 @@ for round in lm.stream([{"role": "user", "content": "Hello"}]): ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,29 +16,22 @@ import torch
 from layerskip.checkpoint import facts as checkpoint
 from layerskip.decode import control
 from layerskip.decode import text as texts
+from layerskip.decode.call import Call, encoded
+from layerskip.decode.chat import Chat
 from layerskip.decode.control import Controller
 from layerskip.decode.engine import Engine
-from layerskip.decode.generation import Generation, finished
 from layerskip.decode.options import Options, Plan, seeded
-from layerskip.decode.request import Request, Round
+from layerskip.decode.scheduler import Scheduler
 from layerskip.errors import UserError
-from layerskip.model import cost
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from layerskip.checkpoint.facts import Facts
-    from layerskip.decode.chat import Chat
+    from layerskip.decode.generation import Generation
+    from layerskip.decode.request import Request, Round
     from layerskip.model.head import Head
     from layerskip.model.stack import Stack
-
-
-@dataclass
-class _Item:
-    """A prompt on its way through the engine."""
-
-    request: Request
-    rounds: list[Round] = field(default_factory=list)
 
 
 class LanguageModel:
@@ -72,10 +64,10 @@ class LanguageModel:
 
         Returns a `Generation`, or a list of them in input order. Keywords: see `Options`.
         Exact: self-speculative output equals plain decoding (tests/test_lossless.py says in which sense).
-        Raises: UserError for a request that cannot be honoured.
+        Raises: UserError for a request that cannot be honoured; an error that ended a prompt, once all have ended.
         """
         prompts, single = _as_batch(prompt)
-        done = list(self.each(prompts, **keywords))
+        done = [generation.checked() for generation in list(self.each(prompts, **keywords))]
         return done[0] if single else done
 
     def each(
@@ -84,47 +76,58 @@ class LanguageModel:
         """Continue many prompts together, yielding each result, in input order, as soon as it is there.
 
         A prompt's index, by default its place, decides with the seed what is sampled for it: a job that was
-        interrupted gives the indices of the prompts left.
+        interrupted gives the indices of the prompts left. A prompt that ends by an error has it in `error`, beside
+        what was said until then; the others go on.
         """
-        options = Options.parse(keywords)
-        items = self._items(prompts, options, indices)
-        if not items:
+        call = self.call(Options.parse(keywords))
+        numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
+        requests = [call.request(prompt, index) for index, prompt in numbered]
+        if not requests:
             return
-        engine = self._engine(items, options, rows=min(options.batch_size, len(items)))
-        waiting = list(items)
-        for item, round in _drive(engine, items, self._give_back):
-            item.rounds.append(round)
-            while waiting and waiting[0].rounds and waiting[0].rounds[-1].finish_reason:
-                yield self._generation(waiting.pop(0), options)
+        rounds: list[list[Round]] = [[] for _ in requests]
+        errors: list[Exception | None] = [None] * len(requests)
+        place = 0
+        for of, event in self._rounds(call, requests, min(call.options.batch_size, len(requests))):
+            if isinstance(event, Exception):
+                errors[of] = event
+            else:
+                rounds[of].append(event)
+            while place < len(requests) and (errors[place] or _ended(rounds[place])):
+                yield call.generation(rounds[place], len(requests[place].prompt), errors[place])
+                place += 1
 
     def stream(self, prompt: Any, **keywords: Any) -> Iterator[Round]:
         """Yield the rounds of one prompt as they happen; abandoning the iterator frees everything."""
-        options = Options.parse(keywords)
+        call = self.call(Options.parse(keywords))
         prompts, single = _as_batch(prompt)
         if not single:
             raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
-        items = self._items(prompts, options)
-        engine = self._engine(items, options, rows=1)
-        return (round for _, round in _drive(engine, items, self._give_back))
+        return _raising(self._rounds(call, [call.request(prompts[0])], rows=1))
 
     def chat(self, system: str | None = None, context: int | None = None, **keywords: Any) -> Chat:
-        """Open a conversation that keeps its cache between turns."""
-        from layerskip.decode.chat import Chat
-
-        return Chat(self, Options.parse(keywords), system, context)
+        """Open a conversation that keeps its cache between turns, of `context` tokens at most."""
+        call = self.call(Options.parse(keywords))
+        if context is not None and context < 1:
+            raise UserError(f"context is {context}", "give a number of tokens, at least 1")
+        capacity = min(filter(None, (context, self.stack.context)), default=4096)
+        return Chat(call, Engine(self.stack, rows=1, capacity=capacity, draft_head=call.head), system)
 
     # -- from options to requests ----------------------------------------------------------------------------
+
+    def call(self, options: Options) -> Call:
+        """Resolve options once, for all requests of a call. Raises: UserError when they cannot be honoured."""
+        options, plan = seeded(options), self.plan(options)
+        strings, ends = texts.split_stops(self.tokenizer, options.stops)
+        head, eos = self._draft_head(options, plan), self.eos_ids(options) | ends
+        controller = self._controller(plan, head) if plan.controlled else None
+        return Call(options, plan, self.tokenizer, head, controller, eos, strings)
 
     def plan(self, options: Options) -> Plan:
         return options.plan(self.facts, self.stack.num_layers)
 
     def encode(self, prompt: Any, chat: bool | None = None) -> list[int]:
         """Turn text, messages or token ids into token ids."""
-        if isinstance(prompt, torch.Tensor):
-            prompt = prompt.tolist()
-        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-            return list(prompt)
-        return texts.encode_prompt(self.tokenizer, prompt, chat)
+        return encoded(self.tokenizer, prompt, chat)
 
     def eos_ids(self, options: Options) -> frozenset[int]:
         """All end-of-sequence ids: of the options, else the generation config, else config and tokenizer."""
@@ -134,37 +137,6 @@ class LanguageModel:
         ids = next((source for source in sources if source is not None), ())
         return frozenset([ids] if isinstance(ids, int) else ids)
 
-    def request(self, prompt: Any, options: Options, index: int = 0, keep: bool = False) -> Request:
-        """Build the engine's request for one prompt. Raises: UserError when its options cannot be honoured."""
-        plan = self.plan(options)
-        assert options.seed is not None, "the seed is drawn once per call"
-        strings, ends = texts.split_stops(self.tokenizer, options.stops)
-        simulated = options.simulate_acceptance
-        return Request(
-            prompt=self.encode(prompt, options.chat),
-            max_new_tokens=options.max_new_tokens,
-            exit_layer=plan.exit_layer,
-            draft_length=plan.draft_length,
-            confidence=plan.confidence,
-            controller=self._controller(options) if plan.controlled else None,
-            believe=plan.believe,
-            eos=self.eos_ids(options) | ends,
-            processing=options.processing,
-            seed=options.seed,
-            index=index,
-            stop=texts.StopStrings(self.tokenizer, strings).push if strings else None,
-            logprobs=options.logprobs,
-            simulated=None if simulated is None else cost.per_token_from(simulated, plan.draft_length),
-            keep=keep,
-        )
-
-    def _items(
-        self, prompts: Sequence[Any], options: Options, indices: Sequence[int] | None = None
-    ) -> list[_Item]:
-        options = seeded(options)
-        numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
-        return [_Item(self.request(prompt, options, index)) for index, prompt in numbered]
-
     @cached_property
     def ranked_vocabulary(self) -> list[int] | None:
         """The checkpoint's token ids by falling frequency; None when it has no draft vocabulary."""
@@ -172,27 +144,40 @@ class LanguageModel:
 
     def draft_head(self, options: Options) -> Head | None:
         """Build the reduced draft head the options ask for, once per size; auto is the checkpoint's list if any."""
+        return self._draft_head(options, self.plan(options))
+
+    def _draft_head(self, options: Options, plan: Plan) -> Head | None:
         size = options.draft_vocab
         if size == "auto":
-            size = self._default_draft_vocabulary(options) or "off"
+            size = self._default_draft_vocabulary(plan) or "off"
         if size == "off":
             return None
         always = tuple(sorted(self.eos_ids(options)))
-        own = self.facts.owns_head(self.plan(options).exit_layer)
+        own = self.facts.owns_head(plan.exit_layer)
         key = (int(size), always, own)
         if key not in self._heads:
             rows = checkpoint.draft_rows(self.path, self.facts) if own else None
             self._heads[key] = self.stack.draft_head(int(size), self.ranked_vocabulary, always, rows)
         return self._heads[key]
 
-    def _controller(self, options: Options) -> Controller:
+    def _default_draft_vocabulary(self, plan: Plan) -> int:
+        """How many tokens the draft head has by default: those the checkpoint asks for or lists, else 0."""
+        ranked, size = self.ranked_vocabulary, self.facts.draft_vocab_size
+        if not plan.draft_length:
+            return 0
+        if (
+            ranked is None
+        ):  # a size of the lowest ids; that of a list which is out of reach says nothing of them
+            return size or 0 if self.facts.draft_vocab is None else 0
+        return len(set(ranked[:size]))
+
+    def _controller(self, plan: Plan, head: Head | None) -> Controller:
         """Find the controller of a plan: what it has learnt serves later calls too."""
-        plan, head, stack = self.plan(options), self.draft_head(options), self.stack
         key = (plan, None if head is None else head.size)
         if key not in self.controllers:
-            exits = self.facts.exits or range(1, stack.num_layers)
+            exits = self.facts.exits or range(1, self.stack.num_layers)
             self.controllers[key] = Controller(
-                control.Prices.of(stack, head),
+                control.Prices.of(self.stack, head),
                 control.arms(
                     plan.exit_layer, plan.draft_length, plan.confidence, exits, plan.policy == "adaptive"
                 ),
@@ -201,32 +186,29 @@ class LanguageModel:
             )
         return self.controllers[key]
 
-    def _default_draft_vocabulary(self, options: Options) -> int:
-        """How many tokens the draft head has by default: those the checkpoint asks for or lists, else 0."""
-        ranked, size = self.ranked_vocabulary, self.facts.draft_vocab_size
-        if not self.plan(options).draft_length:
-            return 0
-        if (
-            ranked is None
-        ):  # a size of the lowest ids; that of a list which is out of reach says nothing of them
-            return size or 0 if self.facts.draft_vocab is None else 0
-        return len(set(ranked[:size]))
+    # -- engines ---------------------------------------------------------------------------------------------
 
-    def _engine(self, items: Sequence[_Item], options: Options, rows: int) -> Engine:
-        wanted = max(len(item.request.prompt) + item.request.max_new_tokens - 1 for item in items)
-        context = self.stack.context or wanted
-        engine = self._idle_engine(rows, max(1, min(wanted, context)), self.draft_head(options))
-        for item in items:  # before any work: the last of many prompts may be the wrong one
+    def _rounds(
+        self, call: Call, requests: Sequence[Request], rows: int
+    ) -> Iterator[tuple[int, Round | Exception]]:
+        """Serve requests, so many at a time; yield (place, round or error). Requests are checked at once."""
+        wanted = max(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
+        engine = self._idle_engine(rows, max(1, min(wanted, self.stack.context or wanted)), call.head)
+        for request in requests:  # before any work: the last of many prompts may be the wrong one
             try:
-                engine.check(item.request)
+                engine.check(request)
             except UserError as error:
-                where = (
-                    f"prompt {item.request.index + 1} of {items[-1].request.index + 1}: "
-                    if len(items) > 1
-                    else ""
-                )
+                many = len(requests) > 1
+                where = f"prompt {request.index + 1} of {requests[-1].index + 1}: " if many else ""
                 raise UserError(where + error.message, error.hint) from None
-        return engine
+        return self._served(engine, requests)
+
+    def _served(self, engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Round | Exception]]:
+        try:
+            yield from Scheduler(engine).run(requests)
+        finally:
+            if self.keep_engine:
+                self._last_engine = engine
 
     def _idle_engine(self, rows: int, capacity: int, head: Head | None) -> Engine:
         """Make an engine, or take the last one again where graphs were captured on its cache."""
@@ -242,36 +224,16 @@ class LanguageModel:
         except UserError:
             return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
 
-    def _give_back(self, engine: Engine) -> None:
-        if self.keep_engine:
-            self._last_engine = engine
 
-    def _generation(self, item: _Item, options: Options) -> Generation:
-        return finished(
-            self.tokenizer, item.rounds, self.plan(options), len(item.request.prompt), options.stops
-        )
+def _ended(rounds: Sequence[Round]) -> bool:
+    return bool(rounds and rounds[-1].finish_reason)
 
 
-def _drive(
-    engine: Engine, items: Sequence[_Item], give_back: Callable[[Engine], None]
-) -> Iterator[tuple[_Item, Round]]:
-    """Keep the engine's rows filled with items, in order, until all are done; then give it back, empty."""
-    waiting = list(items)[::-1]
-    running: dict[int, _Item] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < len(engine.cache.lengths):
-                row = engine.add(waiting[-1].request)
-                running[row] = waiting.pop()
-            for round in engine.step():
-                item = running[round.row]
-                if round.finish_reason:
-                    del running[round.row]
-                yield item, round
-    finally:
-        for row in running:
-            engine.cancel(row)
-        give_back(engine)
+def _raising(events: Iterable[tuple[int, Round | Exception]]) -> Iterator[Round]:
+    for _, event in events:
+        if isinstance(event, Exception):
+            raise event
+        yield event
 
 
 def _as_batch(prompt: Any) -> tuple[list[Any], bool]:

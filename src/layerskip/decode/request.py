@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: `Request` and `Round`.
+"""What goes into the engine and what comes out: `Request`, `Round` and, where a row ends by an error, `Failure`.
 
 The CLI, the server, the benchmark and the tuner consume the stream of rounds and nothing else.
 """
@@ -26,6 +26,7 @@ class Request:
     draft_length: int = 0
     confidence: float = 0.0  # stop drafting where the draft head's largest probability is below
     controller: Controller | None = None  # chooses anew each round, instead of these three
+    drafter: str = "exit"  # who proposes drafts, a name in `drafters.DRAFTERS`
     believe: bool = False  # early-exit decoding: stop at the exit layer and do not verify
     eos: frozenset[int] = frozenset()
     processing: Processing = Processing()
@@ -65,3 +66,11 @@ class Round:
     def drafted(self) -> int:
         """Count the drafts that were judged: those cut off by the end of the output are not rejections."""
         return self.accepted if self.finish_reason and len(self.tokens) == self.accepted else len(self.draft)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row that ended by an error: the engine has let go of it, the other rows go on."""
+
+    row: int
+    error: Exception

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from layerskip.model.step import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,6 +16,8 @@ if TYPE_CHECKING:
     from layerskip.decode.control import Choice
     from layerskip.decode.request import Request
     from layerskip.decode.sampling import Uniforms
+    from layerskip.model.cache import Cache
+    from layerskip.model.stack import Stack
 
 
 @dataclass
@@ -25,10 +31,9 @@ class Row:
     tokens: list[int]
     uniforms: Uniforms
     state: tuple[Any, ...]  # of the processors, at the next position
+    arrived: int = 0  # its place among all requests the engine has taken
     waited: int = 0  # step id of the last service
     finished: bool = False
-    proposal: list[int] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)  # q of every draft, when sampling
 
     @property
     def exit_layer(self) -> int:
@@ -52,13 +57,53 @@ class Row:
             (i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), min(cached, len(prompt) - 1)
         )
 
+    def numbers(self, *addresses: tuple[int, ...], device: torch.device) -> Tensor:
+        """Look up the row's uniform numbers at (position, purpose[, beginning of the round, for drafts]).
 
-class Outcome(NamedTuple):
-    """What a round found out about one row, before anything is committed."""
+        Shapes: float64 [addresses].
+        """
+        found = [self.uniforms.at(self.request.index, *address) for address in addresses]
+        return torch.tensor(found, dtype=torch.float64, device=device)
 
-    draft: list[int]
+
+def span(
+    rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], stack: Stack, cache: Cache
+) -> Step:
+    """Lay out consecutive tokens of rows: row b brings `counts[b]` of them from position `starts[b]` on."""
+    return Step.span([row.slot for row in rows], starts, counts, stack.device, spill=cache.capacity)
+
+
+@dataclass
+class Draft:
+    """What a drafter proposes for one row."""
+
+    tokens: list[int] = field(default_factory=list)
+    # q of each token, [V], where rows sample; None: all its mass is on the drafted token. Greedy rows need none.
+    laws: list[Tensor | None] = field(default_factory=list)
+
+
+class Verdict(NamedTuple):
+    """What the target made of a draft."""
+
     kept: int  # leading drafts accepted
     following: int  # the token behind them
-    num_computed: int  # positions that went through the layers, padding included
+    state: tuple[Any, ...]  # of the processors, behind the last kept draft
+
+
+class Outcome(NamedTuple):
+    """What a work item found out about one row, before anything is committed."""
+
+    draft: list[int]
+    verdict: Verdict | None  # None: a part of a prompt, after which nothing is said yet
+    layer_passes: int  # layers x positions that went through them, padding included
     logits: Tensor | None  # [N, V] of the target; None where they stayed on the device
-    agreements: dict[int, tuple[float, int]] = {}  # noqa: RUF012 - never written to; see `Drafted`
+    agreements: Mapping[int, tuple[float, int]] = {}
+
+    @property
+    def kept(self) -> int:
+        return 0 if self.verdict is None else self.verdict.kept
+
+    @property
+    def committed(self) -> list[int]:
+        """The drafts that were kept and the token behind them."""
+        return [] if self.verdict is None else [*self.draft[: self.kept], self.verdict.following]

@@ -3,7 +3,7 @@
     rounds = DeviceRounds(stack, cache, draft_head)
     outcomes = rounds.round(rows)       # rows share exit layer, depth and `device_law`
 
-The host path (`host_rounds.py`) looks at every token as it is drawn; here the whole round is one
+The host path (`host.py`) looks at every token as it is drawn; here the whole round is one
 pure function of fixed shape. The full K is always drafted: budget, room and the end of a sequence cut the draft
 afterwards, so tokens and statistics are those of the host path, and only the work differs.
 """
@@ -17,7 +17,7 @@ import torch
 
 from layerskip.decode import sampling
 from layerskip.decode.rounds.graphs import CudaCapture, Graphs
-from layerskip.decode.row import Outcome
+from layerskip.decode.row import Outcome, Verdict
 from layerskip.decode.sampling import DRAFT, KEEP, NEXT, Sampling
 from layerskip.model.stack import Counters
 from layerskip.model.step import Step
@@ -145,15 +145,15 @@ class DeviceRounds:
         """
         shape, places, packed = self._layout(rows)
         answers = fetched(self.graphs.run(shape, Program(self.stack, self.cache, self.head, shape), packed))
-        outcomes = []
+        outcomes, passes = [], (shape.draft_length + 1) * shape.depth
         for row, place in zip(rows, places, strict=True):
             *draft, confident, kept, following, sound = answers[place]
             allowed = min(confident, row.drafts_allowed(self.cache.capacity))
             draft = _until_end(draft[:allowed], row.request.eos)
-            if sound <= len(draft):
+            kept = min(kept, len(draft))
+            if sound <= kept:
                 raise sampling.not_finite()
-            num_computed = shape.draft_length + 1
-            outcomes.append(Outcome(draft, min(kept, len(draft)), following, num_computed, None))
+            outcomes.append(Outcome(draft, Verdict(kept, following, row.state), passes, None))
         return outcomes
 
     def _layout(self, rows: list[Row]) -> tuple[Shape, list[int], Tensor]:

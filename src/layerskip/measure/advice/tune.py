@@ -206,7 +206,7 @@ class Race:
         options = {"mode": "ar"} if trial is None else trial.options
         for _ in range(2 if face.keep_engine else 1):
             began = self.clock()
-            done = list(face.each(prompts, max_new_tokens=budget, batch_size=len(prompts), **options))
+            done = face.generate(prompts, max_new_tokens=budget, batch_size=len(prompts), **options)
             seconds = self.clock() - began
         rounds = [round for one in done for round in one.rounds]
         prefill = {round.step_id: round.step_s for round in rounds if round.source == "prefill"}

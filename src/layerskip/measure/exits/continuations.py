@@ -56,7 +56,7 @@ def continuations(
     done = lm.each(prompts, mode="ar", max_new_tokens=max_new_tokens, batch_size=ROWS)
     for index, (prompt, made) in enumerate(zip(prompts, done, strict=True)):
         watch("plain decoding", index, len(prompts))
-        found.append(Continuation(list(prompt), made.tokens, made.finish_reason != "length"))
+        found.append(Continuation(list(prompt), made.checked().tokens, made.finish_reason != "length"))
     return found
 
 

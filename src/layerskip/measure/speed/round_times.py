@@ -19,10 +19,13 @@ import numpy as np
 
 from layerskip.decode.engine import PREFILL_CHUNK, Engine
 from layerskip.decode.options import Options
+from layerskip.decode.scheduler import Scheduler
 from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.decode.request import Round
+    from layerskip.decode.scheduler import Ticket
 
 TURNS = 9
 WARM_UP = 2  # turns; on CUDA the first one captures graphs
@@ -138,8 +141,9 @@ class _RepeatedRounds:
         self.context = list(context[-most:] if most > 0 else context[-1:])
         capacity = min(len(self.context) + self.room, lm.stack.context or 1 << 62)
         head = lm.draft_head(Options.parse({"draft_vocab": size or "off"}))
-        self.engine = Engine(lm.stack, rows=batch_size, capacity=capacity, draft_head=head)
-        self.rows: list[int | None] = [None] * batch_size
+        engine = Engine(lm.stack, rows=batch_size, capacity=capacity, draft_head=head)
+        self.scheduler = Scheduler(engine)
+        self.tickets: list[Ticket | None] = [None] * batch_size
 
     def round_s(self, exit_layer: int, draft_length: int) -> float:
         """Time one round of all rows."""
@@ -150,19 +154,29 @@ class _RepeatedRounds:
             "eos_token_id": [],
             "seed": 0,
         }
-        request = self.lm.request(self.context, Options.parse(options), keep=True)
-        self.rows = [self.engine.add(request, row) for row in self.rows]
-        waiting = set(self.rows)
+        request = self.lm.call(Options.parse(options)).request(self.context, keep=True)
+        tickets = [self.scheduler.submit(request, ticket) for ticket in self.tickets]
+        waiting = set(tickets)
         while waiting:
             # A chunk of a long prompt commits nothing: its row is not ready yet.
-            waiting -= {r.row for r in self.engine.step() if r.source == "prefill" and r.tokens}
+            waiting -= {
+                ticket for ticket, round in self._step() if round.source == "prefill" and round.tokens
+            }
         began = time.perf_counter()
-        self.engine.step()
+        self._step()
         seconds = time.perf_counter() - began
-        for row in self.rows:
-            assert row is not None
-            self.engine.pause(row)
+        for ticket in tickets:
+            self.scheduler.pause(ticket)
+        self.tickets = list(tickets)
         return seconds
+
+    def _step(self) -> list[tuple[Ticket, Round]]:
+        rounds = []
+        for ticket, event in self.scheduler.step():
+            if isinstance(event, Exception):
+                raise event
+            rounds.append((ticket, event))
+        return rounds
 
 
 def _weights(places: np.ndarray, nodes: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,215 @@
+"""A queue in front of the engine's rows: any thread may submit and cancel, one drives.
+
+    scheduler = Scheduler(engine)
+    ticket = scheduler.submit(request)
+    while scheduler.busy:
+        for ticket, event in scheduler.step():      # a `Round`, or the error that ended the ticket
+            ...
+
+`run` is that loop for a list of requests. The next turn of a conversation goes on in its last ticket's row:
+`submit(request, after=ticket)`, where the earlier request said `keep`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from layerskip.decode.request import Failure
+from layerskip.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from layerskip.decode.engine import Engine
+    from layerskip.decode.request import Request, Round
+
+
+class Status(Enum):
+    """What has become of a request."""
+
+    WAITING = "waiting"  # for a row
+    RUNNING = "running"
+    KEPT = "kept"  # its output has ended, or was paused; its row is left for a next turn
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way. `row` is the engine's while the status is running or kept; `error` where it failed."""
+
+    request: Request
+    status: Status = Status.WAITING
+    row: int | None = None
+    error: Exception | None = None
+
+
+class Scheduler:
+    """Fill the engine's rows in the order of requests, and tell each request's rounds apart.
+
+    `submit`, `cancel` and `pause` may be called from any thread, and from a stop function: they take effect at once
+    where nobody is in a step, else when that step ends. An error ends its own ticket; the others go on.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._waiting: deque[tuple[Ticket, int | None]] = deque()  # and the row it goes on in
+        self._by_row: dict[int, Ticket] = {}
+        self._wishes: deque[tuple[Ticket, Status]] = deque()  # of others, while somebody drives
+        self._lock = threading.Lock()  # of the three above, held for moments
+        self._driver = threading.Lock()  # held by whoever is in `step`
+        self._rows = threading.Lock()  # of the engine: held for a step, or while wishes are fulfilled
+
+    @property
+    def busy(self) -> bool:
+        """Whether any ticket waits or runs, or an event has not been told yet."""
+        with self._lock:
+            return bool(self._waiting or self._wishes) or self.engine.busy
+
+    def submit(self, request: Request, after: Ticket | None = None) -> Ticket:
+        """Queue a request; it gets a row in turn. With `after` it takes that ticket's kept row and cache over.
+
+        Raises: UserError for a request that the engine cannot honour, or a ticket that has no row to go on in.
+        """
+        self.engine.check(request)
+        ticket = Ticket(request)
+        with self._lock:
+            if after is None:
+                self._waiting.append((ticket, None))
+                return ticket
+            if after.status in (Status.WAITING, Status.RUNNING):
+                raise UserError(
+                    "the turn before is still generating", "pause or cancel it first, or wait for its end"
+                )
+            if after.row is None:
+                raise UserError(
+                    f"the turn before is {after.status.value}, it has left no row", "submit without it"
+                )
+            after.status, row, after.row = Status.DONE, after.row, None
+            del self._by_row[row]
+            self._waiting.append((ticket, row))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a ticket in any state; its row is free again, others are untouched."""
+        self._wish(ticket, Status.CANCELLED)
+
+    def pause(self, ticket: Ticket) -> None:
+        """Stop generating, but keep the row for a next turn."""
+        self._wish(ticket, Status.KEPT)
+
+    def step(self) -> list[tuple[Ticket, Round | Exception]]:
+        """Do one work item of the engine; tell what it committed, and which tickets failed.
+
+        Raises: UserError where another thread is in a step.
+        """
+        if not self._driver.acquire(blocking=False):
+            raise UserError("two threads drive one scheduler", "one steps; others submit and cancel")
+        try:
+            with self._rows:
+                return self._admit() + [told for event in self.engine.step() if (told := self._told(event))]
+        finally:
+            self._driver.release()
+            self._settle()
+
+    def _told(self, event: Round | Failure) -> tuple[Ticket, Round | Exception] | None:
+        """Find the ticket of an event and bring its status up to date; None where nobody waits for it any more."""
+        with self._lock:
+            ticket = self._by_row.get(event.row)
+            if ticket is None:
+                return None
+            if isinstance(event, Failure):
+                self._end(ticket, Status.FAILED, event.error)
+                return ticket, event.error
+            if event.finish_reason:
+                self._end(ticket, Status.KEPT if ticket.request.keep else Status.DONE)
+            return ticket, event
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Round | Exception]]:
+        """Serve requests to their ends; yield (place, round or error). Abandoning the iterator frees their rows."""
+        tickets: dict[Ticket, int] = {}
+        try:
+            for place, request in enumerate(requests):
+                tickets[self.submit(request)] = place
+            while self.busy:
+                for ticket, event in self.step():
+                    if ticket in tickets:
+                        yield tickets[ticket], event
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)
+
+    # -- rows, while driving ---------------------------------------------------------------------------------
+
+    def _admit(self) -> list[tuple[Ticket, Round | Exception]]:
+        """Give rows to those who wait, in order; who goes on in a kept row needs no other. Tells who could not.
+
+        Raises: UserError where nobody can ever get one.
+        """
+        failed: list[tuple[Ticket, Round | Exception]] = []
+        if self.engine.untold:  # by a step that was interrupted: its rows are not given away before
+            return failed
+        with self._lock:
+            left: deque[tuple[Ticket, int | None]] = deque()
+            for ticket, row in self._waiting:
+                if row is None and not self.engine.has_room:
+                    left.append((ticket, row))
+                    continue
+                try:
+                    ticket.row = self.engine.add(ticket.request, row)
+                except Exception as error:  # noqa: BLE001 - it ends this ticket and no other
+                    ticket.status, ticket.error = Status.FAILED, error
+                    failed.append((ticket, error))
+                    if row is not None:
+                        self.engine.cancel(row)
+                    continue
+                ticket.status = Status.RUNNING
+                self._by_row[ticket.row] = ticket
+            self._waiting = left
+        if left and not failed and not self.engine.busy:
+            raise UserError(
+                "every row is kept for a next turn", "cancel one of those tickets, or make more rows"
+            )
+        return failed
+
+    def _end(self, ticket: Ticket, status: Status, error: Exception | None = None) -> None:
+        ticket.status, ticket.error = status, error
+        if status is not Status.KEPT and ticket.row is not None:
+            del self._by_row[ticket.row]
+            ticket.row = None
+
+    # -- wishes of others ------------------------------------------------------------------------------------
+
+    def _wish(self, ticket: Ticket, status: Status) -> None:
+        with self._lock:
+            self._wishes.append((ticket, status))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Fulfil what was wished for, unless somebody is in a step, who will do it at its end."""
+        while self._wishes and self._rows.acquire(blocking=False):
+            try:
+                with self._lock:
+                    while self._wishes:
+                        self._fulfil(*self._wishes.popleft())
+            finally:
+                self._rows.release()
+
+    def _fulfil(self, ticket: Ticket, status: Status) -> None:
+        if ticket.status is Status.WAITING:
+            [row] = [row for other, row in self._waiting if other is ticket]
+            self._waiting = deque(pair for pair in self._waiting if pair[0] is not ticket)
+            ticket.status = Status.CANCELLED
+            if row is not None:
+                self.engine.cancel(row)
+        elif ticket.row is not None and status is Status.KEPT:
+            self.engine.pause(ticket.row)
+            ticket.status = Status.KEPT
+        elif ticket.row is not None:
+            self.engine.cancel(ticket.row)
+            self._end(ticket, Status.CANCELLED)
