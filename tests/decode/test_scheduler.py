@@ -365,7 +365,7 @@ def test_a_nan_behind_a_rejected_draft_is_not_noticed_as_in_plain_decoding(stack
 
     drafts, poisonings = [], []
     monkeypatch.setattr(type(stack), "logits", poisoned)
-    said, errors = finish(one := scheduler_of(stack), [one.submit(request(0))])
+    said, errors = finish(one := scheduler_of(stack), [one.submit(request(1))])
     assert poisonings, "some draft was rejected before the last position"
     assert errors == [None]
-    assert said == [alone[0]]
+    assert said == [alone[1]]

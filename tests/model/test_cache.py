@@ -1,4 +1,4 @@
-"""The cache: slots, rollback, moves, and that freed rows are clean."""
+"""The cache: slots, rollback, and that freed rows are clean."""
 
 import pytest
 import torch
@@ -54,15 +54,6 @@ def test_rollback_is_setting_a_length_and_the_next_write_overwrites(cache):
     written(cache, [0], [3], [1], 9)
     keys = cache.read(2, span([0], [3], [1]))[0]
     assert keys[0, 0, :, 0].tolist() == [1, 1, 1, 9]
-
-
-def test_an_accepted_path_is_moved_into_place(cache):
-    for slot in range(8):
-        written(cache, [1], [slot], [1], slot + 1)
-    cache.move(1, [3, 4, 7], 2)
-    for layer in range(3):
-        assert cache.keys[layer][1, 0, :8, 0].tolist() == [1, 2, 4, 5, 8, 6, 7, 8]
-        assert cache.values[layer][1, 1, :8, 0].tolist() == [-1, -2, -4, -5, -8, -6, -7, -8]
 
 
 def test_a_freed_row_is_zero_again_and_given_out_lowest_first(cache):

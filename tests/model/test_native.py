@@ -165,7 +165,7 @@ def test_int8_is_bfloat16_on_the_cpu_and_anything_else_says_so(tmp_path):
     with pytest.raises(UserError, match="unknown quantisation 'int3'"):
         models.load(folder, dtype=torch.bfloat16, quantize="int3")
     with pytest.raises(UserError, match="no kernel on meta"):
-        linear.require_quantizable("int8", torch.bfloat16, torch.device("meta"))
+        linear.require_format("int8", torch.bfloat16, torch.device("meta"))
 
 
 def test_int8_weights_are_rounded_to_half_a_step_of_their_row():

@@ -97,12 +97,6 @@ class Cache:
         if depth is not None:
             self.depths[row] = depth
 
-    def move(self, row: int, sources: Sequence[int], start: int) -> None:
-        """Copy the slots `sources` of a row, in order, to `start ..`: the accepted path of a tree."""
-        for tensor in (*self.keys, *self.values):
-            picked = tensor[row][:, list(sources)]  # advanced indexing copies first, so overlaps are safe
-            tensor[row, :, start : start + len(sources)] = picked
-
     # -- writing and reading ---------------------------------------------------------------------------------
 
     def bind(self, step: Step) -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from layerskip.errors import UserError, nearest
 from layerskip.model.families import refuse_unsupported
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native.linear import require_quantizable
+from layerskip.model.native.linear import require_format
 from layerskip.model.native.load import native_reason, native_stack
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load(
     """
     if kind not in KINDS:
         raise UserError(f"unknown stack {kind!r}", nearest(kind, KINDS))
-    require_quantizable(quantize, dtype, torch.device(device))
+    require_format(quantize, dtype, torch.device(device))
     hf = load_model(path, dtype=dtype, device=device, device_map=device_map)
     refuse_unsupported(hf)
     reason = "it was refused" if kind == "hf" else native_reason(hf, placed=device_map is not None)

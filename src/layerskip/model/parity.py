@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # modules run, only the attention kernel may differ (masked against causal, other tiles). In float64 too some of
 # Hugging Face's own steps (rotary tables, RMS norms, the eager softmax) are done in float32.
 PARITY = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+OTHER_KERNELS = 5  # times as much at the median position, in 16 bit
 
 
 def probe_tokens(vocab_size: int, device: torch.device, length: int = 8) -> Tensor:
@@ -27,11 +28,12 @@ def probe_tokens(vocab_size: int, device: torch.device, length: int = 8) -> Tens
     return ((torch.arange(length, device=device) * 7919 + 11) % vocab_size)[None]
 
 
-def check_slices(stack: Stack, tokens: Tensor, reference: Tensor, other_kernels: bool = False) -> None:
+def check_slices(stack: Stack, tokens: Tensor, reference: Tensor, middle_within: float | None = None) -> None:
     """Compare a stack's logits for tokens [1, n] with a reference [1, n, V]: whole, then sliced and cached.
 
-    `other_kernels` in 16 bit: rounding then differs at every step, and a prompt of random tokens amplifies it at
-    some positions, so it is the middle one of the positions that has to agree, and less closely.
+    Every position has to agree as `PARITY` says. With other kernels in 16 bit, or rounded weights, each step rounds
+    otherwise, and a prompt of random tokens amplifies that at some positions: `middle_within` is the relative
+    difference that the median position may then have.
 
     Raises: UserError when they differ beyond rounding.
     """
@@ -48,15 +50,15 @@ def check_slices(stack: Stack, tokens: Tensor, reference: Tensor, other_kernels:
             h, _ = stack.run(stack.embed(tokens[:, start : start + count], step), 0, middle, step, cache)
             h, _ = stack.run(h, middle, stack.num_layers, step, cache)
             logits.append(stack.logits(h))
-        _compare(stack, torch.cat(logits, 1), reference, what, other_kernels and stack.dtype.itemsize == 2)
+        _compare(stack, torch.cat(logits, 1), reference, what, middle_within)
 
 
-def _compare(stack: Stack, ours: Tensor, reference: Tensor, what: str, loosely: bool) -> None:
+def _compare(stack: Stack, ours: Tensor, reference: Tensor, what: str, middle_within: float | None) -> None:
     scale = reference.abs().max().item()
     differences = (ours - reference).abs().amax(-1).flatten()  # [n]
-    difference = (differences.median() if loosely else differences.max()).item()
+    difference = (differences.max() if middle_within is None else differences.median()).item()
     difference = difference if ours.isfinite().all() else math.nan
-    allowed = PARITY.get(stack.dtype, 1e-4) * (5 if loosely else 1)
+    allowed = PARITY.get(stack.dtype, 1e-4) if middle_within is None else middle_within
     if not math.isfinite(scale):
         raise UserError(
             "the model gives NaN or infinite logits: its weights are damaged, or overflow in this dtype",

@@ -21,7 +21,7 @@ class Step:
     Row b brings `counts[b]` live tokens that stand at positions `starts[b] ..`; the remaining `T - counts[b]`
     columns are padding: they repeat the last live position and write to the spill slot, which nobody reads.
     A row with count 0 is dead (it only fills a static shape). Positions feed the rotary tables, slots say
-    where keys and values go; they differ only for trees, whose builder supplies its own `visible`.
+    where keys and values go; they differ in padding only.
 
     A step made by `on_device` knows starts and counts as tensors only, so one captured graph serves all of them;
     its tuples of starts and counts are empty, and so is `rows` unless row b of the call is row b of the cache.
@@ -33,7 +33,6 @@ class Step:
     positions: Tensor  # [B, T]
     slots: Tensor  # [B, T]
     kv_len: int  # slots [0, kv_len) are read
-    visible: Tensor | None = None  # bool [B, T, kv_len], for trees; None means causal
     index: Tensor | None = None  # int64 [B], the cache rows of a step made by `on_device`
     shared: dict[Any, Any] = field(default_factory=dict)  # what stacks compute once per step (rotary, masks)
 
@@ -102,13 +101,11 @@ class Step:
 
     def sees_everything(self, window: int | None) -> bool:
         """Whether every query sees every slot read, so that no mask is needed (plain decoding)."""
-        plain = self.visible is None and self.width == 1 and (window is None or self.kv_len <= window)
-        return plain and self.uniform
+        return self.width == 1 and (window is None or self.kv_len <= window) and self.uniform
 
     def from_empty(self, window: int | None) -> bool:
         """Whether the call starts at slot 0, where SDPA's upper-left aligned causal flag is right."""
-        plain = self.visible is None and (window is None or self.kv_len <= window)
-        return plain and self.uniform and self.starts[0] == 0
+        return (window is None or self.kv_len <= window) and self.uniform and self.starts[0] == 0
 
     def mask(self, window: int | None) -> Tensor:
         """Say which slots each query may see.
@@ -119,7 +116,7 @@ class Step:
         if key not in self.shared:
             slot = torch.arange(self.kv_len, device=self.positions.device)  # [kv_len]
             position = self.positions[:, :, None]  # [B, T, 1]
-            seen = slot <= position if self.visible is None else self.visible  # [B, T, kv_len]
+            seen = slot <= position  # [B, T, kv_len]
             if window is not None:
                 seen = seen & (slot > position - window)
             self.shared[key] = seen[:, None]  # [B, 1, T, kv_len]

@@ -71,7 +71,7 @@ class Attention:
         wanted in `copies`, [1, copies, heads d].
         """
         angles = self._angles(step, cache.capacity) if rotary else None
-        if self.kernels is not None and step.width <= MOST_EXACT_ROWS and step.visible is None:
+        if self.kernels is not None and step.width <= MOST_EXACT_ROWS:
             return self.kernels.attention(
                 qkv, self.heads, self.scale, angles, cache, layer, step, window, copies
             )
@@ -142,7 +142,7 @@ class Attention:
                 cos, sin = self.rotary(like, positions)  # [1, n, r]
                 self._tables = cos[0].contiguous(), sin[0].contiguous()
                 self._kept.append(self._tables)  # captured graphs read the smaller ones by their address
-            if step.uniform and len(step.rows) == 1 and step.visible is None:  # a view
+            if step.uniform and len(step.rows) == 1:  # a view
                 start = step.starts[0]
                 angles = tuple(table[None, start : start + step.width] for table in self._tables)
             else:

@@ -1,6 +1,6 @@
 """Matrix products of the native decoder: weights laid out once for the device, a residual added in the same call.
 
-    linear = packed(weight, bias, quantize=None)
+    linear = packed(weight, bias)            # or packed(weight, bias, "int8"): a name in `FORMATS`
     y = linear(x)               # [B, T, in] -> [B, T, out]
     h = linear.added_to(h, x)   # h + linear(x)
 
@@ -12,6 +12,7 @@ anyone relies on it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +21,10 @@ import torch.nn.functional as F
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-QUANTIZATIONS = ("int8",)
 SINGLE_ROW = 4  # how often a packed product is given a single row
 ROWS_HINT = 16  # oneDNN lays weights out for about this many rows: as fast at one, much faster at nine
 PROBED_ROWS = (2, 3, 5, 9, 16, 33, 96)
@@ -133,14 +133,6 @@ class Int8(Linear):
         return Int8(self.weight[ids], self.scales[ids], None if self.bias is None else self.bias[ids])
 
 
-def packed(weight: Tensor, bias: Tensor | None = None, quantize: str | None = None) -> Linear:
-    """Lay a weight [out, in] out for its device: int8, oneDNN on the CPU where it can, else torch's own."""
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if quantize == "int8":
-        return Int8.quantized(weight, bias)
-    return Packed(weight, bias) if packs(weight.dtype, weight.device) else Plain(weight.contiguous(), bias)
-
-
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN multiplies this dtype natively here; emulated 16 bit is slower than torch's own."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -159,18 +151,67 @@ def fast_bfloat16() -> bool:
     return native and packs(torch.bfloat16, torch.device("cpu"))
 
 
-def require_quantizable(quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise UserError for a quantisation that has no kernel here."""
+@dataclass(frozen=True)
+class Format:
+    """A way to hold weights: what `--quantize` calls it, where it runs, how it is made, how it is checked."""
+
+    name: str
+    make: Callable[[Tensor, Tensor | None], Linear]
+    """From a weight [out, in] and its bias [out]."""
+    dtypes: tuple[torch.dtype, ...]
+    """Of the activations it is multiplied with; the first one where the dtype is left to us."""
+    devices: tuple[str, ...]
+    about: str
+    """What it costs and gains, in a line of help."""
+    tolerance: float
+    """Relative difference of the median position's logits from the model's own that its parity check allows."""
+    single_row: int = 1
+    """How often a single row is given to a product, so that its bits are those it has beside others."""
+
+
+def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
+    return Int8.quantized(weight, bias)
+
+
+FORMATS = {
+    one.name: one
+    for one in (
+        Format(
+            "int8", _int8, (torch.bfloat16,), ("cpu",), "weights in 8 bit, half the bytes of bfloat16", 0.3
+        ),
+    )
+}
+
+
+def packed(weight: Tensor, bias: Tensor | None = None, quantize: str | None = None) -> Linear:
+    """Lay a weight [out, in] out: in a format, by oneDNN on the CPU where it can, else as torch does."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if quantize is not None:
+        return FORMATS[quantize].make(weight, bias)
+    return Packed(weight, bias) if packs(weight.dtype, weight.device) else Plain(weight.contiguous(), bias)
+
+
+def single_row_of(quantize: str | None, dtype: torch.dtype, device: torch.device) -> int:
+    """How often a single row is given to a product, see `Packed` and `Format`."""
+    if quantize is not None:
+        return FORMATS[quantize].single_row
+    return SINGLE_ROW if packs(dtype, device) else 1
+
+
+def require_format(quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UserError for a weight format that has no kernel here."""
     if quantize is None:
         return
-    if quantize not in QUANTIZATIONS:
-        raise UserError(f"unknown quantisation {quantize!r}", "known: " + ", ".join(QUANTIZATIONS))
-    if device.type != "cpu":
-        raise UserError(f"int8 weights have no kernel on {device.type} here", "leave out --quantize")
-    if dtype != torch.bfloat16:
+    if quantize not in FORMATS:
+        raise UserError(f"unknown quantisation {quantize!r}", "known: " + ", ".join(FORMATS))
+    one = FORMATS[quantize]
+    if device.type not in one.devices:
+        raise UserError(f"{quantize} weights have no kernel on {device.type} here", "leave out --quantize")
+    if dtype not in one.dtypes:
+        names = [str(known).removeprefix("torch.") for known in (*one.dtypes, dtype)]
         raise UserError(
-            f"int8 weights are multiplied with bfloat16 activations, not {str(dtype).removeprefix('torch.')}",
-            "use --dtype bfloat16 (or auto)",
+            f"{quantize} weights are multiplied with {', '.join(names[:-1])} activations, not {names[-1]}",
+            f"use --dtype {names[0]} (or auto)",
         )
 
 

@@ -17,9 +17,9 @@ import torch
 from layerskip.errors import UserError
 from layerskip.model.families import device_of
 from layerskip.model.native.layer import ACTIVATIONS, activation_of
-from layerskip.model.native.linear import require_quantizable
+from layerskip.model.native.linear import FORMATS, require_format
 from layerskip.model.native.stack import NativeStack
-from layerskip.model.parity import check_slices, probe_tokens
+from layerskip.model.parity import OTHER_KERNELS, PARITY, check_slices, probe_tokens
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
 
@@ -94,19 +94,20 @@ def _compare_tiny(config: Any, model_class: Any) -> None:
 def native_stack(hf: Any, *, quantize: str | None = None) -> NativeStack:
     """Take the weights of a Hugging Face model, emptying it, and check the result on eight tokens.
 
-    Raises: UserError when the result differs from the model beyond rounding (int8 is not compared: it rounds
-    its weights).
+    Raises: UserError when the result differs from the model beyond rounding, that of the weight format included.
     """
-    require_quantizable(quantize, hf.dtype, device_of(hf))
+    require_format(quantize, hf.dtype, device_of(hf))
     vocab_size = hf.get_output_embeddings().weight.shape[0]
     tokens = probe_tokens(vocab_size, device_of(hf))
     with torch.inference_mode():
         reference = hf(input_ids=tokens, use_cache=False).logits.float()
         stack = NativeStack(hf, quantize=quantize, empty=True)
-        if quantize is None:
-            try:
-                check_slices(stack, tokens, reference, other_kernels=True)
-            except UserError as error:
-                raise UserError(error.message, 'use --stack hf (stack="hf")') from error
+        within = PARITY[stack.dtype] * OTHER_KERNELS if stack.dtype.itemsize == 2 else None
+        if quantize is not None:
+            within = FORMATS[quantize].tolerance
+        try:
+            check_slices(stack, tokens, reference, within)
+        except UserError as error:
+            raise UserError(error.message, 'use --stack hf (stack="hf"), without --quantize') from error
     stack.counters.reset()
     return stack

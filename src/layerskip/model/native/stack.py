@@ -19,7 +19,7 @@ from layerskip.model.head import Head
 from layerskip.model.native.attention import SLOTS, Attention
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
-from layerskip.model.native.linear import SINGLE_ROW, Packed, packed, packs, row_exact
+from layerskip.model.native.linear import Packed, packed, packs, row_exact, single_row_of
 from layerskip.model.parity import probe_tokens
 from layerskip.model.stack import Counters, Stack
 from layerskip.model.step import Step
@@ -80,7 +80,7 @@ class NativeStack(Stack):
             config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
             rotary, self.context, exact=False, kernels=self.kernels,
         )  # fmt: skip
-        self.single_row = SINGLE_ROW if isinstance(self.head, Packed) else 1
+        self.single_row = single_row_of(quantize, self.dtype, self.device)
         self.attention.exact = (
             packs(self.dtype, self.device)
             and self.attention.can_be_exact
