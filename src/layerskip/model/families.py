@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ADDING_A_MODEL = "docs/adding-a-model.md says what a family must provide"
+ADDING_A_MODEL = "docs/extending.md says what a family must provide"
 
 
 def _token_embedding(decoder: Any, table: Any, tokens: Tensor, positions: Tensor) -> Tensor:
