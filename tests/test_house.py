@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,16 @@ def test_model_and_decode_import_without_pydantic_typer_and_gguf():
     )
     everything = "import layerskip; [getattr(layerskip, name) for name in layerskip.__all__]"
     assert modules_after(f"{blocked}; {everything}", "layerskip.decode.engine") == ["layerskip.decode.engine"]
+
+
+def test_documented_modules_that_moved_are_found_under_their_former_names_with_a_warning():
+    from layerskip.checkpoint import resolve
+    from layerskip.train.objective import schedule
+
+    for former, now in (("layerskip.model.hub", resolve), ("layerskip.train.schedule", schedule)):
+        sys.modules.pop(former, None)
+        with pytest.warns(DeprecationWarning, match=f"{former} is now {now.__name__}"):
+            assert import_module(former) is now
 
 
 OPTIONAL = {

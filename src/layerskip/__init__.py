@@ -7,8 +7,12 @@
 Names are loaded when first used: `import layerskip` imports no torch.
 """
 
+import sys
+import warnings
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,3 +62,30 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+_FORMER = {  # documented modules of 0.1 that have moved; gone in 0.3
+    "layerskip.model.hub": "layerskip.checkpoint.resolve",
+    "layerskip.train.exits": "layerskip.train.objective.exits",
+    "layerskip.train.recipe": "layerskip.train.job.recipe",
+    "layerskip.train.run": "layerskip.train.job.run",
+    "layerskip.train.schedule": "layerskip.train.objective.schedule",
+}
+
+
+class _FormerNames:
+    """Find modules under their former names too, with a warning: the very module, not a copy."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _FORMER else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return ModuleType(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        moved = _FORMER[module.__name__]
+        warnings.warn(f"{module.__name__} is now {moved}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = import_module(moved)
+
+
+sys.meta_path.append(_FormerNames())
