@@ -8,18 +8,17 @@ import torch.nn.functional as F
 
 import training
 from layerskip.errors import UserError
+from layerskip.model.families import parts_of
 from layerskip.train.data.encoding import IGNORED
 from layerskip.train.job.recipe import recipe_from
-from layerskip.train.job.run import freeze
 from layerskip.train.objective.anchor import Anchor, anchor_of, fisher_information, live_tokens
+from layerskip.train.objective.binding import bound
 from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.objective import Objective
 
 ROWS, TOKENS, EXIT = 6, 9, 2
+OBJECTIVE = Objective(last_loss="anchor", freeze="above")
 ANCHORED = {"freeze": "above", "last_loss": "anchor", "curriculum": "fixed", "exits": [EXIT], "p_max": 0.0}
-
-
-class Batches(list):
-    collate = staticmethod(lambda rows: rows[0])
 
 
 def schedule(layers, **changes):
@@ -46,7 +45,7 @@ def state(model, tokens):
 
 
 def test_before_training_the_copy_says_what_the_model_says_and_the_price_is_nothing(model, tokens):
-    anchor = anchor_of(model, EXIT, Batches([batch(tokens[:1])]))
+    anchor = anchor_of(model, EXIT, [batch(tokens[:1])])
     was = anchor.before(input_ids=tokens)
     model.eval()
     torch.testing.assert_close(was, state(model, tokens))
@@ -62,33 +61,34 @@ def test_before_training_the_copy_says_what_the_model_says_and_the_price_is_noth
 def test_the_price_is_the_divergence_of_the_output_for_small_moves(tokens):
     model = training.model().eval()
     one = tokens[:1]
-    fisher = fisher_information(model, EXIT, [batch(one)] * 1500, seed=3)
+    fisher = fisher_information(model, EXIT, [batch(one.expand(1500, -1))], seed=3)
     layer = model.model.layers[EXIT - 1]
     with torch.no_grad():
         before = model(one).logits.log_softmax(-1)
     generator = torch.Generator().manual_seed(0)
     true = priced = 0.0
     for at in range(1, TOKENS):  # one token at a time, as F is a mean over them
-        for _ in range(20):
-            d = 0.05 * torch.randn(model.config.hidden_size, generator=generator)
-            moved = torch.zeros(TOKENS, len(d)).index_copy(0, torch.tensor([at]), d[None])
-            hook = layer.register_forward_hook(lambda _, args, out, by=moved: out + by)
-            with torch.no_grad():
-                after = model(one).logits.log_softmax(-1)
-            hook.remove()
-            true += float(F.kl_div(after, before, log_target=True, reduction="sum"))
-            priced += float(0.5 * d @ fisher @ d)
+        d = 0.05 * torch.randn(20, model.config.hidden_size, generator=generator)
+        moved = torch.zeros(len(d), TOKENS, d.shape[1])
+        moved[:, at] = d
+        hook = layer.register_forward_hook(lambda _, args, out, by=moved: out + by)
+        with torch.no_grad():
+            after = model(one.expand(len(d), -1)).logits.log_softmax(-1)
+        hook.remove()
+        true += float(F.kl_div(after, before.expand_as(after), log_target=True, reduction="sum"))
+        priced += float(0.5 * torch.linalg.vecdot(d @ fisher, d).sum())
     assert priced == pytest.approx(true, rel=0.15)
 
 
 def test_the_loss_is_the_exits_and_the_price_of_the_last_layers_weight(tokens):
     model = training.model().train()
-    anchor = anchor_of(model, EXIT, Batches([batch(tokens[:1])]))
+    plan = schedule(len(model.model.layers), last_every=3)
+    objective = bound(OBJECTIVE, model, plan, [batch(tokens[:1])])
+    anchor = objective.anchor
     with torch.no_grad():
         for parameter in model.model.layers[0].parameters():
             parameter += 0.05
-    exits = ExitTraining(model, schedule(len(model.model.layers), last_every=3))
-    exits.anchor = anchor
+    exits = ExitTraining(model, plan, objective)
     labels = tokens.clone()
     labels[:, :3] = IGNORED
     with exits:
@@ -112,18 +112,13 @@ def test_padding_and_first_tokens_have_no_price():
 
 
 def test_nothing_above_the_exit_learns_and_measuring_leaves_no_trace(model, tokens):
-    recipe = recipe_from(ANCHORED)
-    plan = schedule(model.config.num_hidden_layers)
-    freeze(model, recipe, plan)
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert names
-    assert all(f".{k}." in name for name in names for k in [name.split(".")[2]] if k in ("0", "1"))
-    was = copy.deepcopy(model.state_dict())
-    anchor = anchor_of(model, EXIT, Batches([batch(tokens[:1])]))
+    plan, was = schedule(model.config.num_hidden_layers), copy.deepcopy(model.state_dict())
+    objective = bound(OBJECTIVE, model, plan, [batch(tokens[:1])])
     assert model.training
-    assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    exits = ExitTraining(model, plan)
-    exits.anchor = anchor
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    below = {parameter for layer in parts_of(model)[1][:EXIT] for parameter in layer.parameters()}
+    assert names == {name for name, parameter in model.named_parameters() if parameter in below}
+    exits = ExitTraining(model, plan, objective)
     with exits:
         exits.begin(0, 10)
         model(input_ids=tokens, labels=tokens).loss.backward()

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import training
 from layerskip.errors import UserError
+from layerskip.train.objective.binding import bound
 from layerskip.train.objective.exits import ExitTraining
-from layerskip.train.objective.reference import before_training
+from layerskip.train.objective.objective import Objective
 
 ROWS, TOKENS, EXIT = 6, 9, 2
 
@@ -85,7 +86,8 @@ def test_layers_above_the_exit_run_whole_rows_only(model, tokens):
 
 def test_early_rows_tell_only_the_given_tokens_apart(model, tokens):
     ids = list(range(0, 30, 2))
-    exits = ExitTraining(model, schedule(len(model.model.layers), last_every=1000), vocabulary=ids)
+    plan = schedule(len(model.model.layers), last_every=1000)
+    exits = ExitTraining(model, plan, Objective(exit_vocab=ids))
     early, _ = states(model, tokens)
     kept = tokens[:, 1:] % 2 == 0
     logits = (early[:, :-1] @ model.lm_head.weight[ids].T)[kept]
@@ -107,16 +109,17 @@ def test_a_last_layer_that_is_to_stay_learns_from_the_model_before_training(mode
         from layerskip.train.job.recipe import Lora
 
         tuned = with_adapters(model, Lora(rank=2, ranks={1: 4}))
-    before = before_training(tuned)
     hf = tuned.get_base_model() if adapters else model
+    plan = schedule(len(hf.model.layers), e_scale=1.0)
+    objective = bound(Objective(last_loss="kl", freeze="embeddings"), tuned, plan)
+    before = objective.reference
     was = copy.deepcopy(states(hf, tokens)[1])
     torch.testing.assert_close(before(input_ids=tokens).float(), was, rtol=0.05, atol=0.05)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad and (not adapters or "lora_B" in name):
                 parameter += 0.05
-    exits = ExitTraining(hf, schedule(len(hf.model.layers), e_scale=1.0))
-    exits.reference = before
+    exits = ExitTraining(tuned, plan, objective)
     with exits:
         exits.begin(0, 10)
         hf(input_ids=tokens, labels=tokens)
@@ -131,6 +134,6 @@ def test_a_last_layer_that_is_to_stay_learns_from_the_model_before_training(mode
 
 def test_settings_that_leave_an_early_row_without_a_teacher_are_refused(model):
     with pytest.raises(UserError, match="no last layer"):
-        ExitTraining(model, schedule(len(model.model.layers)), exit_loss="ce+kl")
+        ExitTraining(model, schedule(len(model.model.layers)), Objective(exit_loss="ce+kl"))
     with pytest.raises(UserError, match="last_every is 0"):
         schedule(5, last_every=0)

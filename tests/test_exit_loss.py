@@ -9,6 +9,7 @@ from layerskip.errors import UserError
 from layerskip.train.objective import loss as losses
 from layerskip.train.objective.exits import ExitTraining
 from layerskip.train.objective.loss import multi_exit_loss
+from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
 
 WIDTH, VOCAB, TOKENS = 16, 50, 37
@@ -135,7 +136,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(UserError, match=r"ce\+kl|'kl'"):
-        ExitTraining(tiny.random_model("llama"), Schedule(tiny.NUM_LAYERS), exit_loss="kll")
+        ExitTraining(tiny.random_model("llama"), Schedule(tiny.NUM_LAYERS), Objective(exit_loss="kll"))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -10,6 +10,7 @@ import torch
 
 from layerskip.checkpoint import facts as checkpoint
 from layerskip.checkpoint import resolve as hub
+from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.decode.language_model import LanguageModel
 from layerskip.errors import UserError, nearest
 from layerskip.model import load as models
@@ -20,7 +21,6 @@ from layerskip.model.native.load import native_family
 if TYPE_CHECKING:
     from pathlib import Path
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -79,8 +79,6 @@ def load(
 
     Raises: UserError when it cannot be found or loaded, or fails the parity check.
     """
-    from transformers import AutoTokenizer
-
     if not isinstance(name, (str, PathLike)):
         raise UserError(
             f"load takes a name or folder, got {type(name).__name__}",
@@ -105,16 +103,7 @@ def load(
         return load(
             name, dtype="float32", device=device, device_map=device_map, stack=stack, progress=progress
         )
-    tokenizer = None  # token ids still work; text then says what is missing
-    if any(
-        (path / file).exists() for file in TOKENIZER_FILES
-    ):  # else transformers would make up an empty one
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"cannot read the tokenizer of {path}: {error}", "add its tokenizer.json"
-            ) from error
+    tokenizer = tokenizer_in(path)  # where there is none token ids still work, text says what is missing
     lm = LanguageModel(model, tokenizer, path, hf)
     lm.facts = checkpoint.facts_of(hf.config, str(name))
     return lm

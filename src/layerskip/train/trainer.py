@@ -13,6 +13,9 @@ import shutil
 import signal
 import threading
 import time
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +30,16 @@ from layerskip.errors import UserError
 from layerskip.train import checkpoints
 from layerskip.train.data.encoding import IGNORED
 from layerskip.train.figures import by_exit, predicted, reduced
+from layerskip.train.objective.binding import base_model_of, bound
+from layerskip.train.objective.exit_map import as_checkpoint, map_of
 from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
 from layerskip.train.supported import refuse_unsupported
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from layerskip.train.objective.exits import Totals
@@ -64,6 +72,17 @@ class LayerSkipFields:
         default=1, metadata={"help": "N: every N-th row runs all layers; the others end at an early exit."}
     )
     exit_loss: str = field(default="ce", metadata={"help": "ce, kl (to the final layer) or ce+kl."})
+    last_loss: str = field(
+        default="ce", metadata={"help": "ce, or the last layer stays what it was: kl or anchor."}
+    )
+    exit_vocab: int | None = field(
+        default=None,
+        metadata={"help": "Rows that end early are scored against the data's N most frequent tokens."},
+    )
+    exit_map: bool = field(default=False, metadata={"help": "Read the one exit through a learnt square map."})
+    freeze: str = field(
+        default="nothing", metadata={"help": "nothing, embeddings (and head), above (the exits) or model."}
+    )
 
     def schedule(self, num_layers: int) -> Schedule:
         """Bind these settings to a model of `num_layers` layers. Raises: UserError where they do not fit it."""
@@ -78,7 +97,8 @@ class LayerSkipArguments(LayerSkipFields, TrainingArguments):
 class LayerSkipMixin:
     """Give a subclass of `Trainer` the recipe; put it first: `class Mine(LayerSkipMixin, SFTTrainer)`.
 
-    `args` must have the fields of `LayerSkipFields`. `interrupted` tells whether training stopped for a signal.
+    `args` must have the fields of `LayerSkipFields`; an `objective` that is given counts in place of theirs.
+    `model` is the one before training, of a resumed run too. `interrupted` tells whether a signal stopped it.
     Raises: UserError when a loss or gradient is not finite, before the step that would use it.
     """
 
@@ -86,24 +106,33 @@ class LayerSkipMixin:
     args: Any
     state: Any
     model: Any
+    optimizer: Any
     accelerator: Any
+    train_dataset: Any
+    data_collator: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_unsupported(self)
         options = self.args
         if options.device.type == "cpu":
             options.dataloader_pin_memory = False  # there is nothing to pin for, torch would warn
         options.prediction_loss_only = True  # the logits of all exits are never made at once
-        hf = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self.exits = ExitTraining(
-            hf,
-            options.schedule(hf.config.get_text_config().num_hidden_layers),
-            options.exit_loss,
-            options.residual_scale,
-            options.seed,
-            options.world_size > 1,
+        objective = Objective.of(options) if objective is None else objective
+        if self.optimizer is not None and objective.exit_map and map_of(base_model_of(self.model)) is None:
+            raise UserError("the optimizer that was given knows no exit_map", "leave optimizers out")
+        schedule = options.schedule(base_model_of(self.model).config.get_text_config().num_hidden_layers)
+        dtype = torch.bfloat16 if options.bf16 else None
+        given = bound(
+            objective,
+            self.model,
+            schedule,
+            self._rows(),
+            seed=options.seed,
+            device=options.device,
+            dtype=dtype,
         )
+        self.exits = ExitTraining(self.model, schedule, given, options.seed, options.world_size > 1)
         self.exits.attach()
         self.exits.measuring = False  # outside of `evaluate` the model gives its logits as ever
         self.interrupted = False
@@ -119,6 +148,13 @@ class LayerSkipMixin:
         """Take up what the state of a resumed run tells."""
         self.state.best_model_checkpoint = checkpoints.best(self.state, Path(self.args.output_dir))
         self._tokens = next((e["tokens"] for e in reversed(self.state.log_history) if "tokens" in e), 0)
+
+    def _rows(self) -> _Rows | None:
+        """Training data by number, each row as a batch of its own; None where they have no length."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return None
+        collate = self._get_collator_with_removed_columns(self.data_collator, "training")  # type: ignore[attr-defined]
+        return _Rows(self.train_dataset, collate)
 
     def _claim(self) -> None:
         """Take the model back from a later trainer of it."""
@@ -299,6 +335,22 @@ class LayerSkipMixin:
         if options.push_to_hub:
             self._push_from_checkpoint(str(run / name))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; with exit_vocab the folder gets a draft head, into which the map of the exit goes."""
+        exits, folder = self.exits, Path(output_dir or self.args.output_dir)
+        ready: AbstractContextManager[None] = nullcontext()
+        if exits.vocabulary is not None and self._saving is None and self.args.should_save:
+            if exits.hf is self.model and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+                ready = as_checkpoint(exits.hf, folder, Facts(exits.schedule.trained), exits.vocabulary)
+            else:
+                warnings.warn(
+                    f"{folder} gets no draft head, adapters and sharded models are saved as they are: "
+                    "docs/training.md says how to save them whole",
+                    stacklevel=2,
+                )
+        with ready:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         limit = self.args.save_total_limit
         if self.interrupted and limit == 1:  # Trainer keeps the best alone then, there is still more to train
@@ -315,6 +367,19 @@ class LayerSkipMixin:
 
 class LayerSkipTrainer(LayerSkipMixin, Trainer):
     """Hugging Face's `Trainer` with layer dropout and early-exit loss."""
+
+
+class _Rows(Sequence[Any]):
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], dict[str, Tensor]]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: Any) -> Any:
+        if not row < len(self):
+            raise IndexError(row)
+        return self.collate([self.dataset[row]])
 
 
 class _Interrupts(TrainerCallback):

@@ -7,8 +7,8 @@ dataset = rows(trained, options)          # a torch Dataset; collate makes batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ import torch
 from layerskip.errors import UserError
 from layerskip.train.data.encoding import IGNORED, DataOptions, Encoded, encode
 from layerskip.train.data.sources import Columns, examples
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "Columns",
@@ -26,6 +29,7 @@ __all__ = [
     "collate",
     "encode",
     "examples",
+    "most_frequent",
     "packs",
     "rows",
     "split",
@@ -68,11 +72,9 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             for name, column in zip(names, columns, strict=True)
         }
 
-    def frequent(self, size: int, always: Iterable[int] = ()) -> list[int]:
-        """The `size` tokens that are learnt most often, by falling count, those of `always` among the first."""
-        counts = np.bincount(self.labels[self.labels != IGNORED], minlength=1 + max(always, default=0))
-        counts[list(always)] += 1 + len(self.labels)
-        return [int(token) for token in np.argsort(-counts, kind="stable")[:size]]
+    def frequent(self, size: int, always: Collection[int] = ()) -> list[int]:
+        """See `most_frequent`."""
+        return most_frequent(self.labels, size, always)
 
     def collate(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return collate(batch, self.pad_id)
@@ -105,6 +107,13 @@ def rows(encoded: Sequence[Encoded], options: DataOptions, pad_id: int = 0) -> R
         elif len(opened) > _OPEN_ROWS:
             del opened[min(opened, key=opened.__getitem__)]
     return Rows(packed, pad_id)
+
+
+def most_frequent(labels: NDArray[np.integer[Any]], size: int, always: Collection[int] = ()) -> list[int]:
+    """The `size` tokens that are learnt most often, by falling count, those of `always` among the first."""
+    counts = np.bincount(labels[labels != IGNORED], minlength=1 + max(always, default=0))
+    counts[list(always)] += 1 + len(labels)
+    return [int(token) for token in np.argsort(-counts, kind="stable")[:size]]
 
 
 def collate(batch: Sequence[Mapping[str, torch.Tensor]], pad_id: int = 0) -> dict[str, torch.Tensor]:

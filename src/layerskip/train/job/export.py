@@ -11,12 +11,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.checkpoint.facts import entry, write_draft_head
 from layerskip.errors import UserError
-from layerskip.train.objective.exit_map import add_map, folded, map_of
+from layerskip.train.objective.exit_map import add_map, as_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from layerskip.checkpoint.facts import Facts
     from layerskip.train.job.recipe import Recipe
@@ -35,11 +34,10 @@ def export(
     facts: Facts,
     recipe: Recipe,
     result: dict[str, Any],
-    ids: Sequence[int] | None = None,
 ) -> None:
     """Write the trained model into `output`; every rank calls it, the first one writes.
 
-    Adapters are merged; a map of the exit becomes rows of its own for the draft vocabulary `ids`. Tokenizer and
+    Adapters are merged; a map of the exit becomes rows of its own for the draft vocabulary. Tokenizer and
     generation config are those of `source`, byte for byte.
     Raises: UserError when there is no room; checkpoints and a former export stay as they were.
     """
@@ -53,11 +51,8 @@ def export(
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir(parents=True)
             _check_space(model, output)
-            model.config.layerskip = entry(facts)
-            if ids is not None:
-                weight = None if map_of(model) is None else folded(model, ids)
-                model.config.layerskip |= write_draft_head(making, ids, weight)
-            model.save_pretrained(making)
+            with as_checkpoint(model, making, facts, trainer.exits.vocabulary):
+                model.save_pretrained(making)
             for file in _copied(source):
                 shutil.copyfile(file, making / file.name)
             (making / "README.md").write_text(card(recipe, facts, result), encoding="utf-8")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,16 +53,10 @@ def check_length(recipe: Recipe, config: Any) -> None:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    tokenizer = tokenizer_in(folder)
+    if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer", "model=NAME gives one beside from_config")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot read the tokenizer of {folder}: {error}", "add its tokenizer.json"
-        ) from error
+    return tokenizer
 
 
 def ends_of(folder: Path, config: Any) -> set[int]:

@@ -1,18 +1,17 @@
-"""A recipe as Hugging Face's arguments, and the plan that is shown before a run: steps, tokens, memory."""
+"""A run that is about to start: a recipe as Hugging Face's arguments, its plan of steps, tokens and memory."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from layerskip.train.data.packing import Rows
     from layerskip.train.job.recipe import Recipe
-    from layerskip.train.job.run import Run
     from layerskip.train.objective.schedule import Schedule
     from layerskip.train.trainer import LayerSkipArguments
 
@@ -25,6 +24,34 @@ REFUSED = {
     "auto_find_batch_size": "a resumed run would see other rows",
     "dataloader_drop_last": "the plan counts all rows",
 }
+
+
+@dataclass
+class Run:
+    """A run that passed every check."""
+
+    recipe: Recipe
+    schedule: Schedule
+    model: Any
+    tokenizer: Any
+    folder: Path
+    """Where tokenizer and generation config come from."""
+    arguments: LayerSkipArguments
+    train_rows: Rows
+    eval_rows: Rows | None
+    ends: set[int]
+    """Tokens that end what the model writes."""
+    checkpoint: Path | None
+    """Where training goes on."""
+    use_cache: bool
+    """The configuration's, which the trainer turns off and the export gives back."""
+    warnings: list[str]
+    """What was noticed while the data were read."""
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.arguments.output_dir)
 
 
 def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkipArguments:
@@ -48,8 +75,8 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             key: getattr(recipe, key)
             for key in (
                 "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum",
-                "rotation", "last_every", "exit_loss", "learning_rate", "weight_decay", "max_grad_norm", "seed",
-                "report_to",
+                "rotation", "last_every", "exit_loss", "last_loss", "exit_vocab", "exit_map", "freeze",
+                "learning_rate", "weight_decay", "max_grad_norm", "seed", "report_to",
             )
         },
         "exits": None if schedule.exits is None else list(schedule.exits),

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerskip.errors import UserError, nearest
+from layerskip.train.objective.objective import Objective
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FSDP_SETTINGS = FOLDER / "fsdp2.accelerate.yaml"
@@ -206,25 +207,8 @@ class Recipe(_Strict):
             raise ValueError("curriculum fixed needs exits")
         if self.best_by != "none" and self.eval_data is None:
             raise ValueError(f"best_by {self.best_by} needs eval_data")
-        if self.last_loss == "kl" and self.freeze == "nothing" and not self.lora:
-            raise ValueError("last_loss kl needs the head it compares with: freeze=embeddings, or lora")
-        if self.last_every > 1 and self.exit_loss != "ce":
-            raise ValueError("rows that end early (last_every) have no last layer: exit_loss=ce")
-        if self.exit_map and (self.e_scale == 0 or self.curriculum == "gradual"):
-            raise ValueError(
-                "exit_map needs its exit at every step: e_scale above 0, and not curriculum gradual"
-            )
-        if self.exit_map and (not isinstance(self.exits, list) or len(self.exits) != 1):
-            raise ValueError("exit_map belongs to one exit: exits=[E]")
-        if self.exit_map and self.exit_vocab is None:
-            raise ValueError("exit_map needs exit_vocab, the size of the draft head it goes into")
-        if self.exit_map and self.freeze == "nothing" and not self.lora:
-            raise ValueError("exit_map needs a head that stays: freeze=embeddings, or lora")
-        still = self.freeze == "above" and self.curriculum == "fixed" and self.p_max == 0 and not self.lora
-        if self.last_loss == "anchor" and not still:
-            raise ValueError("last_loss anchor needs freeze=above, curriculum=fixed, p_max=0 and no lora")
-        if self.freeze == "model" and (self.lora or not self.exit_map):
-            raise ValueError("freeze model leaves the map alone to learn: exit_map=true, and no lora")
+        if reason := Objective.of(self).contradiction(self, adapters=self.lora is not None):
+            raise ValueError(reason)
         if self.global_batch is not None and self.accumulation != 1:
             raise ValueError("accumulation and global_batch exclude each other")
         return self

@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +34,13 @@ from layerskip.train.job.loading import (
     rows_of,
     tokenizer_of,
 )
-from layerskip.train.job.plan import arguments_for, plan_of
+from layerskip.train.job.plan import Run, arguments_for, plan_of
 from layerskip.train.job.recipe import Recipe, as_yaml, differing_keys, read_recipe
-from layerskip.train.objective.exit_map import add_map, map_of
+from layerskip.train.objective.binding import shape
+from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
 
 if TYPE_CHECKING:
-    from layerskip.train.data.packing import Rows
-    from layerskip.train.trainer import LayerSkipArguments
     from layerskip.watch import Watch
 
 RECIPE_FILE = "recipe.yaml"
@@ -59,34 +58,6 @@ MAY_DIFFER = (
     "log_every",
 )
 """Keys that a resumed run may change: they decide nothing about the weights."""
-
-
-@dataclass
-class Run:
-    """A run that passed every check."""
-
-    recipe: Recipe
-    schedule: Schedule
-    model: Any
-    tokenizer: Any
-    folder: Path
-    """Where tokenizer and generation config come from."""
-    arguments: LayerSkipArguments
-    train_rows: Rows
-    eval_rows: Rows | None
-    ends: set[int]
-    """Tokens that end what the model writes."""
-    checkpoint: Path | None
-    """Where training goes on."""
-    use_cache: bool
-    """The configuration's, which the trainer turns off and the export gives back."""
-    warnings: list[str]
-    """What was noticed while the data were read."""
-    plan: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        return Path(self.arguments.output_dir)
 
 
 def train(
@@ -133,9 +104,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
         getattr(config, "use_cache", True), [str(warning.message) for warning in caught],
     )  # fmt: skip
     check_packing(recipe, model)
-    if recipe.exit_map:
-        add_map(model)
-    freeze(model, recipe, schedule)
+    shape(Objective.of(recipe), model, schedule)  # here, for adapters and the plan to know it
     if recipe.lora is not None:
         from layerskip.train.job.lora import with_adapters
 
@@ -152,46 +121,23 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     return run
 
 
-def freeze(model: Any, recipe: Recipe, schedule: Schedule) -> None:
-    """Exclude from training what the recipe leaves as it is; adapters see to that themselves."""
-    from layerskip.model.families import parts_of
-
-    if recipe.freeze == "nothing":
-        return
-    if recipe.freeze == "embeddings":
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.requires_grad_(False)
-        return
-    model.requires_grad_(False)
-    learning = parts_of(model)[1][: max(schedule.trained)] if recipe.freeze == "above" else []
-    for module in (*learning, map_of(model)):
-        if module is not None:
-            module.requires_grad_(True)
-
-
 def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, evaluate, export. An interrupted run leaves its checkpoint and exports nothing.
 
     Raises: UserError for a loss that is not finite, or a disk that is full; checkpoints stay as they were.
     """
-    import torch
     from transformers import PrinterCallback
 
     from layerskip.train import figures
-    from layerskip.train.objective.anchor import anchor_of
-    from layerskip.train.objective.reference import before_training
     from layerskip.train.trainer import LayerSkipTrainer
 
     main = run.arguments.process_index == 0
     if main:
         _write_down(run)
-    stays = run.recipe.last_loss == "kl" and run.recipe.freeze != "model"
-    reference = before_training(run.model, getattr(torch, run.recipe.dtype)) if stays else None
-    anchor = None
-    if run.recipe.last_loss == "anchor":
-        run.model.to(run.arguments.device)
-        with torch.autocast(run.arguments.device.type, torch.bfloat16, run.recipe.dtype == "bfloat16"):
-            anchor = anchor_of(run.model, max(run.schedule.trained), run.train_rows, run.recipe.seed)
+    objective = Objective.of(run.recipe)
+    if run.recipe.exit_vocab is not None:
+        frequent = run.train_rows.frequent(run.recipe.exit_vocab, run.ends)
+        objective = replace(objective, exit_vocab=frequent)
     trainer = LayerSkipTrainer(
         model=run.model,
         args=run.arguments,
@@ -199,10 +145,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         eval_dataset=run.eval_rows,
         data_collator=run.train_rows.collate,
         callbacks=list(callbacks),
+        objective=objective,
     )
-    ids = None if run.recipe.exit_vocab is None else run.train_rows.frequent(run.recipe.exit_vocab, run.ends)
-    trainer.exits.learn_only(ids)
-    trainer.exits.reference, trainer.exits.anchor = reference, anchor
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
@@ -243,7 +187,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         result["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     facts = Facts(run.schedule.trained, exit_layer, draft_length, recipe=run.recipe.name or None)
     run.model.config.use_cache = run.use_cache
-    export(trainer, run.folder, run.output, facts, run.recipe, result, ids)
+    export(trainer, run.folder, run.output, facts, run.recipe, result)
     return result
 
 

@@ -60,10 +60,10 @@ def live_tokens(labels: Tensor, positions: Tensor | None) -> Tensor:
     return learnt & (started > 0)
 
 
-def anchor_of(hf: Any, exit_layer: int, rows: Any, seed: int = 0) -> Anchor:
+def anchor_of(hf: Any, exit_layer: int, rows: Sequence[Mapping[str, Tensor]], seed: int = 0) -> Anchor:
     """Copy the layers up to an exit and measure the Fisher information there, on some rows of the training data."""
     chosen = [int(row) for row in torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)))]
-    batches = [rows.collate([rows[row]]) for row in chosen]
+    batches = [rows[row] for row in chosen]
     return Anchor(_first_layers(hf, exit_layer), fisher_information(hf, exit_layer, batches, seed))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from layerskip.errors import UserError, nearest
+from layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-RESIDUAL_SCALES = ("none", "inverse")
 _WORDS = 4  # 64-bit words that one counter of numpy's Philox gives
 _WHOLE = ("cache_position",)  # arguments that are per token, whatever their size
 
@@ -53,10 +52,6 @@ class LayerDropout:
     def __init__(
         self, layers: Sequence[Any], residual_scale: str = "none", distributed: bool = False
     ) -> None:
-        if residual_scale not in RESIDUAL_SCALES:
-            raise UserError(
-                f"unknown residual_scale {residual_scale!r}", nearest(str(residual_scale), RESIDUAL_SCALES)
-            )
         self.layers = list(layers)
         self.inverse = residual_scale == "inverse"
         self.distributed = distributed

@@ -1,7 +1,8 @@
 """A square map between the final norm and the head, for one early exit, learnt with it and folded away at the end.
 
     add_map(model)                      # before adapters and optimiser, which then know it
-    weight = folded(model, ids)         # takes it out again: rows of a draft head of its own
+    with as_checkpoint(model, folder, Facts(exits=(2,)), ids):      # now it is rows of a draft head
+        model.save_pretrained(folder)
 
 It spares the layers above the exit that its state must look like theirs. Source: the tuned lens (Belrose et al.,
 arXiv 2303.08112), put behind the norm, so that drafting pays nothing for it.
@@ -9,16 +10,21 @@ arXiv 2303.08112), put behind the norm, so that drafting pays nothing for it.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerskip.checkpoint.facts import entry, write_draft_head
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from torch import Tensor
+
+    from layerskip.checkpoint.facts import Facts
 
 NAME = "exit_map"
 
@@ -47,11 +53,34 @@ def map_of(model: Any) -> Any:
     return getattr(model, NAME, None)
 
 
+@contextmanager
+def as_checkpoint(model: Any, folder: Path, facts: Facts, ids: Sequence[int] | None = None) -> Iterator[None]:
+    """Make a model what its checkpoint is to hold, until it is saved: the facts in its configuration, no map.
+
+    With `ids` (exit_vocab, by falling frequency) a draft head is written into `folder`, the map in its rows.
+    """
+    told, learnt = getattr(model.config, "layerskip", None), map_of(model)
+    named = {}
+    if ids is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        named = write_draft_head(folder, ids, None if learnt is None else folded(model, ids))
+    try:
+        model.config.layerskip = entry(facts) | named
+        if learnt is not None:
+            delattr(model, NAME)
+        yield
+    finally:
+        model.config.layerskip = told
+        if told is None:
+            del model.config.layerskip  # it would be saved as null
+        if learnt is not None:
+            model.add_module(NAME, learnt)
+
+
 @torch.no_grad()
 def folded(model: Any, ids: Sequence[int]) -> Tensor:
-    """Take the map out of a model and multiply it into the head's rows `ids`: float32 [len(ids), D]."""
+    """Multiply the map of a model into the head's rows `ids`: float32 [len(ids), D]."""
     learnt = map_of(model)
-    delattr(model, NAME)
     rows = model.get_output_embeddings().weight.detach()[list(ids)].float().cpu()
     matrix = torch.eye(rows.shape[1]) + learnt.weight.detach().float().cpu()
     weight: Tensor = rows @ matrix

@@ -5,6 +5,7 @@
         exits.begin(step, total)
         model(input_ids=..., labels=...).loss.backward()
 
+What is taught beside the schedule, and what stays as it is, says an `Objective`; see `binding.bound`.
 The loss is computed inside the model's forward, so that whatever wraps it (DDP, FSDP, PEFT, autocast, activation
 checkpointing) sees one forward and one backward. When the last layer alone has a weight, the model's own loss is
 used unchanged.
@@ -19,22 +20,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from layerskip.errors import UserError, nearest
+from layerskip.errors import UserError
 from layerskip.model.families import ADDING_A_MODEL, parts_of, refuse_architecture
 from layerskip.model.parity import PARITY, probe_tokens
 from layerskip.train.data.encoding import IGNORED
-from layerskip.train.objective.anchor import Anchor, live_tokens
+from layerskip.train.objective.anchor import live_tokens
+from layerskip.train.objective.binding import base_model_of, bound
 from layerskip.train.objective.dropout import LayerDropout, keep_masks, sliced
 from layerskip.train.objective.exit_map import map_of
-from layerskip.train.objective.loss import EXIT_LOSSES, Sums, multi_exit_loss
+from layerskip.train.objective.loss import Sums, multi_exit_loss
+from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.reference import evaluating
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from torch import Tensor
 
+    from layerskip.train.objective.binding import Bound
     from layerskip.train.objective.schedule import Schedule
 
 
@@ -60,6 +63,7 @@ class Totals:
 class ExitTraining:
     """A model with its recipe attached. `begin` tells it where in the run it stands; `totals` what came out.
 
+    Give the model with its adapters, if any. An objective that needs rows of the data comes bound, see `bound`.
     `eval_exits` are measured in evaluation mode (default: the trained ones). `distributed` keeps ranks alike, see
     `LayerDropout`. `seed` addresses the dropout masks.
     Raises: UserError where the model's logits are not head(final norm(x)) by our table of families.
@@ -69,19 +73,16 @@ class ExitTraining:
         self,
         hf: Any,
         schedule: Schedule,
-        exit_loss: str = "ce",
-        residual_scale: str = "none",
+        objective: Objective | Bound | None = None,
         seed: int = 0,
         distributed: bool = False,
         eval_exits: tuple[int, ...] | None = None,
-        vocabulary: Sequence[int] | None = None,
     ) -> None:
         # A router's loss, an encoder: what is not seen here would be left out silently.
+        model, hf = hf, base_model_of(hf)
         refuse_architecture(hf)
         config = hf.config.get_text_config()
-        self.hf, self.schedule, self.exit_loss, self.seed = hf, schedule, exit_loss, seed
-        if exit_loss not in EXIT_LOSSES:
-            raise UserError(f"unknown exit_loss {exit_loss!r}", nearest(str(exit_loss), EXIT_LOSSES))
+        self.hf, self.schedule, self.seed = hf, schedule, seed
         _, layers, _, self.finish = parts_of(hf)
         if len(layers) != schedule.num_layers:
             raise UserError(f"the schedule is for {schedule.num_layers} layers, the model has {len(layers)}")
@@ -93,33 +94,29 @@ class ExitTraining:
             )
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.eval_exits = schedule.trained if eval_exits is None else eval_exits
-        if schedule.last_every > 1 and exit_loss != "ce":
-            raise UserError(
-                f"exit_loss {exit_loss}, last_every {schedule.last_every}: rows that end early have no last layer",
-                "exit_loss=ce, or last_every=1",
-            )
-        self.learn_only(vocabulary)
-        self.dropout = LayerDropout(layers, residual_scale, distributed)
+        if objective is None or isinstance(objective, Objective):
+            objective = bound(objective or Objective(), model, schedule)
+        self.objective = objective.objective
+        self.vocabulary, self.reference, self.anchor = (
+            objective.vocabulary,
+            objective.reference,
+            objective.anchor,
+        )
+        self._ids = None if self.vocabulary is None else torch.tensor(sorted(self.vocabulary))
+        self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
+        if self._ids is not None:
+            self._place_of = torch.full((self.head.weight.shape[0],), -1)
+            self._place_of[self._ids] = torch.arange(len(self._ids))
+        self.dropout = LayerDropout(layers, self.objective.residual_scale, distributed)
         self.totals = Totals()
         self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
         self.step, self.total, self.first_row = 0, 1, 0
-        self.anchor: Anchor | None = None  # in place of a loss of the last layer
-        self.reference: Callable[..., Tensor] | None = None
-        """From inputs, what the head read before training, [B, T, D]: the last layer then learns to say that."""
         self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
         self._wanted: set[int] = set()
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._before: Any = None
         self._eager: dict[Any, Any] = {}
-
-    def learn_only(self, vocabulary: Sequence[int] | None) -> None:
-        """Let rows that end early tell these token ids apart alone, as a reduced draft head does; None: all."""
-        self._ids = None if vocabulary is None else torch.tensor(sorted(vocabulary))
-        self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
-        if self._ids is not None:
-            self._place_of = torch.full((self.head.weight.shape[0],), -1)
-            self._place_of[self._ids] = torch.arange(len(self._ids))
 
     @property
     def attached(self) -> bool:
@@ -298,7 +295,11 @@ class ExitTraining:
         states = {last: _picked(final, places)}
         for k in sorted(caught, reverse=True):
             states[k] = self._read(_picked(caught[k], places))
-        given: dict[str, Any] = {"softcap": self.softcap, "exit_loss": self.exit_loss, "divisor": divisor}
+        given: dict[str, Any] = {
+            "softcap": self.softcap,
+            "exit_loss": self.objective.exit_loss,
+            "divisor": divisor,
+        }
         known = None if before is None or not len(places) else _picked(before, places)
         loss, sums = multi_exit_loss(
             states, wanted[places], weights, self.head.weight, self.head.bias, **given, before=known

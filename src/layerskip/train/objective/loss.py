@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-EXIT_LOSSES = ("ce", "kl", "ce+kl")
 # Logits held at a time (float32). On a CPU more does not help; a GPU wants larger products.
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
 

@@ -1,6 +1,7 @@
 """The model as it was before training, for a last layer that is to stay so.
 
-exits.before = before_training(model)      # before a trainer touches it
+reference = before_training(model)      # before a trainer touches it
+reference(**inputs)                     # [B, T, D]
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -28,10 +28,10 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def before_training(model: Any, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
+def before_training(model: Any, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
     """Give a function from a model's inputs to what its head reads now, [B, T, D], whatever training changes.
 
-    With adapters it is the model without them; else a frozen copy of `dtype`, on the model's device.
+    With adapters it is the model without them; else a frozen copy on its device, in `dtype` if one is given.
     """
     if hasattr(model, "disable_adapter"):
         inner = model.get_base_model()
@@ -42,7 +42,7 @@ def before_training(model: Any, dtype: torch.dtype = torch.float32) -> Callable[
             return hidden
 
         return without_adapters
-    frozen = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    frozen = copy.deepcopy(model).to(dtype=dtype).eval().requires_grad_(False)
 
     def of_copy(**inputs: Any) -> Tensor:
         frozen.to(next(model.parameters()).device)
