@@ -1,4 +1,4 @@
-"""The recipe on Hugging Face's `Trainer`: arguments, a mixin for any subclass of it, and `LayerSkipTrainer`.
+"""The recipe on Hugging Face's `Trainer`: a mixin for any subclass of it, and `LayerSkipTrainer`.
 
     args = LayerSkipArguments("out", p_max=0.1, exits=[4, 8], curriculum="rotational", ...)
     LayerSkipTrainer(model=model, args=args, train_dataset=rows, data_collator=collate).train()
@@ -16,25 +16,24 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.checkpoint.facts import Facts, entry
 from layerskip.errors import UserError
 from layerskip.train import checkpoints
+from layerskip.train.arguments import LayerSkipArguments, LayerSkipFields
 from layerskip.train.data.encoding import IGNORED
 from layerskip.train.figures import by_exit, predicted, reduced
 from layerskip.train.objective.binding import base_model_of, bound
 from layerskip.train.objective.exit_map import as_checkpoint, map_of
 from layerskip.train.objective.exits import ExitTraining
 from layerskip.train.objective.objective import Objective
-from layerskip.train.objective.schedule import Schedule
 from layerskip.train.supported import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -45,53 +44,7 @@ if TYPE_CHECKING:
     from layerskip.train.objective.exits import Totals
 
 
-@dataclass
-class LayerSkipFields:
-    """What the recipe adds to any `TrainingArguments`. Defaults are the paper's continual training."""
-
-    p_max: float = field(
-        default=0.1, metadata={"help": "Drop rate of the last layer; 0 is no layer dropout."}
-    )
-    drop_depth: str = field(default="exp", metadata={"help": "Rate over depth: exp, linear or uniform."})
-    drop_time: str = field(default="const", metadata={"help": "Rate over time: const, exp or linear_down."})
-    residual_scale: str = field(default="none", metadata={"help": "none, or inverse: kept layers / (1 - p)."})
-    e_scale: float = field(
-        default=1.0, metadata={"help": "Weight of the exits' loss; 0 trains the end only."}
-    )
-    weighting: Any = field(
-        default="paper", metadata={"help": "paper, uniform, or a weight for each exit: {4: 2.0}."}
-    )
-    curriculum: str = field(
-        default="rotational", metadata={"help": "Which exits are on: rotational, gradual, all or fixed."}
-    )
-    rotation: int | None = field(
-        default=None, metadata={"help": "Every rotation-th exit is on; default: one exit a step."}
-    )
-    exits: list[int] | None = field(default=None, metadata={"help": "Exits to train; default: all."})
-    last_every: int = field(
-        default=1, metadata={"help": "N: every N-th row runs all layers; the others end at an early exit."}
-    )
-    exit_loss: str = field(default="ce", metadata={"help": "ce, kl (to the final layer) or ce+kl."})
-    last_loss: str = field(
-        default="ce", metadata={"help": "ce, or the last layer stays what it was: kl or anchor."}
-    )
-    exit_vocab: int | None = field(
-        default=None,
-        metadata={"help": "Rows that end early are scored against the data's N most frequent tokens."},
-    )
-    exit_map: bool = field(default=False, metadata={"help": "Read the one exit through a learnt square map."})
-    freeze: str = field(
-        default="nothing", metadata={"help": "nothing, embeddings (and head), above (the exits) or model."}
-    )
-
-    def schedule(self, num_layers: int) -> Schedule:
-        """Bind these settings to a model of `num_layers` layers. Raises: UserError where they do not fit it."""
-        return Schedule.of(num_layers, self, self.exits)
-
-
-@dataclass
-class LayerSkipArguments(LayerSkipFields, TrainingArguments):
-    """`TrainingArguments` with the recipe's settings."""
+__all__ = ["LayerSkipArguments", "LayerSkipFields", "LayerSkipMixin", "LayerSkipTrainer"]
 
 
 class LayerSkipMixin:
@@ -132,9 +85,11 @@ class LayerSkipMixin:
             device=options.device,
             dtype=dtype,
         )
-        self.exits = ExitTraining(self.model, schedule, given, options.seed, options.world_size > 1)
+        # Outside of `evaluate` the model gives its logits as ever: no measuring.
+        self.exits = ExitTraining(
+            self.model, schedule, given, options.seed, options.world_size > 1, measuring=False
+        )
         self.exits.attach()
-        self.exits.measuring = False  # outside of `evaluate` the model gives its logits as ever
         self.interrupted = False
         self.wants_to_stop = False  # this rank was told to; `interrupted` is what all ranks agreed on
         self._micro = (-1, 0)  # optimiser step, parts of its batch already seen
@@ -220,13 +175,9 @@ class LayerSkipMixin:
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._claim()
-        training, began = self.exits.drain(), time.perf_counter()
-        self.exits.measuring = True
-        try:
+        began = time.perf_counter()
+        with self.exits.measurement() as totals:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        finally:
-            self.exits.measuring = False
-            totals, self.exits.totals = self.exits.drain(), training
         self._logged_s += time.perf_counter() - began  # not a part of training's tokens per second
         if not totals.ce:  # nothing had labels
             return output
@@ -339,9 +290,9 @@ class LayerSkipMixin:
         """As Trainer's; with exit_vocab the folder gets a draft head, into which the map of the exit goes."""
         exits, folder = self.exits, Path(output_dir or self.args.output_dir)
         ready: AbstractContextManager[None] = nullcontext()
-        if exits.vocabulary is not None and self._saving is None and self.args.should_save:
+        if exits.given.vocabulary is not None and self._saving is None and self.args.should_save:
             if exits.hf is self.model and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
-                ready = as_checkpoint(exits.hf, folder, Facts(exits.schedule.trained), exits.vocabulary)
+                ready = as_checkpoint(exits.hf, folder, Facts(exits.schedule.trained), exits.given.vocabulary)
             else:
                 warnings.warn(
                     f"{folder} gets no draft head, adapters and sharded models are saved as they are: "

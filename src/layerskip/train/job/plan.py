@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from layerskip.train.arguments import LayerSkipArguments
     from layerskip.train.data.packing import Rows
     from layerskip.train.job.recipe import Recipe
     from layerskip.train.objective.schedule import Schedule
-    from layerskip.train.trainer import LayerSkipArguments
 
 
 REFUSED = {
@@ -57,7 +57,7 @@ class Run:
 def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkipArguments:
     import torch
 
-    from layerskip.train.trainer import LayerSkipArguments
+    from layerskip.train.arguments import LayerSkipArguments
 
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     eval_every = recipe.eval_every or recipe.save_every

@@ -14,6 +14,7 @@ used unchanged.
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.reference import evaluating
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from torch import Tensor
@@ -64,8 +66,8 @@ class ExitTraining:
     """A model with its recipe attached. `begin` tells it where in the run it stands; `totals` what came out.
 
     Give the model with its adapters, if any. An objective that needs rows of the data comes bound, see `bound`.
-    `eval_exits` are measured in evaluation mode (default: the trained ones). `distributed` keeps ranks alike, see
-    `LayerDropout`. `seed` addresses the dropout masks.
+    `eval_exits` (default: the trained ones) are measured in evaluation mode with labels; not `measuring`, that is
+    the model's own. `distributed` keeps ranks alike, see `LayerDropout`. `seed` addresses the dropout masks.
     Raises: UserError where the model's logits are not head(final norm(x)) by our table of families.
     """
 
@@ -77,6 +79,7 @@ class ExitTraining:
         seed: int = 0,
         distributed: bool = False,
         eval_exits: tuple[int, ...] | None = None,
+        measuring: bool = True,
     ) -> None:
         # A router's loss, an encoder: what is not seen here would be left out silently.
         model, hf = hf, base_model_of(hf)
@@ -96,20 +99,16 @@ class ExitTraining:
         self.eval_exits = schedule.trained if eval_exits is None else eval_exits
         if objective is None or isinstance(objective, Objective):
             objective = bound(objective or Objective(), model, schedule)
-        self.objective = objective.objective
-        self.vocabulary, self.reference, self.anchor = (
-            objective.vocabulary,
-            objective.reference,
-            objective.anchor,
-        )
-        self._ids = None if self.vocabulary is None else torch.tensor(sorted(self.vocabulary))
+        self.given: Bound = objective
+        ids = objective.vocabulary
+        self._ids = None if ids is None else torch.tensor(sorted(ids))
         self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
         if self._ids is not None:
             self._place_of = torch.full((self.head.weight.shape[0],), -1)
             self._place_of[self._ids] = torch.arange(len(self._ids))
-        self.dropout = LayerDropout(layers, self.objective.residual_scale, distributed)
+        self.dropout = LayerDropout(layers, objective.objective.residual_scale, distributed)
         self.totals = Totals()
-        self.measuring = True  # whether evaluation mode with labels measures the exits, or is the model's own
+        self.measuring = measuring
         self.step, self.total, self.first_row = 0, 1, 0
         self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
         self._wanted: set[int] = set()
@@ -177,6 +176,16 @@ class ExitTraining:
         done, self.totals = self.totals, Totals()
         return done
 
+    @contextmanager
+    def measurement(self) -> Iterator[Totals]:
+        """Measure the exits in evaluation mode, into totals of their own; those of training go on afterwards."""
+        before = self.measuring, self.totals
+        self.measuring, self.totals = True, Totals()
+        try:
+            yield self.totals
+        finally:
+            self.measuring, self.totals = before
+
     # -- inside the model's forward ----------------------------------------------------------------------------
 
     def _catch(self, k: int, layer: Any, args: Any, out: Any) -> None:
@@ -200,7 +209,7 @@ class ExitTraining:
         last = self.schedule.num_layers
         weights = self._eager[self._prepare](tokens)
         exits = {*weights} if hf.training else {*self.eval_exits, last}
-        if exits == {last} and hf.training and self.reference is None:
+        if exits == {last} and hf.training and self.given.reference is None:
             # The model's own loss; a cache would hide from transformers that rows are packed.
             out = original(**{"use_cache": False, **kwargs})
             self._eager[self._note](out.loss.detach(), labels, kwargs.get("num_items_in_batch"))
@@ -208,9 +217,11 @@ class ExitTraining:
         divisor = kwargs.pop("num_items_in_batch", None)
         rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
         before = (
-            self._eager[self._referred](rest, tokens) if hf.training and self.reference is not None else None
+            self._eager[self._referred](rest, tokens)
+            if hf.training and self.given.reference is not None
+            else None
         )
-        was = self.anchor.before(**rest) if hf.training and self.anchor is not None else None
+        was = self.given.anchor.before(**rest) if hf.training and self.given.anchor is not None else None
         self._wanted, self._caught = exits - {last}, {}
         try:
             final = hf.base_model(**rest, use_cache=False).last_hidden_state
@@ -223,16 +234,16 @@ class ExitTraining:
     @torch.no_grad()
     def _referred(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
         """What the model said before training of the rows that go through all layers; other rows hold anything."""
-        assert self.reference is not None
+        assert self.given.reference is not None
         kept, self.dropout.kept = self.dropout.kept, None
         try:
             if self._whole is None:
-                return self.reference(**inputs)
+                return self.given.reference(**inputs)
             chosen = [row for row, whole in enumerate(self._whole) if whole]
             if not chosen and not self.dropout.distributed:
                 return tokens.new_empty(0)
             rows = torch.tensor(chosen or [0], device=tokens.device)  # every rank calls sharded layers
-            part = self.reference(**sliced(inputs, rows, len(self._whole)))
+            part = self.given.reference(**sliced(inputs, rows, len(self._whole)))
             return part.new_zeros(len(self._whole), *part.shape[1:]).index_copy(0, rows, part)
         finally:
             self.dropout.kept = kept
@@ -282,9 +293,9 @@ class ExitTraining:
         count = learnt.sum().clamp_min(1) if divisor is None else divisor
         if was is not None or self._whole is not None:  # the loss has parts: one divisor for all
             divisor = count
-        if was is not None and self.anchor is not None:  # in place of the last layer's loss
+        if was is not None and self.given.anchor is not None:  # in place of the last layer's loss
             now, live = caught[max(caught)], live_tokens(labels, positions)
-            price = weights[last] * self.anchor.price(was, now, live) / count
+            price = weights[last] * self.given.anchor.price(was, now, live) / count
             weights, final = {**weights, last: 0.0}, final.detach()
         if self._whole is not None:
             whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
@@ -297,7 +308,7 @@ class ExitTraining:
             states[k] = self._read(_picked(caught[k], places))
         given: dict[str, Any] = {
             "softcap": self.softcap,
-            "exit_loss": self.objective.exit_loss,
+            "exit_loss": self.given.objective.exit_loss,
             "divisor": divisor,
         }
         known = None if before is None or not len(places) else _picked(before, places)
