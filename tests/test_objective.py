@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def test_a_loop_of_ones_own_starts_with_the_recipes_loss(taught, folder):
 def test_a_resumed_trainer_measures_what_the_first_one_measured(run, folder, tmp_path):
     settings = OBJECTIVES["anchored map"] | {"save_strategy": "steps", "save_steps": 2}
     straight, again = (trainer(folder, run.train_rows, tmp_path / "ours", **settings) for _ in range(2))
-    assert torch.equal(straight.exits.given.anchor.fisher, again.exits.given.anchor.fisher)
+    assert torch.equal(straight.exits.bound.anchor.fisher, again.exits.bound.anchor.fisher)
     straight.train()
     again.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
     assert training.difference(training.weights(straight), training.weights(again)) == 0.0
@@ -177,7 +178,7 @@ def test_adapters_that_save_the_map_train_it_and_are_merged_into_a_checkpoint(ru
     ours.exits.detach()
     merged = tuned.merge_and_unload()
     assert map_of(merged).weight.abs().max() > 0.001
-    with as_checkpoint(merged, tmp_path / "whole", checkpoint.Facts((EXIT,)), ours.exits.given.vocabulary):
+    with as_checkpoint(merged, tmp_path / "whole", checkpoint.Facts((EXIT,)), ours.exits.bound.vocabulary):
         merged.save_pretrained(tmp_path / "whole")
     lm = layerskip.load(str(tmp_path / "whole"))
     assert lm.facts.owns_head(EXIT)
@@ -196,6 +197,7 @@ def test_adapters_that_would_lose_the_map_are_refused(run, folder, tmp_path):
         ({"last_loss": "anchor", "freeze": "embeddings"}, "anchor needs"),
         ({**MAPPED, "freeze": "embeddings", "exits": [1, 2]}, "belongs to one exit"),
         ({"freeze": "model"}, "the map alone"),
+        ({"freeze": "above", "e_scale": 0.0}, "there are none"),
         ({"freeze": "everything"}, "unknown freeze"),
         ({"exit_vocab": 0}, "exit_vocab is 0"),
     ],
@@ -230,3 +232,23 @@ def test_nothing_is_set_on_exits_once_they_are_made():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 owner = node.value
                 assert getattr(owner, "attr", getattr(owner, "id", None)) != "exits", f"{path}: {node.attr}"
+
+
+def test_the_loop_of_the_documents_runs():
+    class Data(list):
+        @staticmethod
+        def collate(rows):
+            return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "optimizer.step" in b]
+    model, data = training.model(), Data(training.counting(12))
+    for name, ours in (("num_layers=30", f"num_layers={model.config.num_hidden_layers}"), ("(4,)", "(2,)")):
+        assert name in block
+        block = block.replace(name, ours)
+    batches = [data.collate(data[:6]), data.collate(data[6:])]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    exec(block, {"model": model, "data": data, "batches": batches, "torch": torch})
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(".layers.0." in name or ".layers.1." in name for name in moved)

@@ -290,9 +290,9 @@ class LayerSkipMixin:
         """As Trainer's; with exit_vocab the folder gets a draft head, into which the map of the exit goes."""
         exits, folder = self.exits, Path(output_dir or self.args.output_dir)
         ready: AbstractContextManager[None] = nullcontext()
-        if exits.given.vocabulary is not None and self._saving is None and self.args.should_save:
+        if exits.bound.vocabulary is not None and self._saving is None and self.args.should_save:
             if exits.hf is self.model and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
-                ready = as_checkpoint(exits.hf, folder, Facts(exits.schedule.trained), exits.given.vocabulary)
+                ready = as_checkpoint(exits.hf, folder, Facts(exits.schedule.trained), exits.bound.vocabulary)
             else:
                 warnings.warn(
                     f"{folder} gets no draft head, adapters and sharded models are saved as they are: "

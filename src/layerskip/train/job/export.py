@@ -51,7 +51,7 @@ def export(
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir(parents=True)
             _check_space(model, output)
-            with as_checkpoint(model, making, facts, trainer.exits.given.vocabulary):
+            with as_checkpoint(model, making, facts, trainer.exits.bound.vocabulary):
                 model.save_pretrained(making)
             for file in _copied(source):
                 shutil.copyfile(file, making / file.name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from layerskip.errors import UserError
@@ -68,10 +67,9 @@ def bound(
     shape(objective, model, schedule)
     vocabulary = objective.exit_vocab
     if isinstance(vocabulary, int):
-        labels = [
-            np.asarray(batch["labels"]).ravel() for batch in _needed(batches, "exit_vocab counts tokens")
-        ]
-        vocabulary = most_frequent(np.concatenate(labels), vocabulary, _ends(hf))
+        rows = _needed(batches, "exit_vocab counts tokens")
+        labels = torch.cat([torch.as_tensor(row["labels"]).flatten().cpu() for row in rows])
+        vocabulary = most_frequent(labels.numpy(), vocabulary, _ends(hf))
     reference = anchor = None
     if objective.last_loss == "kl" and objective.freeze != "model":  # a frozen one stays without being told
         reference = before_training(model, dtype)

@@ -99,7 +99,7 @@ class ExitTraining:
         self.eval_exits = schedule.trained if eval_exits is None else eval_exits
         if objective is None or isinstance(objective, Objective):
             objective = bound(objective or Objective(), model, schedule)
-        self.given: Bound = objective
+        self.bound: Bound = objective
         ids = objective.vocabulary
         self._ids = None if ids is None else torch.tensor(sorted(ids))
         self._place_of: Tensor | None = None  # token id -> its place among them, [V]; -1 where it has none
@@ -209,7 +209,7 @@ class ExitTraining:
         last = self.schedule.num_layers
         weights = self._eager[self._prepare](tokens)
         exits = {*weights} if hf.training else {*self.eval_exits, last}
-        if exits == {last} and hf.training and self.given.reference is None:
+        if exits == {last} and hf.training and self.bound.reference is None:
             # The model's own loss; a cache would hide from transformers that rows are packed.
             out = original(**{"use_cache": False, **kwargs})
             self._eager[self._note](out.loss.detach(), labels, kwargs.get("num_items_in_batch"))
@@ -218,10 +218,10 @@ class ExitTraining:
         rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
         before = (
             self._eager[self._referred](rest, tokens)
-            if hf.training and self.given.reference is not None
+            if hf.training and self.bound.reference is not None
             else None
         )
-        was = self.given.anchor.before(**rest) if hf.training and self.given.anchor is not None else None
+        was = self.bound.anchor.before(**rest) if hf.training and self.bound.anchor is not None else None
         self._wanted, self._caught = exits - {last}, {}
         try:
             final = hf.base_model(**rest, use_cache=False).last_hidden_state
@@ -234,16 +234,16 @@ class ExitTraining:
     @torch.no_grad()
     def _referred(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
         """What the model said before training of the rows that go through all layers; other rows hold anything."""
-        assert self.given.reference is not None
+        assert self.bound.reference is not None
         kept, self.dropout.kept = self.dropout.kept, None
         try:
             if self._whole is None:
-                return self.given.reference(**inputs)
+                return self.bound.reference(**inputs)
             chosen = [row for row, whole in enumerate(self._whole) if whole]
             if not chosen and not self.dropout.distributed:
                 return tokens.new_empty(0)
             rows = torch.tensor(chosen or [0], device=tokens.device)  # every rank calls sharded layers
-            part = self.given.reference(**sliced(inputs, rows, len(self._whole)))
+            part = self.bound.reference(**sliced(inputs, rows, len(self._whole)))
             return part.new_zeros(len(self._whole), *part.shape[1:]).index_copy(0, rows, part)
         finally:
             self.dropout.kept = kept
@@ -293,9 +293,9 @@ class ExitTraining:
         count = learnt.sum().clamp_min(1) if divisor is None else divisor
         if was is not None or self._whole is not None:  # the loss has parts: one divisor for all
             divisor = count
-        if was is not None and self.given.anchor is not None:  # in place of the last layer's loss
+        if was is not None and self.bound.anchor is not None:  # in place of the last layer's loss
             now, live = caught[max(caught)], live_tokens(labels, positions)
-            price = weights[last] * self.given.anchor.price(was, now, live) / count
+            price = weights[last] * self.bound.anchor.price(was, now, live) / count
             weights, final = {**weights, last: 0.0}, final.detach()
         if self._whole is not None:
             whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
@@ -308,7 +308,7 @@ class ExitTraining:
             states[k] = self._read(_picked(caught[k], places))
         given: dict[str, Any] = {
             "softcap": self.softcap,
-            "exit_loss": self.given.objective.exit_loss,
+            "exit_loss": self.bound.objective.exit_loss,
             "divisor": divisor,
         }
         known = None if before is None or not len(places) else _picked(before, places)

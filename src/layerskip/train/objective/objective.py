@@ -73,6 +73,10 @@ class Objective:
             ),
             (self.exit_map and head_moves, "exit_map needs a head that stays: freeze=embeddings, or lora"),
             (
+                self.freeze == "above" and schedule.e_scale == 0,
+                "freeze above leaves the exits to learn, and there are none: e_scale above 0",
+            ),
+            (
                 self.last_loss == "anchor" and not (self.freeze == "above" and fixed and not adapters),
                 "last_loss anchor needs freeze=above, curriculum=fixed, p_max=0 and no lora",
             ),

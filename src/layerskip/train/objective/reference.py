@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -42,7 +43,9 @@ def before_training(model: Any, dtype: torch.dtype | None = None) -> Callable[..
             return hidden
 
         return without_adapters
-    frozen = copy.deepcopy(model).to(dtype=dtype).eval().requires_grad_(False)
+    # Copied in its dtype at once: a whole copy first would be the most memory that a run takes.
+    cast = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters() if dtype}
+    frozen = copy.deepcopy(model, cast).to(dtype=dtype).eval().requires_grad_(False)
 
     def of_copy(**inputs: Any) -> Tensor:
         frozen.to(next(model.parameters()).device)
