@@ -75,16 +75,8 @@ class LayerSkipMixin:
         if self.optimizer is not None and objective.exit_map and map_of(base_model_of(self.model)) is None:
             raise UserError("the optimizer that was given knows no exit_map", "leave optimizers out")
         schedule = options.schedule(base_model_of(self.model).config.get_text_config().num_hidden_layers)
-        dtype = torch.bfloat16 if options.bf16 else None
-        given = bound(
-            objective,
-            self.model,
-            schedule,
-            self._rows(),
-            seed=options.seed,
-            device=options.device,
-            dtype=dtype,
-        )
+        place: Any = {"device": options.device, "dtype": torch.bfloat16 if options.bf16 else None}
+        given = bound(objective, self.model, schedule, self._rows(), seed=options.seed, **place)
         # Outside of `evaluate` the model gives its logits as ever: no measuring.
         self.exits = ExitTraining(
             self.model, schedule, given, options.seed, options.world_size > 1, measuring=False
