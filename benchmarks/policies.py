@@ -22,7 +22,7 @@ import record
 import torch
 
 import layerskip
-from layerskip.cli.results import encoded, unescaped
+from layerskip.cli.prompts import encoded, unescaped
 from layerskip.config import read_prompts
 from layerskip.decode.options import Options
 from layerskip.errors import UserError

@@ -22,7 +22,8 @@ import record
 import torch
 
 import layerskip
-from layerskip.cli.results import encoded, progress, unescaped
+from layerskip.cli.prompts import encoded, unescaped
+from layerskip.cli.results import progress
 from layerskip.config import read_prompts
 from layerskip.decode.load import resolve_device
 from layerskip.measure.advice.doctor import equality_promised, examine

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from layerskip.cli.show.terminal import KEPT, out, show, statistics_line
+from layerskip.cli.show.rounds import KEPT, show, statistics_line
+from layerskip.cli.show.terminal import out
 from layerskip.model import cache
 
 L = tiny.NUM_LAYERS
@@ -255,22 +256,22 @@ def test_the_demo_gives_equality_before_speed(run, folder):
         (("--exit-layer", L), f"choose one from 1 to {L - 1}"),
         (("--exit-layer", L + 1), f"the model has {L} layers"),
         (("--exit-layer", L, "--mode", "early-exit"), "out of range"),
-        (("--draft-length", -1), "it must be 0 or more"),
+        (("--draft-length", -1), "--draft-length must be a whole number, at least 0"),
         (("--mode", "speculative"), "did you mean 'self-speculative'?"),
         (("--dtype", "floaty32"), "did you mean 'float32'"),
         (("--device", "cuda:17"), "try --device cpu"),
         (("--device", "toaster"), "try --device cpu"),
-        (("--draft-vocab", "most"), "--draft-vocab is a number of tokens, auto or off"),
+        (("--draft-vocab", "most"), "--draft-vocab must be a whole number, auto or off"),
         (("--draft-vocab", 0), "--draft-vocab a number from 1 to 259"),
         (("--draft-vocab", 260), "--draft-vocab a number from 1 to 259"),
         (("--policy", "dynamic"), "known: adaptive, confidence, fixed"),
-        (("--max-new-tokens", 0), "at least one new token"),
+        (("--max-new-tokens", 0), "--max-new-tokens must be a whole number, at least 1"),
         (("--batch-size", 0), "at least 1"),
-        (("--temperature", -1), "temperature must be 0 (greedy)"),
-        (("--top-p", 0), "top_p must be above 0"),
-        (("--top-k", -1), "0 (off) or more"),
-        (("--min-p", 1), "min_p must be at least 0"),
-        (("--repetition-penalty", 0), "repetition_penalty must be above 0"),
+        (("--temperature", -1), "--temperature must be a number, from 0 to 1e+06: 0 is greedy"),
+        (("--top-p", 0), "--top-p must be a number, above 0 and at most 1"),
+        (("--top-k", -1), "--top-k must be a whole number, at least 0: Keep the k most probable tokens; 0 is off"),
+        (("--min-p", 1), "--min-p must be a number, at least 0 and below 1"),
+        (("--repetition-penalty", 0), "--repetition-penalty must be a number, above 0"),
         (("--stop", ""), "stop string is empty"),
         (("--prompt-file", "x.txt"), "give one source of prompts"),
         (("--batch-file", "x.txt"), "give one source of prompts"),

@@ -321,7 +321,7 @@ MISTAKES = {
     "no such field": (("--task", "topv2", "--data", "bad.jsonl"), "bad.jsonl, line 1"),
     "unknown mode": ((*PARSES, "--modes", "ar,early"), "unknown mode 'early'"),
     "no mode": ((*PARSES, "--modes", ""), "unknown mode ''"),
-    "draft vocabulary": ((*PARSES, "--draft-vocab", "many"), "draft vocabulary 'many'"),
+    "draft vocabulary": ((*PARSES, "--draft-vocab", "many"), "--draft-vocab is 'many'"),
     "window of no text": (("--prompts", "prompts.jsonl", "--window", "9"), "--window has nothing to do here"),
     "exits of a task": ((*PARSES, "--exits", "2"), "--exits has nothing to do here"),
     "exit of a text": (("--text", "wiki.txt", "--exit-layer", "2"), "--exit-layer has nothing to do here"),

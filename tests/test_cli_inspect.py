@@ -167,10 +167,10 @@ def test_pictures_and_a_result_file_are_written(run, folder, tmp_path, monkeypat
         (("hi", "--generate", -1), "--generate is -1"),
         (("hi", "--exits", "first"), "--exits is all, or layers"),
         (("hi", "--policy", "dynamic"), "unknown policy"),
-        (("hi", "--draft-vocab", "most"), "a number of tokens, auto or off"),
+        (("hi", "--draft-vocab", "most"), "a whole number, auto or off"),
         (("hi", "--output", "lens.txt"), "lens.txt is no picture"),
         (("hi", "--output", "none/lens.png"), "no folder none"),
-        (("hi", "--threads", 0), "--threads is at least 1"),
+        (("hi", "--threads", 0), "--threads must be a whole number, at least 1"),
     ],
     ids=str,
 )  # fmt: skip

@@ -157,12 +157,12 @@ def test_tune_for_a_batch_says_how_to_keep_the_choice(run, folder, prompts):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--limit", 0), "--limit is at least 1"),
-        (("--threads", 0), "--threads is at least 1"),
-        (("--max-new-tokens", 1), "at least two"),
+        (("--limit", 0), "--limit must be a whole number, at least 1"),
+        (("--threads", 0), "--threads must be a whole number, at least 1"),
+        (("--max-new-tokens", 1), "at least 2"),
         (("--exits", "2,x"), "comma-separated list of layers"),
         (("--exits", "0"), "comma-separated list of layers"),
-        (("--draft-vocab", "most"), "a number of tokens, auto or off"),
+        (("--draft-vocab", "most"), "a whole number, auto or off"),
         (("--prompts", "none.jsonl"), "cannot read"),
         (("--dtype", "floaty32"), "did you mean 'float32'"),
         (("--exits", tiny.NUM_LAYERS), "out of range"),
@@ -177,5 +177,5 @@ def test_slips_are_refused(fails, folder, verb, arguments, expected):
 
 
 def test_a_race_takes_some_time_and_some_rows(fails):
-    assert "--seconds is at least 1" in fails("tune", "no-such-model", "--seconds", 0)
-    assert "--batch-size is at least 1" in fails("tune", "no-such-model", "--batch-size", 0)
+    assert "--seconds must be a whole number, at least 1" in fails("tune", "no-such-model", "--seconds", 0)
+    assert "--batch-size must be a whole number, at least 1" in fails("tune", "no-such-model", "--batch-size", 0)

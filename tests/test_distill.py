@@ -142,7 +142,7 @@ def test_mistakes_cost_no_decoding(fails, folder, prompts, tmp_path):
 
     assert "is not named .jsonl" in given(output="own.txt")
     assert "limit is 0" in given("--limit", 0)
-    assert "max_new_tokens is 0" in given("--max-new-tokens", 0)
+    assert "--max-new-tokens is 0" in given("--max-new-tokens", 0)
     assert "no column 'respons'" in given("--column", "respons")
     assert "'response'" in given("--column", "respons")
     assert "cannot read" in given(prompts=tmp_path / "none.jsonl")

@@ -28,7 +28,7 @@ WINGS = {  # inside a room, from the ground up; "" is what lies in the room itse
     "measure": ("", "exits", "speed", "advice", "tasks"),
     "cli": ("show", ""),
 }
-LONGEST_FILE, MOST_PARAMETERS = 420, 28
+LONGEST_FILE, MOST_PARAMETERS = 420, 12
 
 
 def module(path):

@@ -1,14 +1,16 @@
-"""The command line's common part: the Typer app, the options several verbs share, loading a model."""
+"""The command line's common part: the Typer app, `verb`, the options several verbs share, loading a model."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
+from layerskip.cli.options import default, spread, without
 from layerskip.cli.show.terminal import err
+from layerskip.decode.options import DraftOptions, LoadOptions, Option, SamplingOptions
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,66 +26,25 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(help="Built-in name, Hugging Face folder, or hub id.", show_default=False)
 ]
-Mode = Annotated[
-    str | None, typer.Option(help="ar, early-exit or self-speculative.", show_default="by checkpoint")
-]
-ExitLayer = Annotated[int | None, typer.Option(help="E, layers that draft.", show_default="by checkpoint")]
-DraftLength = Annotated[
-    int | None, typer.Option(help="K, tokens drafted per round.", show_default="by checkpoint")
-]
-MaxNew = Annotated[int, typer.Option(help="Budget of new tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option(help="Keep the smallest set with this probability; 1 is off.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most probable; 0 is off.")]
-Penalty = Annotated[float, typer.Option(help="Divide logits of tokens already present; 1 is off.")]
-Seed = Annotated[int, typer.Option(help="Sampling is repeatable per seed.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="Stop before this text; may be repeated.", show_default=False)
-]
-DraftVocab = Annotated[str, typer.Option(help="Tokens the draft head knows: a number, auto or off.")]
-Policy = Annotated[
-    str | None,
-    typer.Option(
-        help="Who chooses E and K each round: fixed, confidence or adaptive.", show_default="by checkpoint"
-    ),
-]
-Confidence = Annotated[
-    float | None,
-    typer.Option(
-        help="Stop drafting where the exit's largest probability is below this.", show_default="by policy"
-    ),
-]
-Guard = Annotated[
-    bool | None,
-    typer.Option(
-        "--guard/--no-guard",
-        help="Take plain steps while they are faster.",
-        show_default="unless the policy is fixed",
-    ),
-]
-Prompts = Annotated[
-    Path | None, typer.Option(help="JSON lines with prompt or messages.", show_default="ten built in")
-]
-Limit = Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")]
-Separator = Annotated[
-    str, typer.Option(help="What follows a text prompt that is not wrapped; \\n is a line break.")
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
-StackName = Annotated[str, typer.Option("--stack", help="native, hf or auto.")]
-Quantize = Annotated[str | None, typer.Option(help="int8: weights in 8 bit.", show_default="off")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per physical core")]
+Loading = LoadOptions
+Drafting = Annotated[DraftOptions, without("simulate_acceptance")]
+Sampling = Annotated[SamplingOptions, default(seed=0)]
+AsJson = Annotated[bool, Option("Print one JSON object per result.", flags=("--json",))]
+Save = Annotated[bool, Option("Write a result file.")]
 
 
-def vocabulary_size(given: str) -> int | str:
-    """Read --draft-vocab: a number of tokens, auto or off. Raises: UserError."""
-    if given in ("auto", "off"):
-        return given
-    if not given.isdecimal():
-        raise UserError(f"draft vocabulary {given!r}", "--draft-vocab is a number of tokens, auto or off")
-    return int(given)
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Add a function to the command line under its name, its dataclasses spread out; see `cli.options`."""
+    return app.command()(spread(function))
+
+
+def merged(*options: Any, **more: Any) -> dict[str, Any]:
+    """Join dataclasses to the keywords of `generate`. Raises: UserError for what does not go together."""
+    from layerskip.decode.options import Options
+
+    keywords = {name: value for group in options for name, value in vars(group).items()} | more
+    _ = Options.parse(keywords).processing
+    return keywords
 
 
 def exit_layers(given: str) -> list[int] | None:
@@ -92,7 +53,9 @@ def exit_layers(given: str) -> list[int] | None:
     return None if given == "all" else listed_layers(given, allowed)
 
 
-def listed_layers(given: str, allowed: str) -> list[int]:
+def listed_layers(
+    given: str, allowed: str = "--exits is a comma-separated list of layers, such as 4,6,8"
+) -> list[int]:
     """Read layers with commas between. Raises: UserError with what is allowed."""
     names = [name.strip() for name in given.split(",")]
     if not all(name.isdecimal() and int(name) for name in names):
@@ -100,17 +63,8 @@ def listed_layers(given: str, allowed: str) -> list[int]:
     return sorted({int(name) for name in names})
 
 
-def load(
-    model: str,
-    dtype: str,
-    device: str,
-    stack: str = "auto",
-    quantize: str | None = None,
-    threads: int | None = None,
-) -> LanguageModel:
+def load(model: str, how: LoadOptions) -> LanguageModel:
     """Load a model, saying so on stderr while it takes time; set the CPU threads and warn of busy cores."""
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads is {threads}", "--threads is at least 1")
     with err.status(f"Loading {model} …"):
         import torch
         from transformers.utils import logging
@@ -120,10 +74,10 @@ def load(
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # what matters of its warnings, we raise
-    torch.set_num_threads(threads or chosen_threads())
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    torch.set_num_threads(how.threads or chosen_threads())
+    on_cpu = how.device == "cpu" or not torch.cuda.is_available()
     busy = busy_cores() if on_cpu else None
-    lm = loading.load(model, dtype=dtype, device=device, stack=stack, quantize=quantize)
+    lm = loading.load(model, **{name: value for name, value in vars(how).items() if name != "threads"})
     if busy is not None and busy > BUSY:
         warning = f"warning: others keep {busy:.1f} cores busy; decoding beside them can be many times slower"
         err.print(Text(warning, style="yellow"))

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,23 +20,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from layerskip.cli.app import (
-    AsJson,
-    Device,
-    Dtype,
-    MaxNew,
-    Model,
-    Quantize,
-    Seed,
-    StackName,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    load,
-)
-from layerskip.cli.results import encoded, unescaped
-from layerskip.cli.show.terminal import err, out
+from layerskip.cli.app import AsJson, Loading, Model, Sampling, load, merged, verb
+from layerskip.cli.options import only, worded
+from layerskip.cli.prompts import PromptOptions, Separator, encoded, unescaped
+from layerskip.cli.show.terminal import err, note, out, tell
+from layerskip.decode.options import Option
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,39 +33,21 @@ if TYPE_CHECKING:
 Prompt = str | list[dict[str, str]]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file to the command line."""
-    app.command(name="distill-data")(distill_data)
-
-
+@verb
 def distill_data(
     model: Model,
-    prompts: Annotated[
-        list[Path], typer.Option(help="JSON lines with prompt or messages, also .gz; may be repeated.")
+    prompts: Annotated[list[Path], Option("JSON lines with prompt or messages, also .gz; may be repeated.")],
+    output: Annotated[Path, Option("A .jsonl file; one that is there is continued.")],
+    sampling: Annotated[
+        Sampling,
+        only("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "chat"),
+        worded("batch_size", flags=("--batch",)),
+        worded("chat", help="Wrap text prompts as messages."),
     ],
-    output: Annotated[Path, typer.Option(help="A .jsonl file; one that is there is continued.")],
-    max_new_tokens: MaxNew = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    batch: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="Use the first prompts only.", show_default="all")] = None,
-    column: Annotated[
-        str | None, typer.Option(help="Column of the prompts.", show_default="prompt or messages")
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Wrap text prompts as messages.", show_default="if it can"),
-    ] = None,
-    separator: Annotated[
-        str, typer.Option(help="What follows a text prompt that is not wrapped; \\n is a line break.")
-    ] = "\\n",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    stack: StackName = "auto",
-    quantize: Quantize = None,
-    threads: Threads = None,
+    first: Annotated[PromptOptions, only("limit")],
+    loading: Loading,
+    column: Annotated[str | None, Option("Column of the prompts.", shown="prompt or messages")] = None,
+    separator: Separator = "\\n",
     as_json: AsJson = False,
 ) -> None:
     """Write a model's own continuations of prompts as training data; run again to go on where it stopped.
@@ -87,33 +56,21 @@ def distill_data(
     """
     from layerskip.checkpoint.facts import fingerprint
     from layerskip.config import read_prompts
-    from layerskip.decode.options import Options
 
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "batch_size": batch,
-        "chat": False,  # wrapped here already
-    }
-    _ = Options.parse(options).processing  # a slip costs no time
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}", "--limit is at least 1")
+    options = merged(sampling, chat=False)  # wrapped here already; a slip costs no time
     if output.suffix != ".jsonl":
         raise UserError(f"{output} is not named .jsonl", "the data are JSON lines: --output own.jsonl")
-    lines = [line.content for path in prompts for line in read_prompts(path, column)][:limit]
+    lines = [line.content for path in prompts for line in read_prompts(path, column)][: first.limit]
     given = [_to_continue(content, number) for number, content in enumerate(lines, 1)]
     found = _found(output)
-    lm = load(model, dtype, device, stack, quantize, threads)
+    lm = load(model, loading)
     if lm.tokenizer is None:
         raise UserError(f"{model} has no tokenizer, so it cannot read prompts", "add its tokenizer.json")
-    if lm.has_template if chat is None else chat:
+    if lm.has_template if sampling.chat is None else sampling.chat:
         given = [_as_messages(prompt) for prompt in given]
     after = unescaped(separator)
-    settings = {key: value for key, value in options.items() if key not in ("batch_size", "chat")}
-    settings |= {"separator": after, "dtype": str(lm.stack.dtype), "quantize": quantize}
+    settings = {name: options[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    settings |= {"separator": after, "dtype": str(lm.stack.dtype), "quantize": loading.quantize}
     settings |= {"weights": fingerprint(lm.path)}
     _check_found(found, given, settings, output)
     left = [index for index in range(len(given)) if index not in found]
@@ -132,8 +89,8 @@ def distill_data(
         with output.open("a", encoding="utf-8", newline="\n") as file, _bar(record) as advance:
             results = lm.each(tokens_of, indices=left, **options)
             for index, tokens, result in zip(left, tokens_of, results, strict=True):
-                first = not found and not record["written"]
-                file.write(_line(index, given[index], tokens, result, settings if first else None) + "\n")
+                begins = not found and not record["written"]
+                file.write(_line(index, given[index], tokens, result, settings if begins else None) + "\n")
                 file.flush()
                 record["written"] += 1
                 record["ended"] += result.finish_reason == "eos"
@@ -144,7 +101,7 @@ def distill_data(
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}") from error
     record["seconds"] = time.perf_counter() - began
-    _report(record, as_json)
+    tell(record, as_json, _show)
     if record["interrupted"]:
         sys.exit(130)
 
@@ -249,13 +206,10 @@ def _bar(record: dict[str, Any]) -> Iterator[Callable[[], None]]:
         yield advance
 
 
-def _report(record: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(record))
-        return
+def _show(record: dict[str, Any]) -> None:
     whole = record["found"] + record["written"]
     told = f"{record['output']}: {whole} of {record['prompts']} prompts"
     told += f", {record['written']} now ({record['new_tokens']} tokens, {record['ended']} ended by the model)"
     (err if record["interrupted"] else out).print(Text(told))
     if record["interrupted"]:
-        err.print(Text("stopped; run the same command again to go on", style="dim"))
+        note("stopped; run the same command again to go on")

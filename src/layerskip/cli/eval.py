@@ -7,37 +7,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.text import Text
-
-from layerskip.cli.app import (
-    AsJson,
-    Device,
-    DraftLength,
-    DraftVocab,
-    Dtype,
-    Model,
-    Quantize,
-    Separator,
-    StackName,
-    Threads,
-    exit_layers,
-    vocabulary_size,
-)
-from layerskip.cli.results import (
-    check_counts,
-    configuration,
-    encoded,
-    loaded,
-    progress,
-    unescaped,
-)
-from layerskip.cli.results import save as save_result
-from layerskip.cli.show.terminal import err
+from layerskip.cli.app import AsJson, Loading, Model, Save, exit_layers, verb
+from layerskip.cli.options import Given, only, worded
+from layerskip.cli.prompts import Separator, encoded, unescaped
+from layerskip.cli.results import configuration, loaded, progress, save_result
+from layerskip.cli.show.evaluation import print_evaluation
+from layerskip.cli.show.terminal import note, tell
+from layerskip.decode.options import DraftOptions, SamplingOptions, option
 from layerskip.errors import UserError, nearest
 from layerskip.watch import Watch, silent
 
@@ -51,107 +30,89 @@ LIKELIHOOD = "loglikelihood"
 SOURCES = ("text", "continuations", "prompts")  # the first one present is what `exits` of a result tells
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file to the command line."""
-    app.command(name="eval")(evaluate)
+@dataclass(frozen=True)
+class Asked:
+    """What exits are judged on."""
+
+    text: Path | None = option(None, "Plain text, also .gz.")
+    prompts: Path | None = option(None, "JSON lines with prompt or messages, also .gz.")
+    task: str | None = option(None, "loglikelihood, topv2, humaneval or gsm8k.")
+    data: Path | None = option(None, "The task's items, JSON lines, also .gz.")
+    exits: str = option("all", "Exits to judge: all, or 1,4,8; the last layer always is.")
+    limit: int | None = option(None, "Use the first windows, prompts or items only.", least=1, shown="all")
+    window: int | None = option(  # a token and one that follows it
+        None, "Tokens of a window of text.", least=2, shown=f"{WINDOW}, or the context"
+    )
+    max_new_tokens: int | None = option(
+        None, "Budget of a continuation.", least=1, shown=f"{CONTINUATION}; of a task, its own"
+    )
+    modes: str = option(
+        "ar,early-exit,self-speculative",
+        "How a generation task is done; of ar, early-exit, self-speculative.",
+    )
+    work: Path | None = option(None, "Keep results per item here.", shown="in the cache folder")
 
 
-def evaluate(
+@verb
+def eval(
     model: Model,
-    text: Annotated[Path | None, typer.Option(help="Plain text, also .gz.", show_default=False)] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines with prompt or messages, also .gz.", show_default=False)
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="loglikelihood, topv2, humaneval or gsm8k.", show_default=False)
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="The task's items, JSON lines, also .gz.", show_default=False)
-    ] = None,
-    exits: Annotated[
-        str, typer.Option(help="Exits to judge: all, or 1,4,8; the last layer always is.")
-    ] = "all",
-    limit: Annotated[
-        int | None, typer.Option(help="Use the first windows, prompts or items only.", show_default="all")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens of a window of text.", show_default=f"{WINDOW}, or the context")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Budget of a continuation.", show_default=f"{CONTINUATION}; of a task, its own"),
-    ] = None,
-    exit_layer: Annotated[
-        int | None,
-        typer.Option(
-            help="E, the exit a task is done at.", show_default="by checkpoint, or a quarter of the layers"
+    asked: Asked,
+    drafting: Annotated[
+        DraftOptions,
+        only("exit_layer", "draft_length", "draft_vocab"),
+        worded(
+            "exit_layer",
+            help="E, the exit a task is done at.",
+            shown="by checkpoint, or a quarter of the layers",
         ),
-    ] = None,
-    modes: Annotated[
-        str,
-        typer.Option(help="How a generation task is done; of ar, early-exit, self-speculative."),
-    ] = "ar,early-exit,self-speculative",
-    draft_length: DraftLength = None,
-    draft_vocab: DraftVocab = "auto",
-    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Wrap prompts as messages.", show_default="prompts, if it can"),
-    ] = None,
+    ],
+    reading: Annotated[
+        SamplingOptions,
+        only("batch_size", "chat"),
+        worded("chat", help="Wrap prompts as messages.", shown="prompts, if it can"),
+    ],
+    loading: Loading,
+    given: Given,
     separator: Separator = "",
-    work: Annotated[
-        Path | None, typer.Option(help="Keep results per item here.", show_default="in the cache folder")
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    stack: StackName = "auto",
-    quantize: Quantize = None,
-    threads: Threads = None,
-    save: Annotated[bool, typer.Option("--save", help="Write a result file.")] = False,
+    save: Save = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge every exit on text, on prompts and on the model's own continuations; run again to go on after a stop.
 
     layerskip eval smollm2-135m --text wikitext.txt --limit 4
     """
-    given = {name: value for name, value in locals().items() if name not in ("as_json", "save", "work")}
     from layerskip.decode.options import Options
 
-    counts = {"limit": limit, "window": window, "max-new-tokens": max_new_tokens}
-    check_counts(**counts, threads=threads, **{"batch-size": batch_size})
-    if window == 1:
-        raise UserError("window is 1", "a window needs a token and one that follows it: at least 2")
-    chosen, after = exit_layers(exits), unescaped(separator)
-    wanted = _read(given)
-    mode_names = [name.strip() for name in modes.split(",") if name.strip()]
-    drafting: dict[str, Any] = {"draft_length": draft_length, "draft_vocab": vocabulary_size(draft_vocab)}
-    for name in mode_names or [modes]:
-        Options.parse({"mode": name, **drafting})
-    lm, load_s = loaded(model, dtype, device, stack, quantize, threads)
+    chosen, after = exit_layers(asked.exits), unescaped(separator)
+    _check_used(given)
+    wanted = _read(asked)
+    modes = [name.strip() for name in asked.modes.split(",") if name.strip()]
+    for name in modes or [asked.modes]:
+        Options(mode=name)
+    lm, load_s = loaded(model, loading)
     if lm.tokenizer is None:
         raise UserError(f"{model} has no tokenizer, so it cannot read text", "add its tokenizer.json")
-    wrap = lm.has_template if chat is None else chat
-    if prompts is not None and wrap and after:
+    wrap = lm.has_template if reading.chat is None else reading.chat
+    if asked.prompts is not None and wrap and after:
         raise UserError("--separator does nothing: this model's template wraps prompts", "add --no-chat")
-    run = _Run(lm, chosen, work, quantize, limit)
+    run = _Run(lm, chosen, asked, loading.quantize)
     sources: dict[str, list[dict[str, Any]]] = {}
     tasks: dict[str, Any] = {}
     try:
         with progress() as watch:
             run.watch = watch
-            if text is not None:
-                sources |= run.text(wanted["text"], text, window)
-            if prompts is not None:
-                budget = max_new_tokens or CONTINUATION
-                sources |= run.prompts(wanted["prompts"], prompts, budget, batch_size, wrap, after)
-            if task == LIKELIHOOD:
-                tasks[task] = run.likelihood(wanted["items"], data, exit_layer, bool(chat), after)
-            elif task is not None:
-                drafting |= {"exit_layer": exit_layer}
-                more = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "chat": chat}
-                tasks[task] = run.task(task, wanted["items"], data, mode_names, drafting, more)
+            if asked.text is not None:
+                sources |= run.text(wanted["text"], asked.text)
+            if asked.prompts is not None:
+                sources |= run.prompts(wanted["prompts"], asked.prompts, reading.batch_size, wrap, after)
+            if asked.task == LIKELIHOOD:
+                tasks[asked.task] = run.likelihood(
+                    wanted["items"], drafting.exit_layer, bool(reading.chat), after
+                )
+            elif asked.task is not None:
+                tasks[asked.task] = run.task(asked.task, wanted["items"], modes, drafting, reading)
     except KeyboardInterrupt:
-        err.print(Text("stopped; run the same command again to go on", style="dim"))
+        note("stopped; run the same command again to go on")
         sys.exit(130)
     result = {
         "exits": next((sources[name] for name in SOURCES if name in sources), []),
@@ -159,54 +120,50 @@ def evaluate(
         "tasks": tasks,
         "configuration": configuration(given, lm, load_s, layers=lm.stack.num_layers),
     }
-    if as_json:
-        print(json.dumps(result))
-    else:
-        from layerskip.cli.show.evaluation import print_evaluation
-
-        print_evaluation(result)
-    err.print(Text(f"results per item: {', '.join(map(str, run.files))}", style="dim"))
+    tell(result, as_json, print_evaluation)
+    note(f"results per item: {', '.join(map(str, run.files))}")
     if save:
-        err.print(Text(f"written: {save_result(result, 'eval', *(sources or tasks))}", style="dim"))
+        save_result(result, "eval", *(sources or tasks))
 
 
 # -- before the model is loaded ------------------------------------------------------------------------------
 
 
-def _read(given: dict[str, Any]) -> dict[str, Any]:
-    """Read what is asked for. Raises: UserError for a file or an option of no use, or nothing to do."""
+def _read(asked: Asked) -> dict[str, Any]:
+    """Read what is asked for. Raises: UserError for a file that cannot be read."""
     from layerskip.config import read_likelihoods, read_prompts
     from layerskip.measure.exits.evaluation import read_text
     from layerskip.measure.tasks import generation as tasks
 
-    text, prompts, task, data, limit = (given[k] for k in ("text", "prompts", "task", "data", "limit"))
-    known = (LIKELIHOOD, *tasks.NAMES)
-    if text is None and prompts is None and task is None:
-        if data is not None:
-            raise UserError("--data comes without a task", f"--task is one of {', '.join(known)}")
-        raise UserError("there is nothing to judge on", "give --text, --prompts, or --task with --data")
-    if task is not None and task not in known:
-        raise UserError(f"unknown task {task!r}", nearest(task, known))
-    if (task is None) != (data is None):
-        missing = "--data" if data is None else "--task"
-        raise UserError(f"{missing} is missing", "a task needs its items: --task NAME --data FILE.jsonl")
-    _check_used(given)
     found: dict[str, Any] = {}
-    if text is not None:
-        found["text"] = read_text(text)
-    if prompts is not None:
-        found["prompts"] = [line.content for line in read_prompts(prompts)][:limit]
-    if task == LIKELIHOOD:
-        found["items"] = read_likelihoods(data)[:limit]
-    elif task is not None:
-        found["items"] = tasks.read(task, data, limit)
+    if asked.text is not None:
+        found["text"] = read_text(asked.text)
+    if asked.prompts is not None:
+        found["prompts"] = [line.content for line in read_prompts(asked.prompts)][: asked.limit]
+    if asked.data is not None:
+        if asked.task == LIKELIHOOD:
+            found["items"] = read_likelihoods(asked.data)[: asked.limit]
+        elif asked.task is not None:
+            found["items"] = tasks.read(asked.task, asked.data, asked.limit)
     return found
 
 
-def _check_used(given: dict[str, Any]) -> None:
-    """Refuse an option that nothing asked for would read. Raises: UserError."""
-    text, prompts, task = (given[name] is not None for name in ("text", "prompts", "task"))
-    scores = given["task"] == LIKELIHOOD
+def _check_used(given: Given) -> None:
+    """Refuse a request for nothing, and an option that nothing asked for would read. Raises: UserError."""
+    from layerskip.measure.tasks.generation import NAMES
+
+    name, known = given.values["task"], (LIKELIHOOD, *NAMES)
+    text, prompts, task, data = (given.values[key] is not None for key in ("text", "prompts", "task", "data"))
+    if not (text or prompts or task):
+        if data:
+            raise UserError("--data comes without a task", f"--task is one of {', '.join(known)}")
+        raise UserError("there is nothing to judge on", "give --text, --prompts, or --task with --data")
+    if task and name not in known:
+        raise UserError(f"unknown task {name!r}", nearest(name, known))
+    if task != data:
+        missing = "--task" if data else "--data"
+        raise UserError(f"{missing} is missing", "a task needs its items: --task NAME --data FILE.jsonl")
+    scores = name == LIKELIHOOD
     generates, generation = task and not scores, "--task topv2, humaneval or gsm8k"
     needs = {
         "window": (text, "--text"),
@@ -219,10 +176,10 @@ def _check_used(given: dict[str, Any]) -> None:
         "chat": (prompts or task, "--prompts or --task"),
         "separator": (prompts or scores, f"--prompts, or --task {LIKELIHOOD}"),
     }
-    for name, (used, needed) in needs.items():
-        if not used and given[name] != signature(evaluate).parameters[name].default:
-            raise UserError(f"--{name.replace('_', '-')} has nothing to do here", f"it goes with {needed}")
-    if given["chat"] and given["separator"]:
+    for field, (used, needed) in needs.items():
+        if not used and field in given.changed:
+            raise UserError(f"--{field.replace('_', '-')} has nothing to do here", f"it goes with {needed}")
+    if given.values["chat"] and given.values["separator"]:
         raise UserError("--separator does nothing under --chat", "a template says what follows a prompt")
 
 
@@ -235,9 +192,8 @@ class _Run:
 
     lm: LanguageModel
     exits: list[int] | None
-    work: Path | None
+    asked: Asked
     quantize: str | None
-    limit: int | None
     watch: Watch = silent
 
     def __post_init__(self) -> None:
@@ -250,15 +206,15 @@ class _Run:
         check_exits(self.exits, layers)
         self.exits = sorted({*self.exits, layers})
 
-    def text(self, content: str, path: Path, window: int | None) -> dict[str, list[dict[str, Any]]]:
+    def text(self, content: str, path: Path) -> dict[str, list[dict[str, Any]]]:
         """Judge the exits on running text, window by window."""
         from layerskip.measure.exits.evaluation import Text, windows
 
-        context = self.lm.stack.context
+        context, window = self.lm.stack.context, self.asked.window
         size = min(WINDOW, context or WINDOW) if window is None else window
         if context is not None and size > context:
             raise UserError(f"window is {size}", f"the model's context is {context} tokens")
-        cut = windows(self.lm.encode(content), size)[: self.limit]
+        cut = windows(self.lm.encode(content), size)[: self.asked.limit]
         if not cut:
             raise UserError(f"{path} is a single token", "there is nothing to predict in it")
         texts = [Text(tokens, {"text": range(len(tokens) - 1)}) for tokens in cut]
@@ -266,14 +222,14 @@ class _Run:
         return self._judged(texts, records, ("text",))
 
     def prompts(
-        self, contents: Sequence[Any], path: Path, budget: int, batch_size: int, chat: bool, separator: str
+        self, contents: Sequence[Any], path: Path, batch_size: int, chat: bool, separator: str
     ) -> dict[str, list[dict[str, Any]]]:
         """Judge the exits on prompts and on the model's own continuations of them."""
         from layerskip.decode.options import Options
         from layerskip.measure.exits.evaluation import Text
         from layerskip.measure.records import Records
 
-        lm = self.lm
+        lm, budget = self.lm, self.asked.max_new_tokens or CONTINUATION
         given = [encoded(lm, content, chat, separator) for content in contents]
         more = {"chat": chat, "separator": separator, "eos": sorted(lm.eos_ids(Options()))}
         records = self._records("prompts", path, exits=self.exits, max_new_tokens=budget, **more)
@@ -294,19 +250,14 @@ class _Run:
         return self._judged(texts, records, ("prompts", "continuations"))
 
     def likelihood(
-        self,
-        items: Sequence[LikelihoodLine],
-        path: Path | None,
-        exit_layer: int | None,
-        chat: bool,
-        separator: str,
+        self, items: Sequence[LikelihoodLine], exit_layer: int | None, chat: bool, separator: str
     ) -> dict[str, Any]:
         """Score responses or choices at an exit and with all layers."""
         from layerskip.measure.tasks.likelihood import pairs_of, scored, summary
 
         exits = [self._exit_layer(exit_layer), self.lm.stack.num_layers]
         pairs = [pairs_of(self.lm, item, separator, chat) for item in items]
-        records = self._records(LIKELIHOOD, path, exits=exits, chat=chat, separator=separator)
+        records = self._records(LIKELIHOOD, self.asked.data, exits=exits, chat=chat, separator=separator)
         left = [i for i in range(len(items)) if i not in records.found]
         advance = self._advance("scoring", [sum(n for _, n in of_item) for of_item in pairs], left)
         found = scored(self.lm.stack, [items[i] for i in left], [pairs[i] for i in left], exits, advance)
@@ -320,27 +271,45 @@ class _Run:
         self,
         name: str,
         items: Sequence[Any],
-        path: Path | None,
         modes: Sequence[str],
-        drafting: dict[str, Any],
-        more: dict[str, Any],
+        drafting: DraftOptions,
+        reading: SamplingOptions,
     ) -> dict[str, Any]:
         """Do a generation task in several modes."""
         from layerskip.decode.options import Options
         from layerskip.measure.tasks import generation as tasks
 
         lm = self.lm
-        more["chat"] = tasks.wrapped(lm, name) if more["chat"] is None else more["chat"]
-        plan = lm.plan(Options(mode="self-speculative", **drafting))
-        options = {**drafting, "exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
-        options |= {key: value for key, value in more.items() if key != "batch_size"}
-        options |= {"policy": lm.facts.policy, "confidence": lm.facts.confidence}
-        ranked = json.dumps([lm.ranked_vocabulary, lm.facts.draft_vocab_size])
-        options |= {"ranked": hashlib.sha256(ranked.encode()).hexdigest()[:16], "eos": tasks.ends(lm)}
-        records = self._records(name, path, **options)
-        more |= {"watch": self.watch, "done": records.found, "keep": records.keep}
+        chat = tasks.wrapped(lm, name) if reading.chat is None else reading.chat
+        plan = lm.plan(Options(**{**vars(drafting), "mode": "self-speculative"}))
         chosen = {"exit_layer": plan.exit_layer, "draft_length": plan.draft_length}
-        return {**chosen, **tasks.run(lm, name, items, modes, **drafting, **more)}
+        ranked = json.dumps([lm.ranked_vocabulary, lm.facts.draft_vocab_size])
+        records = self._records(
+            name,
+            self.asked.data,
+            draft_vocab=drafting.draft_vocab,
+            **chosen,
+            max_new_tokens=self.asked.max_new_tokens,
+            chat=chat,
+            policy=lm.facts.policy,
+            confidence=lm.facts.confidence,
+            ranked=hashlib.sha256(ranked.encode()).hexdigest()[:16],
+            eos=tasks.ends(lm),
+        )
+        result = tasks.run(
+            lm,
+            name,
+            items,
+            modes,
+            chat=chat,
+            batch_size=reading.batch_size,
+            watch=self.watch,
+            done=records.found,
+            keep=records.keep,
+            max_new_tokens=self.asked.max_new_tokens,
+            **{key: getattr(drafting, key) for key in ("exit_layer", "draft_length", "draft_vocab")},
+        )
+        return {**chosen, **result}
 
     def _exit_layer(self, given: int | None) -> int:
         from layerskip.measure.exits.states import check_exits
@@ -397,8 +366,8 @@ class _Run:
             "quantize": self.quantize,
             "versions": {package: facts[package] for package in ("layerskip", "torch", "transformers")},
         }
-        records = Records(work_folder(self.work, name, setup))
+        records = Records(work_folder(self.asked.work, name, setup))
         self.files.append(records.file)
         if records.found:
-            err.print(Text(f"{len(records.found)} results of an earlier run found", style="dim"))
+            note(f"{len(records.found)} results of an earlier run found")
         return records

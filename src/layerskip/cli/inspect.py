@@ -1,103 +1,60 @@
-"""The verb that looks inside: inspect. `register` adds it to the app; heavy imports happen inside."""
+"""The verb inspect: what every layer would say, and how drafting fares."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from layerskip.cli.app import (
-    AsJson,
-    Device,
-    DraftLength,
-    DraftVocab,
-    Dtype,
-    ExitLayer,
-    Model,
-    Policy,
-    StackName,
-    Threads,
-    exit_layers,
-    vocabulary_size,
-)
-from layerskip.cli.results import configuration, loaded
-from layerskip.cli.results import save as save_result
-from layerskip.cli.show.terminal import err, out
+from layerskip.cli.app import AsJson, Loading, Model, Save, exit_layers, merged, verb
+from layerskip.cli.options import Given, only, without
+from layerskip.cli.results import configuration, loaded, save_result
+from layerskip.cli.show.terminal import note, tell
+from layerskip.decode.options import DraftOptions, Option
 from layerskip.errors import UserError
 
-if TYPE_CHECKING:
-    from layerskip.measure.exits.lens import Lens
-    from layerskip.measure.exits.timeline import Timeline
 
-
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-    app.command()(inspect)
-
-
+@verb
 def inspect(
     model: Model,
     text: Annotated[str, typer.Argument(help="What the model reads.", show_default=False)],
+    drafting: Annotated[DraftOptions, only("exit_layer", "draft_length", "draft_vocab", "policy")],
+    loading: Annotated[Loading, without("quantize")],
+    given: Given,
     generate: Annotated[
         int,
-        typer.Option(
-            "--generate", "--max-new-tokens", help="Continue by N tokens, look at those, and show the rounds."
+        Option(
+            "Continue by N tokens, look at those, and show the rounds.",
+            least=0,
+            flags=("--generate", "--max-new-tokens"),
         ),
     ] = 0,
-    exits: Annotated[str, typer.Option(help="Rows to show: all, or layers such as 1,4,8.")] = "all",
-    exit_layer: ExitLayer = None,
-    draft_length: DraftLength = None,
-    draft_vocab: DraftVocab = "auto",
-    policy: Policy = None,
+    exits: Annotated[str, Option("Rows to show: all, or layers such as 1,4,8.")] = "all",
     chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat", help="Wrap the text as a message.", show_default="with --generate, if it can"
-        ),
+        bool | None, Option("Wrap the text as a message.", shown="with --generate, if it can")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Draw a picture; the rounds go to NAME-timeline.", show_default=False
-        ),
+        Path | None, Option("Draw a picture; the rounds go to NAME-timeline.", flags=("--output", "-o"))
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    stack: StackName = "auto",
-    threads: Threads = None,
-    save: Annotated[bool, typer.Option("--save", help="Write a result file.")] = False,
+    save: Save = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what every layer would say at every position, and how drafting fares: the logit lens and the timeline.
 
     layerskip inspect smollm2-135m "The capital of France is" --output lens.png
     """
-    given = {name: value for name, value in locals().items() if name not in ("as_json", "save", "output")}
-    from layerskip.decode.options import Options
-
     rows = exit_layers(exits)
     if not text.strip():
         raise UserError("the text is empty", 'layerskip inspect MODEL "some text"')
-    if generate < 0:
-        raise UserError(f"--generate is {generate}", "give the number of tokens to continue by")
-    speculation = {
-        "mode": "self-speculative",
-        "exit_layer": exit_layer,
-        "draft_length": draft_length,
-        "draft_vocab": vocabulary_size(draft_vocab),
-        "policy": policy,
-        "max_new_tokens": max(1, generate),
-    }
-    Options.parse(speculation)
+    speculation = merged(drafting) | {"mode": "self-speculative", "max_new_tokens": max(1, generate)}
     if output is not None:
         from layerskip.measure.exits import draw
 
         draw.check(output)
-    lm, load_s = loaded(model, dtype, device, stack, None, threads)
+    lm, load_s = loaded(model, loading)
+    from layerskip.cli.show.inspection import print_inspection
     from layerskip.measure.exits.lens import lens
     from layerskip.measure.exits.timeline import timeline
 
@@ -112,28 +69,12 @@ def inspect(
     seen = lens(lm.stack, lm.tokenizer, tokens, rows, first)
     result: dict[str, Any] = {"lens": asdict(seen), "timeline": shown and asdict(shown)}
     result["configuration"] = configuration(given, lm, load_s, chat=wrapped)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _print(seen, shown)
+    tell(result, as_json, lambda _: print_inspection(seen, shown))
     if output is not None:
         title = draw.headline(result["configuration"]["model"], text)
         written = [draw.lens(seen, output, title)]
         if shown is not None:
             written.append(draw.timeline(shown, output.with_stem(f"{output.stem}-timeline"), title))
-        err.print(Text(f"written: {', '.join(map(str, written))}", style="dim"))
+        note(f"written: {', '.join(map(str, written))}")
     if save:
-        err.print(Text(f"written: {save_result(result, 'inspect')}", style="dim"))
-
-
-def _print(seen: Lens, shown: Timeline | None) -> None:
-    from layerskip.cli.show.inspection import lens_lines, settle_line, timeline_lines
-
-    coloured = out.color_system is not None and not out.no_color
-    for line in lens_lines(seen, out.width, coloured):
-        out.print(line)
-    out.print(Text(settle_line(seen)))
-    if shown is not None:
-        out.print()
-        for line in timeline_lines(shown, out.width):
-            out.print(line)
+        save_result(result, "inspect")

@@ -9,25 +9,20 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from layerskip.cli.app import AsJson  # noqa: TC001 - typer reads it
+from layerskip.cli.app import AsJson, verb
 from layerskip.cli.results import progress
-from layerskip.cli.show.terminal import out, share
+from layerskip.cli.show.terminal import out, share, tell
+from layerskip.decode.options import Option
 from layerskip.errors import UserError
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file to the command line."""
-    app.command(name="pack-delta")(pack_delta)
-
-
+@verb
 def pack_delta(
     base: Annotated[str, typer.Argument(help="What training began with: built-in name, folder or hub id.")],
     tuned: Annotated[str, typer.Argument(help="What training made of it: a folder or hub id.")],
-    output: Annotated[Path, typer.Option(help="A .safetensors file; one that is there is replaced.")],
-    size_mb: Annotated[float, typer.Option(help="The largest size of the file, in 10^6 bytes.")] = 24.0,
-    about: Annotated[
-        Path | None, typer.Option(help="A JSON object to carry along: data, licence, results.")
-    ] = None,
+    output: Annotated[Path, Option("A .safetensors file; one that is there is replaced.")],
+    size_mb: Annotated[float, Option("The largest size of the file, in 10^6 bytes.", above=0)] = 24.0,
+    about: Annotated[Path | None, Option("A JSON object to carry along: data, licence, results.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what training changed as a small file, at the rank that its size allows, and say how much is kept.
@@ -38,8 +33,6 @@ def pack_delta(
         raise UserError(f"{output} is not named .safetensors", "--output my-model.safetensors")
     if not output.resolve().parent.is_dir():
         raise UserError(f"no folder {output.parent}", "make it first, or name another --output")
-    if not size_mb > 0:
-        raise UserError(f"size-mb is {size_mb:g}", "--size-mb is more than 0")
     told = {} if about is None else _told(about)
     from layerskip.checkpoint import resolve as hub
     from layerskip.checkpoint.delta import make_delta
@@ -48,10 +41,7 @@ def pack_delta(
     told.setdefault("base", folders[0].resolve().name if Path(base).is_dir() else base)
     with progress() as watch:
         report = make_delta(folders[0], folders[1], output, int(size_mb * 1e6), told, watch)
-    if as_json:
-        print(json.dumps(report))
-    else:
-        _print(report)
+    tell(report, as_json, _show)
 
 
 def _told(path: Path) -> dict[str, Any]:
@@ -66,7 +56,7 @@ def _told(path: Path) -> dict[str, Any]:
     return told
 
 
-def _print(report: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     table = Table("parameters", "of the change", "kept", "mean rank", "MB", box=None)
     for column in table.columns[1:]:
         column.justify = "right"

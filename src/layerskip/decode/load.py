@@ -12,7 +12,8 @@ from layerskip.checkpoint import facts as checkpoint
 from layerskip.checkpoint import resolve as hub
 from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.decode.language_model import LanguageModel
-from layerskip.errors import UserError, nearest
+from layerskip.decode.options import LoadOptions
+from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.native.linear import fast_bfloat16
@@ -20,13 +21,6 @@ from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
@@ -37,14 +31,13 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool =
     """
     if isinstance(dtype, torch.dtype):
         return dtype
+    LoadOptions(dtype=dtype)
     if dtype == "auto":
         if device.type == "cpu":
             return torch.bfloat16 if native and fast_bfloat16() else torch.float32
         half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
         return torch.float16 if half else torch.bfloat16
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}", nearest(dtype, [*DTYPES, "auto"]))
-    return DTYPES[dtype]
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -65,12 +58,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def load(
     name: str | Path,
     *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "auto",
-    device_map: Any = None,
-    stack: str = "auto",
-    quantize: str | None = None,
-    progress: bool = True,
+    dtype: str | torch.dtype = LoadOptions.dtype,
+    device: str | torch.device = LoadOptions.device,
+    device_map: Any = LoadOptions.device_map,
+    stack: str = LoadOptions.stack,
+    quantize: str | None = LoadOptions.quantize,
+    progress: bool = LoadOptions.progress,
 ) -> LanguageModel:
     """Load a built-in model, a Hugging Face folder, or a hub id.
 
@@ -84,8 +77,8 @@ def load(
             f"load takes a name or folder, got {type(name).__name__}",
             "for a model in memory: layerskip.generate(hf_model, ...)",
         )
+    LoadOptions(dtype, device, device_map, stack, quantize, progress=progress)  # a slip costs no download
     chosen = resolve_device(device)
-    resolve_dtype(dtype, chosen)  # a slip costs no download
     path = hub.resolve(str(name), progress=progress)
     kind = resolve_dtype(dtype, chosen, native=stack != "hf" and device_map is None and native_family(path))
     if quantize is not None and dtype == "auto":

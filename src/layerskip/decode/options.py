@@ -1,109 +1,189 @@
-"""What a caller may set for a generation, checked and resolved against the model."""
+"""What a caller may set: each option's type, default, range and help stand once, here, for Python and command line.
+
+    @dataclass(frozen=True)
+    class Mine:
+        rows: int = option(8, "Rows decoded together.", least=1)
+
+    check(Mine, {"rows": 0})  # UserError: rows is 0
+
+`Options` are those of a generation; `plan` resolves them against a model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from layerskip.checkpoint.facts import POLICIES
-from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from layerskip.checkpoint.facts import Facts
+    from layerskip.decode.sampling import Processing
 
 MODES = ("ar", "early-exit", "self-speculative")
-_UNSET = ("exit_layer", "draft_length", "seed", "simulate_acceptance", "confidence")  # may be None
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")  # names torch has, and auto
 DEFAULT_CONFIDENCE = (
     0.4  # as in Hugging Face's assisted generation; `layerskip tune` finds a checkpoint's own
 )
 DEFAULT_DRAFT_LENGTH = 4  # short drafts lose little on untrained exits and fit most trained ones
 
 
+# -- what an option is ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Options:
-    """Options of `generate`, `stream` and `chat`; names are those of Hugging Face where it has one."""
+class Option:
+    """What a field says beside its type and default."""
 
-    # None: self-speculative when the checkpoint has a default exit, or an exit or policy is given; else ar.
-    mode: str | None = None
-    exit_layer: int | None = None  # E; None: the checkpoint's default, else a quarter of the layers
-    draft_length: int | None = None  # K; None: the checkpoint's default, else 4
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    logits_processor: Sequence[Any] = ()
-    seed: int | None = None  # None: drawn from torch's global generator
-    stop: str | Sequence[str] = ()
-    chat: bool | None = None  # wrap a text prompt as a user message; None: only lists of messages
-    draft_vocab: int | str = "auto"  # size of the reduced draft head; auto: the checkpoint's list, else off
-    policy: str | None = None  # fixed, confidence or adaptive; None: the checkpoint's, else fixed
-    confidence: float | None = None  # stop drafting where the exit's largest probability is below
-    guard: bool | None = None  # plain steps while they are faster; None: unless the policy is fixed
-    eos_token_id: int | Sequence[int] | None = None  # None: all ids of the generation config
-    logprobs: bool = False
-    simulate_acceptance: float | None = None  # accepted/drafted to pretend: for timing only, not the output
-    batch_size: int = 8  # rows decoded together when several prompts are given
+    help: str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None  # as `least`, itself excluded
+    below: float | None = None
+    choices: Sequence[str] = ()  # what a text may be; empty: anything
+    shown: str | None = None  # what help shows in place of the default
+    flags: Sequence[str] = ()  # spellings on the command line, where not the field's name
+    typed: Any = None  # type on the command line, where it is not the field's
+    read: Callable[[Any], Any] | None = None  # from what was typed to the value
+    offered: bool = True  # on the command line
 
-    @classmethod
-    def parse(cls, keywords: dict[str, Any]) -> Options:
-        """Check names and values. Raises: UserError with the nearest name for an unknown one."""
-        known = [field.name for field in fields(cls)]
-        for name in keywords:
-            if name not in known:
-                raise UserError(f"unknown option {name!r}", nearest(name, known))
-        options = cls(**keywords)
-        if options.mode is not None and options.mode not in MODES:
-            raise UserError(f"unknown mode {options.mode!r}", nearest(options.mode, MODES))
-        if options.policy is not None and options.policy not in POLICIES:
-            raise UserError(f"unknown policy {options.policy!r}", nearest(options.policy, POLICIES))
-        options._check_types()
-        options._check_policy()
-        if options.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {options.max_new_tokens}", "ask for at least one new token")
-        if options.batch_size < 1:
-            raise UserError(f"batch_size is {options.batch_size}", "it must be at least 1")
-        if not (options.draft_vocab in ("auto", "off") or type(options.draft_vocab) is int):
-            raise UserError(f"draft_vocab is {options.draft_vocab!r}", "give a number of tokens, auto or off")
-        if options.simulate_acceptance is not None and not 0 <= options.simulate_acceptance <= 1:
-            raise UserError(
-                f"simulate_acceptance is {options.simulate_acceptance}", "accepted/drafted is from 0 to 1"
-            )
-        return options
 
-    def _check_types(self) -> None:
-        whole = ("exit_layer", "draft_length", "max_new_tokens", "top_k", "seed", "batch_size")
-        real = (
-            "temperature", "top_p", "min_p", "repetition_penalty", "simulate_acceptance", "confidence",
-        )  # fmt: skip
-        for names, kinds, wanted in ((whole, (int,), "a whole number"), (real, (int, float), "a number")):
-            for name in names:
-                value = getattr(self, name)
-                unset = value is None and name in _UNSET
-                if not unset and (isinstance(value, bool) or not isinstance(value, kinds)):
-                    raise UserError(f"{name} is {value!r}", f"give {wanted}")
-        for name in ("stop", "logits_processor"):
-            if getattr(self, name) is None:
-                raise UserError(f"{name} is None", "leave it out, or give a list")
+def option(default: Any, help: str, **more: Any) -> Any:
+    """Make a field of a dataclass with an `Option`; `more` are its other fields."""
+    return field(default=default, metadata={"option": Option(help, **more)})
 
-    def _check_policy(self) -> None:
-        if self.confidence is not None and not 0 < self.confidence <= 1:
-            raise UserError(
-                f"confidence is {self.confidence}", "a probability above 0; leave it out to draft all"
-            )
-        if self.confidence is not None and self.policy == "fixed":
-            raise UserError(
-                "a fixed policy drafts K tokens, however confident", "use the policy confidence or adaptive"
-            )
-        varying = self.guard or self.confidence is not None or self.policy in ("confidence", "adaptive")
-        if varying and self.simulate_acceptance is not None:
-            raise UserError("an acceptance can be simulated for fixed E and K only", "use the policy fixed")
+
+@cache
+def options_of(kind: Any) -> dict[str, tuple[Any, Any, Option]]:
+    """Type, default and `Option` of every field, by name."""
+    kinds = get_type_hints(kind)
+    return {one.name: (kinds[one.name], one.default, one.metadata["option"]) for one in fields(kind)}
+
+
+def check(kind: type, values: Mapping[str, Any]) -> None:
+    """Hold values against the options of a dataclass. Raises: UserError naming the option."""
+    for name, (type_, _, told) in options_of(kind).items():
+        if name in values:
+            check_value(name, type_, told, values[name])
+
+
+def check_value(name: str, type_: Any, told: Option, value: Any) -> None:
+    """Hold a value against type, choices and range; `name` is how the user spells the option."""
+    if value is None and _accepts(type_, None):
+        return
+    known, texts = told.choices, {*_members(type_)} <= {str, NoneType, Any}
+    if texts and known and isinstance(value, str) and value not in known:
+        raise UserError(f"unknown {name.removeprefix('--')} {value!r}", nearest(value, known))
+    if not (_accepts(type_, value) and _inside(told, value)):
+        raise UserError(f"{name} is {value!r}", f"{name} must be {_allowed(type_, told)}: {told.help}")
+
+
+def _members(type_: Any) -> tuple[Any, ...]:
+    return get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+
+
+def _accepts(type_: Any, value: Any) -> bool:
+    for member in _members(type_):
+        origin = get_origin(member) or member
+        if origin is Sequence:
+            fits = isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+        elif origin in (int, float):
+            fits = isinstance(value, (int, origin)) and not isinstance(value, bool)
+        else:
+            fits = origin is Any or isinstance(value, origin)
+        if fits:
+            return True
+    return False
+
+
+def _inside(told: Option, value: Any) -> bool:
+    if isinstance(value, str):
+        return not told.choices or value in told.choices
+    if not isinstance(value, (int, float)):
+        return True
+    return (  # written so that NaN is outside
+        (told.least is None or value >= told.least)
+        and (told.most is None or value <= told.most)
+        and (told.above is None or value > told.above)
+        and (told.below is None or value < told.below)
+    )
+
+
+def _allowed(type_: Any, told: Option) -> str:
+    """Word what an option may be: a whole number, at least 1."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Sequence: "a list"}
+    kinds = [words.get(get_origin(member) or member) for member in _members(type_)]
+    named = [kind for kind in kinds if kind and not (kind == "text" and told.choices)]
+    if told.least is not None and told.most is not None:
+        limits = f"from {told.least:g} to {told.most:g}"
+    else:
+        ends = (
+            ("at least", told.least),
+            ("above", told.above),
+            ("at most", told.most),
+            ("below", told.below),
+        )
+        limits = " and ".join(f"{word} {end:g}" for word, end in ends if end is not None)
+    *others, last = [*named, *told.choices]
+    return (f"{', '.join(others)} or {last}" if others else last) + (f", {limits}" if limits else "")
+
+
+def vocabulary_size(typed: str) -> int | str:
+    """Read a draft vocabulary as typed: a number of tokens, auto or off."""
+    return int(typed) if typed.isdecimal() else typed
+
+
+# -- the options ---------------------------------------------------------------------------------------------
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        check(type(self), vars(self))
+
+
+@dataclass(frozen=True)
+class LoadOptions(_Checked):
+    """How a model is loaded, and on what."""
+
+    # A torch.dtype or torch.device too; auto: bfloat16 where it is fast and exact, on the accelerator if any.
+    dtype: str | Any = option(
+        "auto", "float32, bfloat16, float16, float64 or auto.", choices=DTYPES, typed=str
+    )
+    device: str | Any = option("auto", "cpu, cuda, mps or auto.", typed=str)
+    device_map: Any = option(None, "Placement of parts on devices, as in transformers.", offered=False)
+    stack: str = option("auto", "native, hf or auto.", choices=("auto", "native", "hf"))
+    quantize: str | None = option(None, "int8: weights in 8 bit.", shown="off")
+    threads: int | None = option(None, "CPU threads.", least=1, shown="one per physical core")
+    progress: bool = option(True, "Show downloads.", offered=False)
+
+
+@dataclass(frozen=True)
+class SamplingOptions(_Checked):
+    """How tokens are drawn and where they end; names are those of Hugging Face where it has one."""
+
+    max_new_tokens: int = option(256, "Budget of new tokens.", least=1)
+    temperature: float = option(0.0, "0 is greedy.", least=0, most=1e6)
+    top_k: int = option(0, "Keep the k most probable tokens; 0 is off.", least=0)
+    top_p: float = option(1.0, "Keep the smallest set with this probability; 1 is off.", above=0, most=1)
+    min_p: float = option(
+        0.0, "Drop tokens below this share of the most probable; 0 is off.", least=0, below=1
+    )
+    repetition_penalty: float = option(1.0, "Divide logits of tokens already present; 1 is off.", above=0)
+    logits_processor: Sequence[Any] = option((), "Processors of transformers, in order.", offered=False)
+    seed: int | None = option(None, "Sampling is repeatable per seed.", shown="from torch's generator")
+    stop: str | Sequence[str] = option((), "Stop before this text; may be repeated.", typed=list[str] | None)
+    chat: bool | None = option(  # None: from Python, only lists of messages are wrapped
+        None, "Wrap the prompt as a message.", shown="if it can"
+    )
+    eos_token_id: int | Sequence[int] | None = option(
+        None, "Tokens that end an output; all of the generation config by default.", offered=False
+    )
+    logprobs: bool = option(False, "Keep every token's log-probability.", offered=False)
+    batch_size: int = option(8, "Prompts continued together.", least=1)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -111,14 +191,86 @@ class Options:
 
     @property
     def processing(self) -> Processing:
+        from layerskip.decode.sampling import Processing, Sampling
+
         shape = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         return Processing(shape, tuple(self.logits_processor))
 
+
+@dataclass(frozen=True)
+class DraftOptions(_Checked):
+    """Who drafts, how much, and when to stop; None leaves it to the checkpoint."""
+
+    # None: self-speculative when the checkpoint has a default exit, or an exit or policy is given; else ar.
+    mode: str | None = option(
+        None, "ar, early-exit or self-speculative.", choices=MODES, shown="by checkpoint"
+    )
+    exit_layer: int | None = option(  # None: the checkpoint's default, else a quarter of the layers
+        None, "E, layers that draft.", shown="by checkpoint"
+    )
+    draft_length: int | None = option(  # None: the checkpoint's default, else 4
+        None, "K, tokens drafted per round.", least=0, shown="by checkpoint"
+    )
+    draft_vocab: int | str = option(  # auto: the checkpoint's list, else off
+        "auto", "Tokens the draft head knows: a number, auto or off.", choices=("auto", "off"), typed=str,
+        read=vocabulary_size,
+    )  # fmt: skip
+    policy: str | None = option(
+        None,
+        "Who chooses E and K each round: fixed, confidence or adaptive.",
+        choices=POLICIES,
+        shown="by checkpoint",
+    )
+    confidence: float | None = option(
+        None,
+        "Stop drafting where the exit's largest probability is below this.",
+        above=0,
+        most=1,
+        shown="by policy",
+    )
+    guard: bool | None = option(
+        None, "Take plain steps while they are faster.", shown="unless the policy is fixed"
+    )
+    simulate_acceptance: float | None = option(  # for timing only
+        None,
+        "Pretend this accepted/drafted: all work is real, the output is not.",
+        least=0,
+        most=1,
+        shown="off",
+    )
+
+    @property
+    def varied(self) -> bool:
+        """Whether E or K was asked to vary from round to round."""
+        return self.policy in ("confidence", "adaptive") or self.confidence is not None or bool(self.guard)
+
+
+@dataclass(frozen=True)
+class Options(SamplingOptions, DraftOptions):
+    """Options of `generate`, `stream` and `chat`."""
+
+    @classmethod
+    def parse(cls, keywords: Mapping[str, Any]) -> Options:
+        """Check names and values. Raises: UserError with the nearest name for an unknown one."""
+        known = [one.name for one in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                raise UserError(f"unknown option {name!r}", nearest(name, known))
+        return cls(**keywords)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.confidence is not None and self.policy == "fixed":
+            raise UserError(
+                "a fixed policy drafts K tokens, however confident", "use the policy confidence or adaptive"
+            )
+        if self.varied and self.simulate_acceptance is not None:
+            raise UserError("an acceptance can be simulated for fixed E and K only", "use the policy fixed")
+
     def plan(self, facts: Facts, num_layers: int) -> Plan:
         """Choose mode, E and K. Raises: UserError for an exit layer or draft length out of range."""
-        varied = self.policy in ("confidence", "adaptive") or self.confidence is not None or bool(self.guard)
-        chosen = self.exit_layer is not None or self.draft_length is not None or varied
-        mode = self.mode or ("self-speculative" if facts.pays or chosen else "ar")
+        given = self.exit_layer is not None or self.draft_length is not None
+        mode = self.mode or ("self-speculative" if facts.pays or given or self.varied else "ar")
         if self.simulate_acceptance is not None and not (
             mode == "self-speculative" and self.processing.plain_greedy
         ):
@@ -126,14 +278,13 @@ class Options:
                 "an acceptance can be simulated for greedy self-speculation only",
                 "use --mode self-speculative, no temperature, penalty or processors",
             )
-        if varied and (mode != "self-speculative" or self.draft_length == 0):
+        if self.varied and (mode != "self-speculative" or self.draft_length == 0):
             raise UserError(
                 "nothing is drafted, so there is no policy to follow",
                 "leave out --policy, --confidence and --guard, or use --mode self-speculative with a draft length",
             )
         if mode == "ar":
             return Plan(mode, num_layers, 0)
-        given = self.exit_layer is not None or self.draft_length is not None
         # Only greedy decoding follows the checkpoint's policy unasked: sampled outputs should repeat by seed.
         unasked = given or self.simulate_acceptance is not None or self.temperature > 0
         by_checkpoint = None if unasked else facts.policy
@@ -150,8 +301,6 @@ class Options:
             )
         draft_length = self.draft_length if self.draft_length is not None else facts.draft_length
         draft_length = DEFAULT_DRAFT_LENGTH if draft_length is None else draft_length
-        if draft_length < 0:
-            raise UserError(f"draft length {draft_length} is negative", "it must be 0 or more")
         if self.simulate_acceptance is not None and draft_length == 0:
             raise UserError("nothing is drafted, so no acceptance can be simulated", "give a draft length")
         if mode != "self-speculative" or draft_length == 0:
@@ -167,6 +316,8 @@ def seeded(options: Options) -> Options:
     """Fix the seed of a call: the given one, or, when sampling, a draw from torch's global generator."""
     if options.seed is not None:
         return options
+    import torch
+
     return replace(options, seed=int(torch.randint(2**62, ())) if options.temperature else 0)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from layerskip.cli.show.terminal import out
 from layerskip.measure.exits.lens import visible
 from layerskip.measure.exits.timeline import KINDS
 
@@ -36,6 +37,18 @@ STYLES = {
     "kept": "green", "rejected": "red strike", "dropped": "bright_black strike", "correction": "bold",
     "bonus": "bold", "plain": "bold",
 }  # fmt: skip
+
+
+def print_inspection(seen: Lens, shown: Timeline | None) -> None:
+    """Print the lens, and the rounds if there were some."""
+    coloured = out.color_system is not None and not out.no_color
+    for line in lens_lines(seen, out.width, coloured):
+        out.print(line)
+    out.print(Text(settle_line(seen)))
+    if shown is not None:
+        out.print()
+        for line in timeline_lines(shown, out.width):
+            out.print(line)
 
 
 def lens_lines(lens: Lens, width: int, coloured: bool) -> Iterator[Text]:

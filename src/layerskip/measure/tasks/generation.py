@@ -98,20 +98,18 @@ def run(
     items: Sequence[Item],
     modes: Sequence[str] = MODES,
     *,
-    exit_layer: int | None = None,
-    draft_length: int | None = None,
-    draft_vocab: int | str = "auto",
-    max_new_tokens: int | None = None,
-    batch_size: int = 8,
     chat: bool | None = None,
+    batch_size: int = Options.batch_size,
     watch: Watch = silent,
     done: Mapping[int, Record] = {},
     keep: Callable[[Record], None] = lambda record: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Decode and score the items, `batch_size` together; `keep` gets the record of each when it is finished.
 
     `done` are records kept before, by index: those that have all modes are not decoded again. Times stand in
-    a record when items are decoded one by one. `chat` None: as the task is, see `wrapped`.
+    a record when items are decoded one by one. `chat` None: as the task is, see `wrapped`. `options` are further
+    ones of `Options`, such as exit_layer; None leaves the task's own.
 
     Raises: UserError, before any work, for an option or a prompt that cannot be honoured.
     """
@@ -121,10 +119,8 @@ def run(
     if chat and name == TOPV2:
         raise UserError(f"{name} has no chat form", "leave out --chat")
     options = {
-        "exit_layer": exit_layer,
-        "draft_length": draft_length,
-        "draft_vocab": draft_vocab,
-        "max_new_tokens": BUDGETS[name] if max_new_tokens is None else max_new_tokens,
+        "max_new_tokens": BUDGETS[name],
+        **{key: value for key, value in options.items() if value is not None},
         "batch_size": batch_size,
         "eos_token_id": ends(lm),
         "stop": STOPS if name == HUMANEVAL and not chat else (),
