@@ -269,7 +269,10 @@ def test_the_demo_gives_equality_before_speed(run, folder):
         (("--batch-size", 0), "at least 1"),
         (("--temperature", -1), "--temperature must be a number, from 0 to 1e+06: 0 is greedy"),
         (("--top-p", 0), "--top-p must be a number, above 0 and at most 1"),
-        (("--top-k", -1), "--top-k must be a whole number, at least 0: Keep the k most probable tokens; 0 is off"),
+        (
+            ("--top-k", -1),
+            "--top-k must be a whole number, at least 0: Keep the k most probable tokens; 0 is off",
+        ),
         (("--min-p", 1), "--min-p must be a number, at least 0 and below 1"),
         (("--repetition-penalty", 0), "--repetition-penalty must be a number, above 0"),
         (("--stop", ""), "stop string is empty"),

@@ -178,4 +178,6 @@ def test_slips_are_refused(fails, folder, verb, arguments, expected):
 
 def test_a_race_takes_some_time_and_some_rows(fails):
     assert "--seconds must be a whole number, at least 1" in fails("tune", "no-such-model", "--seconds", 0)
-    assert "--batch-size must be a whole number, at least 1" in fails("tune", "no-such-model", "--batch-size", 0)
+    assert "--batch-size must be a whole number, at least 1" in fails(
+        "tune", "no-such-model", "--batch-size", 0
+    )

@@ -1,5 +1,6 @@
 """The toys of docs/extending.md do what the page says: each is run as it stands there."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +106,16 @@ def test_a_family_is_a_row_and_without_it_the_model_is_refused(monkeypatch):
     run("A family", "FAMILIES")
     stack = HuggingFaceStack(model)
     assert decode(stack, PROMPTS, 16, 2, 3).tokens == decode(stack, PROMPTS, 16).tokens
+
+
+def test_a_verb_has_the_options_of_its_dataclasses(folder, monkeypatch):
+    from typer.testing import CliRunner
+
+    from layerskip.cli.app import app
+
+    monkeypatch.setattr(app, "registered_commands", [*app.registered_commands])  # put back behind the test
+    run("A verb", "depth")
+    done = CliRunner().invoke(app, ["depth", str(folder), "--device", "cpu", "--times", "2", "--json"])
+    assert json.loads(done.stdout) == {"layers": 2 * tiny.NUM_LAYERS}
+    refused = CliRunner().invoke(app, ["depth", str(folder), "--times", "0"])
+    assert str(refused.exception).startswith("--times is 0")

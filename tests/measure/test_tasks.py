@@ -306,7 +306,7 @@ def test_a_prompt_is_encoded_as_training_encodes_it(lm, items):
     ("changes", "message"),
     [
         ({"exit_layer": 5}, "exit layer 5 is out of range"),
-        ({"draft_length": -1}, "draft length -1 is negative"),
+        ({"draft_length": -1}, "draft_length is -1"),
         ({"draft_vocab": 10**6}, "vocabulary"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"chat": True}, "topv2 has no chat form"),

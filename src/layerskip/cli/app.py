@@ -10,7 +10,7 @@ from rich.text import Text
 
 from layerskip.cli.options import default, spread, without
 from layerskip.cli.show.terminal import err
-from layerskip.decode.options import DraftOptions, LoadOptions, Option, SamplingOptions
+from layerskip.decode.options import DraftOptions, LoadOptions, Option, Options, SamplingOptions
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def merged(*options: Any, **more: Any) -> dict[str, Any]:
     """Join dataclasses to the keywords of `generate`. Raises: UserError for what does not go together."""
-    from layerskip.decode.options import Options
-
     keywords = {name: value for group in options for name, value in vars(group).items()} | more
     _ = Options.parse(keywords).processing
     return keywords

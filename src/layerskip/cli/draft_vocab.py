@@ -11,7 +11,7 @@ from layerskip.cli.options import only
 from layerskip.cli.results import progress
 from layerskip.cli.show.bench import print_coverage
 from layerskip.cli.show.terminal import tell
-from layerskip.decode.options import DraftOptions, Option
+from layerskip.decode.options import DraftOptions, Option, Options
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def draft_vocab(
     """
     from layerskip.checkpoint.facts import write_draft_vocabulary
     from layerskip.checkpoint.files import write_json
-    from layerskip.decode.options import Options
     from layerskip.measure.exits import vocabulary
 
     for path in data:
@@ -85,7 +84,6 @@ def _suggestion(
     lm: LanguageModel, covered: dict[int, float | None], drafting: DraftOptions
 ) -> dict[str, Any]:
     """Price each size with the cost model at an assumed agreement; nothing where there is no coverage."""
-    from layerskip.decode.options import Options
     from layerskip.measure.speed import draft_sizes
     from layerskip.model.cost import best_draft_vocabulary
 

@@ -16,7 +16,7 @@ from layerskip.cli.prompts import Separator, encoded, unescaped
 from layerskip.cli.results import configuration, loaded, progress, save_result
 from layerskip.cli.show.evaluation import print_evaluation
 from layerskip.cli.show.terminal import note, tell
-from layerskip.decode.options import DraftOptions, SamplingOptions, option
+from layerskip.decode.options import DraftOptions, Options, SamplingOptions, option
 from layerskip.errors import UserError, nearest
 from layerskip.watch import Watch, silent
 
@@ -81,8 +81,6 @@ def eval(
 
     layerskip eval smollm2-135m --text wikitext.txt --limit 4
     """
-    from layerskip.decode.options import Options
-
     chosen, after = exit_layers(asked.exits), unescaped(separator)
     _check_used(given)
     wanted = _read(asked)
@@ -225,7 +223,6 @@ class _Run:
         self, contents: Sequence[Any], path: Path, batch_size: int, chat: bool, separator: str
     ) -> dict[str, list[dict[str, Any]]]:
         """Judge the exits on prompts and on the model's own continuations of them."""
-        from layerskip.decode.options import Options
         from layerskip.measure.exits.evaluation import Text
         from layerskip.measure.records import Records
 
@@ -276,7 +273,6 @@ class _Run:
         reading: SamplingOptions,
     ) -> dict[str, Any]:
         """Do a generation task in several modes."""
-        from layerskip.decode.options import Options
         from layerskip.measure.tasks import generation as tasks
 
         lm = self.lm

@@ -12,7 +12,7 @@ from layerskip.cli.app import AsJson, Drafting, Loading, Model, Sampling, load, 
 from layerskip.cli.options import worded
 from layerskip.cli.show.rounds import print_rounds, show, statistics_line
 from layerskip.cli.show.terminal import note, tell
-from layerskip.decode.options import Option
+from layerskip.decode.options import Option, Options
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,6 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | No
 
 def _stream(lm: LanguageModel, prompt: str, options: dict[str, Any]) -> None:
     from layerskip.decode.generation import statistics
-    from layerskip.decode.options import Options
 
     rounds = print_rounds(lm, lm.stream(prompt, **options), options["stop"])
     prompt_tokens = sum(round.prompt_tokens for round in rounds)

@@ -80,15 +80,16 @@ def spread(verb: Callable[..., None]) -> Callable[..., None]:
         kind, *notes = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
         if kind is Given:
             told_to.append(name)
-        elif hasattr(kind, "__dataclass_fields__"):
+            continue
+        if hasattr(kind, "__dataclass_fields__"):
             offered = {field: one for field, one in options_of(kind).items() if one[2].offered}
             groups[name] = kind, reduce(lambda left, change: change(left), notes, offered)
-            flat += [_parameter(field, *one) for field, one in groups[name][1].items()]
         elif notes and isinstance(notes[0], Option):
             groups[name] = None, {name: (kind, parameter.default, notes[0])}
-            flat.append(_parameter(name, *groups[name][1][name]))
-        else:
+        else:  # an argument
             flat.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+            continue
+        flat += [_parameter(field, *one) for field, one in groups[name][1].items()]
 
     @wraps(verb)
     def command(**typed: Any) -> None:
