@@ -423,3 +423,26 @@ def test_a_real_process_leaves_with_code_2_and_no_traceback(tmp_path):
     error, hint = process.stderr.splitlines()
     assert error == f"error: {tmp_path} is not a checkpoint: it has no config.json"
     assert hint.startswith("  name the folder")
+
+
+def test_a_prompt_that_ends_by_an_error_is_told_beside_the_answers_of_the_others(
+    folder, run, tmp_path, monkeypatch
+):
+    import layerskip
+
+    each = layerskip.LanguageModel.each
+
+    def failing(self, *given, **options):
+        for number, one in enumerate(each(self, *given, **options)):
+            if number == 1:
+                one.error, one.finish_reason = ValueError("no way on"), "error"
+            yield one
+
+    monkeypatch.setattr(layerskip.LanguageModel, "each", failing)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join('{"prompt": "abc"}' for _ in range(3)))
+    code, printed, _ = run("generate", folder, "--batch-file", file, "--max-new-tokens", "3", "--json")
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert (code, [line.get("error") for line in lines]) == (1, [None, "no way on", None])
+    code, _, message = run("generate", folder, "--batch-file", file, "--max-new-tokens", "3")
+    assert (code, message.count("no way on")) == (1, 1)

@@ -111,7 +111,7 @@ def test_a_family_is_a_row_and_without_it_the_model_is_refused(monkeypatch):
 def test_a_verb_has_the_options_of_its_dataclasses(folder, monkeypatch):
     from typer.testing import CliRunner
 
-    from layerskip.cli.app import app
+    from layerskip.cli.main import app
 
     monkeypatch.setattr(app, "registered_commands", [*app.registered_commands])  # put back behind the test
     run("A verb", "depth")

@@ -89,6 +89,7 @@ def distill_data(
         with output.open("a", encoding="utf-8", newline="\n") as file, _bar(record) as advance:
             results = lm.each(tokens_of, indices=left, **options)
             for index, tokens, result in zip(left, tokens_of, results, strict=True):
+                result.checked()
                 begins = not found and not record["written"]
                 file.write(_line(index, given[index], tokens, result, settings if begins else None) + "\n")
                 file.flush()

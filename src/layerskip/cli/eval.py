@@ -235,6 +235,7 @@ class _Run:
         options = {"mode": "ar", "chat": False, "max_new_tokens": budget, "batch_size": batch_size}
         results = lm.each([given[i] for i in left], indices=left, **options)
         for number, (i, one) in enumerate(zip(left, results, strict=True), len(given) - len(left) + 1):
+            one.checked()
             written.keep(
                 {"index": i, "tokens": one.tokens, "text": one.text, "finish_reason": one.finish_reason}
             )

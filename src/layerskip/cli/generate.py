@@ -41,14 +41,22 @@ def generate(
     if batch_file is None and not as_json:
         _stream(lm, prompts[0], options)
         return
+    failed = False
     for one in lm.each(prompts, **options):
         told = {name: getattr(one, name) for name in ("text", "tokens", "finish_reason", "stats")}
+        if one.error is not None:
+            failed, told = True, {**told, "error": str(one.error)}
         tell(told, as_json, _show)
+    if failed:  # the other prompts have their answers
+        sys.exit(1)
 
 
 def _show(told: dict[str, Any]) -> None:
     show(told["text"] + "\n")
-    note(statistics_line(told["stats"]))
+    note(
+        told["error"] if "error" in told else statistics_line(told["stats"]),
+        "red" if "error" in told else "dim",
+    )
 
 
 def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | None) -> list[Any]:

@@ -22,9 +22,9 @@ def tell(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
         show(result)
 
 
-def note(text: str) -> None:
+def note(text: str, style: str = "dim") -> None:
     """Say on stderr what is beside the result."""
-    err.print(Text(text, style="dim"))
+    err.print(Text(text, style=style))
 
 
 def rate(tokens_per_s: float | None) -> str:
