@@ -15,20 +15,11 @@ from typer.main import get_command
 from layerskip.cli.main import ORDER, app
 from layerskip.cli.options import Given, default, only, spread, without, worded
 from layerskip.decode.load import load
-from layerskip.decode.options import (
-    DTYPES,
-    DraftOptions,
-    LoadOptions,
-    Option,
-    Options,
-    SamplingOptions,
-    check,
-    option,
-    options_of,
-)
+from layerskip.decode.options import DTYPES, DraftOptions, LoadOptions, Options, SamplingOptions
 from layerskip.decode.sampling import Sampling
 from layerskip.errors import UserError
 from layerskip.model.load import KINDS
+from layerskip.option import Option, check, option, options_of
 
 CLASSES = (LoadOptions, SamplingOptions, DraftOptions)
 COMMANDS = get_command(app).commands

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.files import write_json
 from layerskip.errors import UserError, nearest
+from layerskip.option import check_value, option, options_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,19 +27,31 @@ POLICIES = ("fixed", "confidence", "adaptive")
 class Facts:
     """Our entry in a checkpoint's configuration; an absent entry means untrained exits."""
 
-    exits: tuple[int, ...] = ()  # trained exit layers
-    exit_layer: int | None = None  # default E
-    draft_length: int | None = None  # default K
-    draft_vocab: str | None = None  # file beside config.json: token ids by falling frequency, a JSON list
-    draft_head: str | None = (
-        None  # file beside it: the draft head's own rows, [draft vocabulary, D] in its order
+    exits: tuple[int, ...] = option((), "Exit layers that were trained.")
+    exit_layer: int | None = option(None, "E, layers that draft.", least=1)
+    draft_length: int | None = option(None, "K, tokens drafted per round.", least=0)
+    draft_vocab: str | None = option(
+        None, "File beside config.json: a JSON list of ids by falling frequency."
     )
-    draft_vocab_size: int | None = None  # how many of its first ids, without it of the lowest; 0: none
-    mode: str | None = None  # default way of decoding, as measured; None: see `pays`
-    policy: str | None = None  # default policy of drafting: fixed, confidence or adaptive
-    confidence: float | None = None  # stop drafting where the exit's most probable token has less than this
-    recipe: str | None = None
-    versions: dict[str, str] | None = None
+    draft_head: str | None = option(
+        None, "File beside config.json: the draft head's own rows, [draft vocabulary, D] in its order."
+    )
+    draft_vocab_size: int | None = option(
+        None,
+        "How many of the draft vocabulary's first ids to use, without one of the lowest; 0: none.",
+        least=0,
+    )
+    mode: str | None = option(  # None: see `pays`
+        None, "The default way of decoding, as measured.", choices=("ar", "self-speculative")
+    )
+    policy: str | None = option(
+        None, "Who chooses E and K each round: fixed, confidence or adaptive.", choices=POLICIES
+    )
+    confidence: float | None = option(
+        None, "Stop drafting where the exit's largest probability is below this.", least=0, most=1
+    )
+    recipe: str | None = option(None, "The recipe it was trained by.")
+    versions: dict[str, str] | None = option(None, "Versions of the libraries that trained it.")
 
     @property
     def trained(self) -> bool:
@@ -82,7 +95,7 @@ def facts_of(config: Any, name: str = "") -> Facts:
         if key not in known:
             raise UserError(f"config.json: unknown key layerskip.{key}", nearest(key, known))
     layers = config.get_text_config().num_hidden_layers
-    exits, default, drafts = entry.get("exits") or [], entry.get("exit_layer"), entry.get("draft_length")
+    exits, default = entry.get("exits") or [], entry.get("exit_layer")
     for exit_layer in [
         *(exits if isinstance(exits, list) else [exits]),
         *([] if default is None else [default]),
@@ -92,25 +105,9 @@ def facts_of(config: Any, name: str = "") -> Facts:
                 f"config.json: layerskip names exit {exit_layer!r}, the model has {layers} layers",
                 f"exits are whole numbers from 1 to {layers - 1}; exits is a list of them",
             )
-    if drafts is not None and (type(drafts) is not int or drafts < 0):
-        raise UserError(
-            f"config.json: layerskip.draft_length is {drafts!r}", "it is a whole number, 0 or more"
-        )
-    size, confidence = entry.get("draft_vocab_size"), entry.get("confidence")
-    fits = {
-        "draft_vocab": (isinstance(entry.get("draft_vocab"), (str, type(None))), "it names a file"),
-        "draft_head": (isinstance(entry.get("draft_head"), (str, type(None))), "it names a file"),
-        "draft_vocab_size": (size is None or (type(size) is int and size >= 0), "a whole number, 0 or more"),
-        "mode": (entry.get("mode") in (None, "ar", "self-speculative"), "ar or self-speculative"),
-        "policy": (entry.get("policy") in (None, *POLICIES), ", ".join(POLICIES)),
-        "confidence": (
-            confidence is None or (type(confidence) in (int, float) and 0 <= confidence <= 1),
-            "a probability, from 0 to 1",
-        ),
-    }
-    for key, (fit, allowed) in fits.items():
-        if not fit:
-            raise UserError(f"config.json: layerskip.{key} is {entry[key]!r}", allowed)
+    for key, (kind, _, told) in options_of(Facts).items():
+        if key in entry and key != "exits":
+            check_value(f"config.json: layerskip.{key}", kind, told, entry[key])
     return Facts(**{**entry, "exits": tuple(exits if isinstance(exits, list) else [exits])})
 
 

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from layerskip.cli.options import default, spread, without
 from layerskip.cli.show.terminal import err
-from layerskip.decode.options import DraftOptions, LoadOptions, Option, Options, SamplingOptions
+from layerskip.decode.options import DraftOptions, LoadOptions, Options, SamplingOptions
 from layerskip.errors import UserError
+from layerskip.option import Option
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

@@ -14,7 +14,8 @@ from layerskip.cli.prompts import PromptOptions, encoded
 from layerskip.cli.results import configuration, loaded, progress, save_result
 from layerskip.cli.show.bench import print_bench, print_card
 from layerskip.cli.show.terminal import err, out, tell
-from layerskip.decode.options import DraftOptions, SamplingOptions, option, vocabulary_size
+from layerskip.decode.options import DraftOptions, SamplingOptions, vocabulary_size
+from layerskip.option import option
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from layerskip.cli.app import Drafting, Loading, Model, Sampling, load, merged, 
 from layerskip.cli.options import default, without
 from layerskip.cli.show.rounds import print_rounds, statistics_line
 from layerskip.cli.show.terminal import err, note, out
-from layerskip.decode.options import Option
 from layerskip.errors import UserError, nearest
+from layerskip.option import Option
 
 
 @verb

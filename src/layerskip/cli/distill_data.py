@@ -24,8 +24,8 @@ from layerskip.cli.app import AsJson, Loading, Model, Sampling, load, merged, ve
 from layerskip.cli.options import only, worded
 from layerskip.cli.prompts import PromptOptions, Separator, encoded, unescaped
 from layerskip.cli.show.terminal import err, note, out, tell
-from layerskip.decode.options import Option
 from layerskip.errors import UserError
+from layerskip.option import Option
 
 if TYPE_CHECKING:
     from layerskip.decode.generation import Generation

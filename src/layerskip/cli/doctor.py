@@ -12,8 +12,9 @@ from layerskip.cli.prompts import PromptOptions, encoded, unescaped
 from layerskip.cli.results import configuration, loaded, progress
 from layerskip.cli.show.advice import print_doctor
 from layerskip.cli.show.terminal import tell
-from layerskip.decode.options import option, vocabulary_size
+from layerskip.decode.options import vocabulary_size
 from layerskip.errors import UserError
+from layerskip.option import option
 
 if TYPE_CHECKING:
     from layerskip.config import PromptLine

@@ -11,8 +11,9 @@ from layerskip.cli.options import only
 from layerskip.cli.results import progress
 from layerskip.cli.show.bench import print_coverage
 from layerskip.cli.show.terminal import tell
-from layerskip.decode.options import DraftOptions, Option, Options
+from layerskip.decode.options import DraftOptions, Options
 from layerskip.errors import UserError
+from layerskip.option import Option
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

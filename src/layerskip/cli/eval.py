@@ -16,8 +16,9 @@ from layerskip.cli.prompts import Separator, encoded, unescaped
 from layerskip.cli.results import configuration, loaded, progress, save_result
 from layerskip.cli.show.evaluation import print_evaluation
 from layerskip.cli.show.terminal import note, tell
-from layerskip.decode.options import DraftOptions, Options, SamplingOptions, option
+from layerskip.decode.options import DraftOptions, Options, SamplingOptions
 from layerskip.errors import UserError, nearest
+from layerskip.option import option
 from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:

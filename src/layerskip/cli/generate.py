@@ -12,8 +12,9 @@ from layerskip.cli.app import AsJson, Drafting, Loading, Model, Sampling, load, 
 from layerskip.cli.options import worded
 from layerskip.cli.show.rounds import print_rounds, show, statistics_line
 from layerskip.cli.show.terminal import note, tell
-from layerskip.decode.options import Option, Options
+from layerskip.decode.options import Options
 from layerskip.errors import UserError
+from layerskip.option import Option
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

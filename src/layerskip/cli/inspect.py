@@ -12,8 +12,9 @@ from layerskip.cli.app import AsJson, Loading, Model, Save, exit_layers, merged,
 from layerskip.cli.options import Given, only, without
 from layerskip.cli.results import configuration, loaded, save_result
 from layerskip.cli.show.terminal import note, tell
-from layerskip.decode.options import DraftOptions, Option
+from layerskip.decode.options import DraftOptions
 from layerskip.errors import UserError
+from layerskip.option import Option
 
 
 @verb

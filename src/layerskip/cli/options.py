@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from layerskip.decode.options import Option, check_value, options_of
+from layerskip.option import Option, check_value, options_of
 
 Offered = dict[str, tuple[Any, Any, Option]]  # type, default and record, by name
 Change = Callable[[Offered], Offered]

@@ -12,8 +12,8 @@ from rich.table import Table
 from layerskip.cli.app import AsJson, verb
 from layerskip.cli.results import progress
 from layerskip.cli.show.terminal import out, share, tell
-from layerskip.decode.options import Option
 from layerskip.errors import UserError
+from layerskip.option import Option
 
 
 @verb

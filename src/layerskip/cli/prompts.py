@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from layerskip.decode.options import Option, option
+from layerskip.option import Option, option
 
 if TYPE_CHECKING:
     from layerskip.config import PromptLine

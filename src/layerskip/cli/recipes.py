@@ -13,7 +13,7 @@ from rich.text import Text
 from layerskip.cli.app import AsJson, app
 from layerskip.cli.options import spread
 from layerskip.cli.show.terminal import note, out
-from layerskip.decode.options import Option
+from layerskip.option import Option
 
 DRAWN_LAYERS = 30  # of the built-in model
 recipes = typer.Typer(no_args_is_help=True, help="List, show and draw the recipes of `layerskip train`.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from layerskip.cli.app import verb
 from layerskip.cli.recipes import Name, Settings
 from layerskip.cli.show.terminal import err, out
-from layerskip.decode.options import Option
+from layerskip.option import Option
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,7 @@ from layerskip.cli.options import Given
 from layerskip.cli.results import configuration, loaded, progress
 from layerskip.cli.show.advice import print_tune
 from layerskip.cli.show.terminal import err, tell
-from layerskip.decode.options import Option
+from layerskip.option import Option
 
 
 @verb

@@ -1,27 +1,16 @@
-"""What a caller may set: each option's type, default, range and help stand once, here, for Python and command line.
-
-    @dataclass(frozen=True)
-    class Mine:
-        rows: int = option(8, "Rows decoded together.", least=1)
-
-    check(Mine, {"rows": 0})  # UserError: rows is 0
-
-`Options` are those of a generation; `plan` resolves them against a model.
-"""
+"""What a caller may set for loading and decoding, in three groups; `Options.plan` resolves them against a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from layerskip.checkpoint.facts import POLICIES
+from layerskip.checkpoint.facts import Facts
 from layerskip.errors import UserError, nearest
+from layerskip.option import check, option, same
 
 if TYPE_CHECKING:
-    from layerskip.checkpoint.facts import Facts
     from layerskip.decode.sampling import Processing
 
 MODES = ("ar", "early-exit", "self-speculative")
@@ -32,112 +21,9 @@ DEFAULT_CONFIDENCE = (
 DEFAULT_DRAFT_LENGTH = 4  # short drafts lose little on untrained exits and fit most trained ones
 
 
-# -- what an option is ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a field says beside its type and default."""
-
-    help: str
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None  # as `least`, itself excluded
-    below: float | None = None
-    choices: Sequence[str] = ()  # what a text may be; empty: anything
-    shown: str | None = None  # what help shows in place of the default
-    flags: Sequence[str] = ()  # spellings on the command line, where not the field's name
-    typed: Any = None  # type on the command line, where it is not the field's
-    read: Callable[[Any], Any] | None = None  # from what was typed to the value
-    offered: bool = True  # on the command line
-
-
-def option(default: Any, help: str, **more: Any) -> Any:
-    """Make a field of a dataclass with an `Option`; `more` are its other fields."""
-    return field(default=default, metadata={"option": Option(help, **more)})
-
-
-@cache
-def options_of(kind: Any) -> dict[str, tuple[Any, Any, Option]]:
-    """Type, default and `Option` of every field, by name."""
-    kinds = get_type_hints(kind)
-    return {one.name: (kinds[one.name], one.default, one.metadata["option"]) for one in fields(kind)}
-
-
-def check(kind: type, values: Mapping[str, Any]) -> None:
-    """Hold values against the options of a dataclass. Raises: UserError naming the option."""
-    for name, (type_, _, told) in options_of(kind).items():
-        if name in values:
-            check_value(name, type_, told, values[name])
-
-
-def check_value(name: str, type_: Any, told: Option, value: Any) -> None:
-    """Hold a value against type, choices and range; `name` is how the user spells the option."""
-    if value is None and _accepts(type_, None):
-        return
-    known, texts = told.choices, {*_members(type_)} <= {str, NoneType, Any}
-    if texts and known and isinstance(value, str) and value not in known:
-        raise UserError(f"unknown {name.removeprefix('--')} {value!r}", nearest(value, known))
-    if not (_accepts(type_, value) and _inside(told, value)):
-        raise UserError(f"{name} is {value!r}", f"{name} must be {_allowed(type_, told)}: {told.help}")
-
-
-def _members(type_: Any) -> tuple[Any, ...]:
-    return get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
-
-
-def _accepts(type_: Any, value: Any) -> bool:
-    for member in _members(type_):
-        origin = get_origin(member) or member
-        if origin is Sequence:
-            fits = isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
-        elif origin in (int, float):
-            fits = isinstance(value, (int, origin)) and not isinstance(value, bool)
-        else:
-            fits = origin is Any or isinstance(value, origin)
-        if fits:
-            return True
-    return False
-
-
-def _inside(told: Option, value: Any) -> bool:
-    if isinstance(value, str):
-        return not told.choices or value in told.choices
-    if not isinstance(value, (int, float)):
-        return True
-    return (  # written so that NaN is outside
-        (told.least is None or value >= told.least)
-        and (told.most is None or value <= told.most)
-        and (told.above is None or value > told.above)
-        and (told.below is None or value < told.below)
-    )
-
-
-def _allowed(type_: Any, told: Option) -> str:
-    """Word what an option may be: a whole number, at least 1."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Sequence: "a list"}
-    kinds = [words.get(get_origin(member) or member) for member in _members(type_)]
-    named = [kind for kind in kinds if kind and not (kind == "text" and told.choices)]
-    if told.least is not None and told.most is not None:
-        limits = f"from {told.least:g} to {told.most:g}"
-    else:
-        ends = (
-            ("at least", told.least),
-            ("above", told.above),
-            ("at most", told.most),
-            ("below", told.below),
-        )
-        limits = " and ".join(f"{word} {end:g}" for word, end in ends if end is not None)
-    *others, last = [*named, *told.choices]
-    return (f"{', '.join(others)} or {last}" if others else last) + (f", {limits}" if limits else "")
-
-
 def vocabulary_size(typed: str) -> int | str:
     """Read a draft vocabulary as typed: a number of tokens, auto or off."""
     return int(typed) if typed.isdecimal() else typed
-
-
-# -- the options ---------------------------------------------------------------------------------------------
 
 
 class _Checked:
@@ -202,32 +88,18 @@ class DraftOptions(_Checked):
     """Who drafts, how much, and when to stop; None leaves it to the checkpoint."""
 
     # None: self-speculative when the checkpoint has a default exit, or an exit or policy is given; else ar.
-    mode: str | None = option(
-        None, "ar, early-exit or self-speculative.", choices=MODES, shown="by checkpoint"
+    mode: str | None = same(
+        Facts, "mode", help="ar, early-exit or self-speculative.", choices=MODES, shown="by checkpoint"
     )
-    exit_layer: int | None = option(  # None: the checkpoint's default, else a quarter of the layers
-        None, "E, layers that draft.", shown="by checkpoint"
-    )
-    draft_length: int | None = option(  # None: the checkpoint's default, else 4
-        None, "K, tokens drafted per round.", least=0, shown="by checkpoint"
-    )
+    # None: the checkpoint's default, else a quarter of the layers, and 4 tokens.
+    exit_layer: int | None = same(Facts, "exit_layer", least=None, shown="by checkpoint")  # see `plan`
+    draft_length: int | None = same(Facts, "draft_length", shown="by checkpoint")
     draft_vocab: int | str = option(  # auto: the checkpoint's list, else off
         "auto", "Tokens the draft head knows: a number, auto or off.", choices=("auto", "off"), typed=str,
         read=vocabulary_size,
     )  # fmt: skip
-    policy: str | None = option(
-        None,
-        "Who chooses E and K each round: fixed, confidence or adaptive.",
-        choices=POLICIES,
-        shown="by checkpoint",
-    )
-    confidence: float | None = option(
-        None,
-        "Stop drafting where the exit's largest probability is below this.",
-        above=0,
-        most=1,
-        shown="by policy",
-    )
+    policy: str | None = same(Facts, "policy", shown="by checkpoint")
+    confidence: float | None = same(Facts, "confidence", least=None, above=0, shown="by policy")
     guard: bool | None = option(
         None, "Take plain steps while they are faster.", shown="unless the policy is fixed"
     )
