@@ -239,9 +239,11 @@ def test_the_cache_after_every_round_equals_a_fresh_prefill_of_the_kept_tokens(s
                 torch.testing.assert_close(ours[row, :, :length], theirs[0, :, :length], rtol=0, atol=close)
             checked += 1
     assert checked > 10
+    while engine.cache.allocate() is not None:
+        pass
     for tensor in (*engine.cache.keys, *engine.cache.values):
         assert not tensor[:, :, : engine.cache.capacity].any(), (
-            "freed rows are clean, and dead ones wrote to spill slots only"
+            "freed rows are clean when given out, and dead ones wrote to spill slots only"
         )
 
 
@@ -266,6 +268,8 @@ def test_nan_logits_are_the_same_error_and_the_other_rows_go_on(stacks, exit_lay
                 tokens += event.tokens
     assert errors == [(bad, "the model gave NaN or infinite logits")]
     assert tokens == wanted
+    engine.cache.allocate()
+    engine.cache.allocate()
     assert not engine.cache.keys[0][bad, :, :-1].isnan().any()
 
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from layerskip.decode.rounds.graphs import Graphs
+from layerskip.decode.rounds.graphs import FAILURES, Graphs
 from rounds import Replayed, decode
 
 CPU = torch.device("cpu")
@@ -51,18 +51,33 @@ def test_without_capture_everything_runs_eagerly_and_counts():
     assert (graphs.captured, graphs.replays, graphs.eager_runs, program.counted) == (0, 0, 3, 3)
 
 
-def test_a_capture_that_fails_warns_once_and_decoding_goes_on_eagerly():
-    """Hugging Face modules of some families look at numbers; a device may be out of memory."""
+def test_a_capture_that_fails_warns_once_and_other_shapes_are_still_captured():
+    """One failed capture turned graphs off for all shapes; a device may have been out of memory for a moment."""
     graphs, program = Graphs(CPU, Replayed(fails_at=2)), Doubling()
     graphs.run("good", program, torch.tensor([1]))
-    with pytest.warns(RuntimeWarning, match="CUDA graphs are off.*not permitted when stream is capturing$"):
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph.*not permitted when stream is capturing$"):
         assert graphs.run("bad", program, torch.tensor([2])).item() == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert graphs.run("bad", program, torch.tensor([3])).item() == 6
         assert graphs.run("other", program, torch.tensor([4])).item() == 8
         assert graphs.run("good", program, torch.tensor([5])).item() == 10
-    assert (graphs.captured, graphs.replays, graphs.eager_runs) == (1, 2, 3)
+    assert (graphs.captured, graphs.replays, graphs.eager_runs) == (2, 3, 2)
+
+
+def test_a_model_that_cannot_be_captured_is_tried_a_few_times_and_no_more():
+    """Hugging Face modules of some families branch on values."""
+    calls = []
+
+    def refusing(function):
+        calls.append(function)
+        raise RuntimeError("operation not permitted")
+
+    graphs = Graphs(CPU, refusing)
+    with pytest.warns(RuntimeWarning, match="CUDA graphs are off"):
+        doubled = [graphs.run(key, Doubling(), torch.tensor([key])).item() for key in range(9)]
+    assert doubled == list(range(0, 18, 2))
+    assert (len(calls), graphs.captured, graphs.eager_runs) == (FAILURES, 0, 9)
 
 
 def test_other_errors_of_a_program_are_not_swallowed():

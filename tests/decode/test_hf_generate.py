@@ -25,7 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 import layerskip
 import tiny
 from layerskip import LanguageModel, UserError, custom_generate, custom_generate_with
-from layerskip.decode import language_model
+from layerskip.decode import pool
 from layerskip.decode.load import stack_of
 from layerskip.decode.text import final_text
 
@@ -624,12 +624,12 @@ def engines(monkeypatch):
     """Weak references to all engines that are made."""
     made = []
 
-    class Watched(language_model.Engine):
+    class Watched(pool.Engine):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(language_model, "Engine", Watched)
+    monkeypatch.setattr(pool, "Engine", Watched)
     return made
 
 
@@ -642,7 +642,7 @@ def test_an_abandoned_stream_leaves_nothing_allocated_and_the_next_call_is_right
     stream.close()
     assert not engine.busy
     assert engine.cache.lengths == [0]
-    assert not any(tensor.any() for tensor in (*engine.cache.keys, *engine.cache.values))
+    assert engine.has_room
     del engine, stream
     gc.collect()
     assert [engine() for engine in engines] == [None, None]
@@ -760,3 +760,30 @@ def test_a_failing_answer_ends_its_row_and_the_conversation_goes_on(texts):
     ForbidAll.on = False
     turns = [*before, {"role": "user", "content": "again"}]
     assert said(chat, "again") == texts.generate(turns, max_new_tokens=8).tokens
+
+
+def test_a_conversation_grows_its_cache_and_says_the_same(texts, monkeypatch):
+    """A chat allocated the whole context of the model: 17 GB for an 8 B Llama with 131k positions."""
+    monkeypatch.setattr("layerskip.decode.chat.FIRST", 8)
+    monkeypatch.setattr("layerskip.decode.pool.LEAST", 8)
+    small, large = texts.chat(max_new_tokens=12), texts.chat(max_new_tokens=12)
+    large._engine.grow(texts.stack.context)
+    assert small._engine.cache.capacity == 8
+    for message in ("hello", "again", "and again"):
+        assert said(small, message) == said(large, message)
+    assert 8 < small._engine.cache.capacity < texts.stack.context
+    assert computed(small) < small.last.stats["prompt_tokens"], "what was cached before it grew is used"
+
+
+def test_the_engine_of_a_conversation_and_of_custom_generate_serves_later_calls(texts):
+    """Both threw away an engine, and on CUDA the graphs captured on it, at every call."""
+    texts.engines.keep = True
+    try:
+        chat = texts.chat(max_new_tokens=4)
+        said(chat, "hello")
+        engine = chat._engine
+        chat.close()
+        assert texts.engines.last is engine
+        assert not engine.busy
+    finally:
+        texts.engines.keep, texts.engines.last = False, None

@@ -80,12 +80,12 @@ def test_a_negative_token_is_named(lm):
 def test_an_engine_kept_for_its_graphs_is_lent_to_one_stream_at_a_time(monkeypatch):
     """On CUDA graphs are captured on an engine's cache; two streams that start together must not share it."""
     own = LanguageModel(tiny.stack("llama"), hf=tiny.calibrated("llama"))
-    own.keep_engine = True
+    own.engines.keep = True
     alone = [own.generate(prompt, max_new_tokens=6).tokens for prompt in ([5, 6], [7, 8])]
-    kept = own._last_engine
+    kept = own.engines.last
     assert kept is not None
     assert own.generate([9, 9], max_new_tokens=6).tokens
-    assert own._last_engine is kept, "the same engine served again"
+    assert own.engines.last is kept, "the same engine served again"
     streams = [own.stream(prompt, max_new_tokens=6) for prompt in ([5, 6], [7, 8])]
     rounds = list(zip(*streams, strict=True))
     assert [[t for r in own_rounds for t in r.tokens] for own_rounds in zip(*rounds, strict=True)] == alone

@@ -177,13 +177,13 @@ def test_prompts_that_end_at_once_are_passed_over(lm):
 
 
 def test_where_engines_are_kept_every_setting_has_its_own_and_captures_before_it_is_timed(lm):
-    lm.keep_engine = True
+    lm.engines.keep = True
     race, racing = Race(lm, [[PROMPTS[0]]], 8), trials(2, 3)
     race.turn(racing)
-    engines = {id(face._last_engine) for face in race.faces.values()}
+    engines = {id(face.engines.last) for face in race.faces.values()}
     assert len(engines) == 3
     race.turn(racing)
-    assert {id(face._last_engine) for face in race.faces.values()} == engines
+    assert {id(face.engines.last) for face in race.faces.values()} == engines
     assert all(trial.of == 2 and not trial.differing for trial in racing)
 
 

@@ -63,8 +63,19 @@ def test_a_freed_row_is_zero_again_and_given_out_lowest_first(cache):
     written(cache, [1], [0], [5], torch.nan)
     cache.free(3)
     cache.free(1)
-    assert not cache.keys[0][1, :, : cache.capacity].isnan().any()
     assert cache.allocate() == 1
+    assert not cache.keys[0][1].isnan().any()
+
+
+def test_a_cache_that_grows_keeps_its_rows_and_its_spill_slot_moves(cache):
+    written(cache, [2], [0], [5], 7)
+    cache.set_length(2, 5)
+    cache.grow(40)
+    assert (cache.capacity, cache.lengths[2]) == (40, 5)
+    keys, values = cache.read(2, span([2], [5], [1]))
+    assert keys[0, 0, :, 0].tolist() == [7] * 5 + [0]
+    assert values[0, 1, :, 0].tolist() == [-7] * 5 + [0]
+    assert cache.both[0] is None or cache.both[0].shape[2] == cache.keys[0].shape[2]
 
 
 def test_a_cache_that_does_not_fit_is_a_user_error_before_it_is_made(monkeypatch):

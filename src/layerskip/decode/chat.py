@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from layerskip.decode.pool import rounded_capacity
 from layerskip.decode.scheduler import Scheduler, Status, Ticket
 
 if TYPE_CHECKING:
     from layerskip.decode.call import Call
-    from layerskip.decode.engine import Engine
     from layerskip.decode.generation import Generation
+    from layerskip.decode.pool import EnginePool
     from layerskip.decode.request import Round
+
+FIRST = 1024  # tokens that the cache of a conversation holds before it grows
 
 
 class Chat:
     """A conversation: one row whose cache is reused up to the longest common token prefix of each turn.
 
-    `LanguageModel.chat` opens one.
+    `LanguageModel.chat` opens one. The cache starts small and grows with the conversation, to `limit` tokens.
     """
 
-    def __init__(self, call: Call, engine: Engine, system: str | None = None) -> None:
-        self.call = call
-        self.scheduler = Scheduler(engine)
+    def __init__(self, call: Call, engines: EnginePool, limit: int, system: str | None = None) -> None:
+        self.call, self.limit = call, limit
+        self._engines = engines
+        self._engine = engines.take(1, min(limit, FIRST), call.head)
+        self.scheduler = Scheduler(self._engine)
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._system)
         self._ticket: Ticket | None = None  # of the turn before, whose row is kept
@@ -36,6 +41,7 @@ class Chat:
         """
         messages = [*self.messages, {"role": "user", "content": content}]
         request = self.call.request(messages, self._turn, keep=True)
+        self._make_room(len(request.prompt) + request.max_new_tokens - 1)
         before = self._ticket
         if before is not None and before.status in (Status.FAILED, Status.CANCELLED):
             before = None
@@ -62,3 +68,14 @@ class Chat:
         if self._ticket is not None:
             self.scheduler.cancel(self._ticket)
             self._ticket = None
+
+    def close(self) -> None:
+        """End the conversation; its engine serves other calls."""
+        self.reset()
+        self._engines.give_back(self._engine)
+
+    def _make_room(self, wanted: int) -> None:
+        """Let the cache hold so many tokens, or as many as the limit allows."""
+        capacity = min(self.limit, rounded_capacity(wanted, self.limit))
+        if capacity > self._engine.cache.capacity:
+            self._engine.grow(capacity)

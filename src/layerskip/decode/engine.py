@@ -83,6 +83,13 @@ class Engine:
         same = (len(self.cache.lengths), self.cache.capacity) == (rows, capacity)
         return not self._rows and same and self.draft_head is draft_head
 
+    def grow(self, capacity: int) -> None:
+        """Make room for more tokens in every row. Raises: UserError when the memory is not there."""
+        with torch.inference_mode():
+            self.cache.grow(capacity)
+        if self.device_rounds:
+            self.device_rounds.graphs.clear()  # they read and write the tensors that were there before
+
     @property
     def busy(self) -> bool:
         """Whether any row still has tokens to come."""

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.decode.engine import Engine
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.load import stack_of
 from layerskip.decode.options import Options
+from layerskip.decode.pool import pool_of
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.decode.scheduler import Scheduler
@@ -178,16 +178,19 @@ def _generate(
             f"prompt and new tokens may take {capacity} positions, the model's context is {lm.stack.context}",
             "lower max_new_tokens (or max_length), or shorten the prompt",
         )
-    engine = Engine(lm.stack, rows=len(requests), capacity=capacity)
+    engine = pool_of(lm.stack).take(len(requests), capacity, None)
     new: list[list[int]] = [[] for _ in requests]
     if streamer is not None and stream_prompt:
         streamer.put(input_ids.cpu())
-    for place, event in Scheduler(engine).run(requests):
-        if isinstance(event, Exception):
-            raise event
-        new[place] += event.tokens
-        if streamer is not None and event.tokens:
-            streamer.put(torch.tensor(event.tokens))
+    try:
+        for place, event in Scheduler(engine).run(requests):
+            if isinstance(event, Exception):
+                raise event
+            new[place] += event.tokens
+            if streamer is not None and event.tokens:
+                streamer.put(torch.tensor(event.tokens))
+    finally:
+        pool_of(lm.stack).give_back(engine)
     if streamer is not None:
         streamer.end()
     return _result(config, input_ids, new, ends.eos)

@@ -19,8 +19,8 @@ from layerskip.decode import text as texts
 from layerskip.decode.call import Call, encoded
 from layerskip.decode.chat import Chat
 from layerskip.decode.control import Controller
-from layerskip.decode.engine import Engine
 from layerskip.decode.options import Options, Plan, seeded
+from layerskip.decode.pool import EnginePool
 from layerskip.decode.scheduler import Scheduler
 from layerskip.errors import UserError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from layerskip.checkpoint.facts import Facts
+    from layerskip.decode.engine import Engine
     from layerskip.decode.generation import Generation
     from layerskip.decode.request import Request, Round
     from layerskip.model.head import Head
@@ -49,8 +50,7 @@ class LanguageModel:
         )
         self._heads: dict[tuple[int, tuple[int, ...], bool], Head] = {}
         self.controllers: dict[tuple[Plan, int | None], Controller] = {}
-        self.keep_engine = stack.device.type == "cuda"
-        self._last_engine: Engine | None = None
+        self.engines = EnginePool(stack)
 
     @property
     def has_template(self) -> bool:
@@ -109,8 +109,8 @@ class LanguageModel:
         call = self.call(Options.parse(keywords))
         if context is not None and context < 1:
             raise UserError(f"context is {context}", "give a number of tokens, at least 1")
-        capacity = min(filter(None, (context, self.stack.context)), default=4096)
-        return Chat(call, Engine(self.stack, rows=1, capacity=capacity, draft_head=call.head), system)
+        limit = min(filter(None, (context, self.stack.context)), default=4096)
+        return Chat(call, self.engines, limit, system)
 
     # -- from options to requests ----------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class LanguageModel:
     ) -> Iterator[tuple[int, Round | Exception]]:
         """Serve requests, so many at a time; yield (place, round or error). Requests are checked at once."""
         wanted = max(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
-        engine = self._idle_engine(rows, max(1, min(wanted, self.stack.context or wanted)), call.head)
+        engine = self.engines.take(rows, max(1, min(wanted, self.stack.context or wanted)), call.head)
         for request in requests:  # before any work: the last of many prompts may be the wrong one
             try:
                 engine.check(request)
@@ -207,22 +207,7 @@ class LanguageModel:
         try:
             yield from Scheduler(engine).run(requests)
         finally:
-            if self.keep_engine:
-                self._last_engine = engine
-
-    def _idle_engine(self, rows: int, capacity: int, head: Head | None) -> Engine:
-        """Make an engine, or take the last one again where graphs were captured on its cache."""
-        if not self.keep_engine:
-            return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
-        rounded = min(max(256, 1 << (capacity - 1).bit_length()), self.stack.context or 1 << 62)
-        last, self._last_engine = self._last_engine, None  # lent: two streams must not share it
-        if last is not None and last.serves(rows, rounded, head):
-            return last
-        del last  # its cache must not stand beside the new one
-        try:
-            return Engine(self.stack, rows=rows, capacity=rounded, draft_head=head)
-        except UserError:
-            return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
+            self.engines.give_back(engine)
 
 
 def _ended(rounds: Sequence[Round]) -> bool:

@@ -16,7 +16,7 @@ from layerskip.decode.options import LoadOptions
 from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native.linear import fast_bfloat16
+from layerskip.model.native.linear import FORMATS, fast_bfloat16
 from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
@@ -81,21 +81,14 @@ def load(
     chosen = resolve_device(device)
     path = hub.resolve(str(name), progress=progress)
     kind = resolve_dtype(dtype, chosen, native=stack != "hf" and device_map is None and native_family(path))
-    if quantize is not None and dtype == "auto":
-        kind = torch.bfloat16
-    model, hf = models.load(
-        path, dtype=kind, device=chosen, device_map=device_map, kind=stack, quantize=quantize
-    )
-    if (
-        dtype == "auto"
-        and quantize is None
-        and kind == torch.bfloat16
-        and chosen.type == "cpu"
-        and not model.row_exact
-    ):
-        return load(
-            name, dtype="float32", device=device, device_map=device_map, stack=stack, progress=progress
-        )
+    if quantize in FORMATS and dtype == "auto":
+        kind = FORMATS[quantize].dtypes[0]
+    given: dict[str, Any] = {"device": chosen, "device_map": device_map, "kind": stack, "quantize": quantize}
+    model, hf = models.load(path, dtype=kind, **given)
+    half = kind == torch.bfloat16 and chosen.type == "cpu"
+    if dtype == "auto" and quantize is None and half and not model.row_exact:
+        del model, hf  # the two must not stand in memory together
+        model, hf = models.load(path, dtype=torch.float32, **given)
     tokenizer = tokenizer_in(path)  # where there is none token ids still work, text says what is missing
     lm = LanguageModel(model, tokenizer, path, hf)
     lm.facts = checkpoint.facts_of(hf.config, str(name))

@@ -44,24 +44,46 @@ class Cache:
     """Keys and values of every layer, `[rows, H, slots, d]` each, slots = capacity + 1 rounded up to `multiple`.
 
     The slot behind the capacity takes the writes of padding (see `Step`); no query ever sees it. Memory is zeroed
-    at the start and when a row is freed: masked slots get probability 0, but 0 times a stale NaN would be NaN.
+    at the start and when a used row is given out again: masked slots get probability 0, but 0 times a stale NaN
+    would be NaN.
     """
 
     def __init__(self, shapes: Sequence[KVShape], rows: int, capacity: int, multiple: int = 1) -> None:
-        self.capacity = capacity
+        self.shapes, self.capacity, self.multiple = tuple(shapes), capacity, multiple
         self.lengths = [0] * rows
         self.depths = [len(shapes)] * rows  # layers valid up to the row's length
         self._free = list(range(rows))
         self._touched = [0] * rows  # slots written since the row was last zeroed
         self._step: Step | None = None
         require_memory(shapes, rows, capacity)
-        slots = -(-(capacity + 1) // multiple) * multiple
+        self.both: list[Tensor | None] = []  # keys above values, where they are of one size
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for shape in shapes:
+            both, key, value = self._store(shape)
+            self.both.append(both)
+            self.keys.append(key)
+            self.values.append(value)
+
+    def _store(self, shape: KVShape) -> tuple[Tensor | None, Tensor, Tensor]:
+        slots = -(-(self.capacity + 1) // self.multiple) * self.multiple
         try:
-            stores = [_store(shape, rows, slots) for shape in shapes]
+            return _store(shape, len(self.lengths), slots)
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU
-            raise _no_memory(shapes, rows, capacity) from error
-        self.both = [both for both, _, _ in stores]  # keys above values, where they are of one size
-        self.keys, self.values = [key for _, key, _ in stores], [value for _, _, value in stores]
+            raise _no_memory(self.shapes, len(self.lengths), self.capacity) from error
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more tokens a row, layer by layer; what the rows hold stays. Other tensors take its place.
+
+        Raises: UserError when the memory is not there, before anything changes.
+        """
+        require_memory(self.shapes, len(self.lengths), capacity - self.capacity)
+        held, self.capacity = self.capacity, capacity
+        for layer, shape in enumerate(self.shapes):
+            both, key, value = self._store(shape)
+            key[:, :, :held] = self.keys[layer][:, :, :held]
+            value[:, :, :held] = self.values[layer][:, :, :held]
+            self.both[layer], self.keys[layer], self.values[layer] = both, key, value
 
     @property
     def num_bytes(self) -> int:
@@ -73,20 +95,20 @@ class Cache:
 
     # -- rows ------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def allocate(self) -> int | None:
-        """Take the lowest free row (so that busy rows stay adjacent), or None when all are taken."""
+        """Take the lowest free row (so that busy rows stay adjacent), zeroed, or None when all are taken."""
         if not self._free:
             return None
         row = heapq.heappop(self._free)
-        self.lengths[row] = 0
-        return row
-
-    def free(self, row: int) -> None:
-        """Give a row back; its slots are zeroed."""
         for tensor in (*self.keys, *self.values):
             tensor[row, :, : self._touched[row]].zero_()
             tensor[row, :, self.capacity :].zero_()  # the spill slot: masked, but a NaN there would count
-        self._touched[row] = 0
+        self._touched[row] = self.lengths[row] = 0
+        return row
+
+    def free(self, row: int) -> None:
+        """Give a row back. It is cleaned when it is given out again, so that no step waits for it."""
         self.lengths[row] = 0
         heapq.heappush(self._free, row)
 
@@ -184,7 +206,8 @@ def require_memory(shapes: Sequence[KVShape], rows: int, capacity: int) -> None:
 def available_bytes(device: torch.device) -> int | None:
     """Estimate the free memory of a device; None where it cannot be known."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held  # torch keeps freed memory for itself
     if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
         return None
     with open("/proc/meminfo") as lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from layerskip.errors import UserError, nearest
 from layerskip.model.families import refuse_unsupported
 from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.native.linear import require_format
+from layerskip.model.native.load import FAMILIES as NATIVE_FAMILIES
 from layerskip.model.native.load import native_reason, native_stack
 
 if TYPE_CHECKING:
@@ -45,6 +47,12 @@ def load(
     reason = "it was refused" if kind == "hf" else native_reason(hf, placed=device_map is not None)
     if reason is None:
         return native_stack(hf, quantize=quantize), hf
+    if kind == "auto" and device_map is None and hf.config.get_text_config().model_type in NATIVE_FAMILIES:
+        warnings.warn(
+            f"decoding by transformers' modules, two to three times slower than the native stack: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if kind == "native" or quantize is not None:
         wanted = "the native stack" if quantize is None else f"{quantize}, which needs the native stack,"
         raise UserError(f"{wanted} cannot be had: {reason}", "leave out --quantize and --stack native")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 LIMIT = 32  # 4 exits x 4 draft lengths in two length buckets; each graph holds its activations
+FAILURES = 3  # shapes that could not be captured, after which none is tried any more
 PATIENCE = 256  # runs a graph may sit out before a new key takes its place
 
 Replay = Callable[[], Tensor]
@@ -85,7 +86,8 @@ class Graphs:
         self.device, self.capture, self.limit, self.patience = device, capture, limit, patience
         self.captured = self.replays = self.eager_runs = 0
         self._graphs: dict[Hashable, _Graph] = {}
-        self._warned = False
+        self._failed: set[Hashable] = set()
+        self._warned: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -114,7 +116,7 @@ class Graphs:
 
     def _captured(self, key: Hashable, program: Program, inputs: Tensor) -> _Graph | None:
         """Capture a new key; None when there is no capturing (any more) or no room."""
-        if self.capture is None or not self._make_room():
+        if self.capture is None or key in self._failed or not self._make_room():
             return None
         own = torch.empty_like(inputs, device=self.device)
         own.copy_(inputs)  # the trial run works on real numbers and leaves behind what the replay will
@@ -123,8 +125,13 @@ class Graphs:
         except (
             RuntimeError
         ) as error:  # how torch reports operations that a graph cannot hold, and lack of memory
-            self.capture = None
-            self._warn(f"CUDA graphs are off, decoding goes on without: {str(error).splitlines()[0]}")
+            reason = str(error).splitlines()[0]
+            self._failed.add(key)
+            if len(self._failed) < FAILURES:
+                self._warn("capture", f"a round runs without a CUDA graph, others may have one: {reason}")
+            else:  # the model itself cannot be captured
+                self.capture = None
+                self._warn("off", f"CUDA graphs are off, decoding goes on without: {reason}")
             return None
         self.captured += 1
         self._graphs[key] = _Graph(program, own, replay)
@@ -135,12 +142,16 @@ class Graphs:
             return True
         oldest = min(self._graphs, key=lambda key: self._graphs[key].used, default=None)
         if oldest is None or self._runs - self._graphs[oldest].used < self.patience:
-            self._warn(f"{self.limit} CUDA graphs are in use, further shapes run without one")
+            self._warn("full", f"{self.limit} CUDA graphs are in use, further shapes run without one")
             return False
         del self._graphs[oldest]
         return True
 
-    def _warn(self, message: str) -> None:
-        if not self._warned:
+    def clear(self) -> None:
+        """Let go of all graphs: the tensors they were captured on are gone."""
+        self._graphs.clear()
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
-        self._warned = True
+        self._warned.add(kind)

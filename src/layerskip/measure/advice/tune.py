@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint import facts as checkpoint
+from layerskip.decode.pool import EnginePool
 from layerskip.errors import UserError
 from layerskip.measure.intervals import Ratio, ratio_of_sums
 from layerskip.watch import Watch, silent
@@ -162,7 +163,13 @@ class Race:
     ) -> None:
         self.lm, self.groups, self.max_new_tokens, self.clock = lm, groups, max_new_tokens, clock
         self.turns = 0
-        self.faces = defaultdict[int, "LanguageModel"](lambda: copy.copy(lm))  # each keeps its own engine
+        self.faces = defaultdict[int, "LanguageModel"](self._face)
+
+    def _face(self) -> LanguageModel:
+        """The model with engines of its own: graphs of one setting do not push out those of another."""
+        face = copy.copy(self.lm)
+        face.engines = EnginePool(face.stack, self.lm.engines.keep)
+        return face
 
     def warm_up(self, trials: Sequence[Trial]) -> None:
         for trial in trials:
@@ -204,7 +211,7 @@ class Race:
         """Decode a group. On CUDA it is done twice: graphs are captured in a first call that nobody times."""
         face = self.faces[id(trial)]
         options = {"mode": "ar"} if trial is None else trial.options
-        for _ in range(2 if face.keep_engine else 1):
+        for _ in range(2 if face.engines.keep else 1):
             began = self.clock()
             done = face.generate(prompts, max_new_tokens=budget, batch_size=len(prompts), **options)
             seconds = self.clock() - began
