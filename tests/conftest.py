@@ -1,5 +1,6 @@
 """Shared by all tests: one thread each (two processes run side by side), the sizes of the matrix, tolerances."""
 
+import gc
 import io
 import json
 import os
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(
                 pytest.mark.skip(reason="LAYERSKIP_FULL=1 runs the whole matrix and what is slow")
             )
+
+
+def pytest_collection_finish():
+    """Every training run ends with a full garbage collection: let it pass over the libraries (a quarter of a second)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
