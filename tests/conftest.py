@@ -1,5 +1,6 @@
 """Shared by all tests: one thread each (two processes run side by side), the sizes of the matrix, tolerances."""
 
+import functools
 import gc
 import io
 import json
@@ -46,7 +47,7 @@ def pytest_runtest_teardown():
 
 
 def _pass_over_libraries(passed=[0]):  # noqa: B006 - it remembers
-    """Every training run ends with a full garbage collection, 0.25 s over the libraries loaded by then: freeze them."""
+    """Every training run ends with a full garbage collection, 0.25 s over the libraries loaded: freeze them."""
     if len(sys.modules) > passed[0] + 100:
         gc.collect()
         gc.freeze()
@@ -86,11 +87,21 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """Read the signatures of all verbs once, not at every call of the command line."""
+    import typer.main
+
+    return functools.cache(typer.main.get_command)
+
+
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, commands):
     """Call the command line; returns exit code, stdout and stderr. `stdin` is a pipe, or None when closed."""
 
     from layerskip.cli.main import main
+
+    monkeypatch.setattr("typer.main.get_command", commands)
 
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["layerskip", *map(str, arguments)])
