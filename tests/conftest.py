@@ -37,6 +37,16 @@ def pytest_collection_modifyitems(items):
             )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file on one process: what its tests share is made once."""
+    if FULL or config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 def pytest_collection_finish():
     _pass_over_libraries()
 

@@ -12,6 +12,7 @@ from conftest import FULL
 from pairwise import matrix
 from rounds import decode
 
+pytestmark = pytest.mark.matrix
 NEW = 48 if FULL else 32
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]  # ragged; one of a single token
 EXITS = (1, 2, tiny.NUM_LAYERS - 1)
@@ -47,7 +48,8 @@ def stack_of(family, dtype):
 @pytest.mark.parametrize("family", tiny.STACKS)
 def test_greedy_self_speculation_equals_plain_decoding_equals_hugging_face(family, dtype):
     stack, expected = stack_of(family, dtype), reference(family, dtype)
-    assert decode(stack, PROMPTS, NEW).tokens == expected, "plain decoding"
+    if FULL or dtype == torch.float32:  # a draft length of 0 is plain decoding too
+        assert decode(stack, PROMPTS, NEW).tokens == expected, "plain decoding"
     for *of, exit_layer, draft_length, rows in CELLS:
         if of == [family, dtype]:
             prompts, wanted = (PROMPTS, expected) if rows == 3 else (PROMPTS[1:2], expected[1:2])
@@ -128,7 +130,9 @@ def test_a_row_gives_the_same_tokens_in_any_company(family):
     together = decode(stack, prompts, 20, 2, 3, rows=2)
     assert {count for length, count in together.accepted if length == 3} == {0, 1, 2, 3}
     assert 0.3 < together.acceptance < 0.8, "the models are calibrated so that drafts are kept and lost"
-    assert together.tokens == [decode(stack, [prompt], 20, 2, 3).tokens[0] for prompt in prompts]
+    alone = [tokens[:20] for tokens in reference(family, torch.float32)]
+    alone += [decode(stack, [prompt], 20, 2, 3).tokens[0] for prompt in prompts[len(PROMPTS) :]]
+    assert together.tokens == alone
 
 
 def test_early_exit_decoding_equals_a_model_cut_after_the_exit():

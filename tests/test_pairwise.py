@@ -1,6 +1,7 @@
 """The selection that `make test` runs of a matrix leaves no pair of values out, and is small."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,10 @@ def test_the_selection_is_small_and_the_same_every_time(axes):
     chosen, (largest, second) = pairwise(*axes), sorted(map(len, axes))[:-3:-1]
     assert chosen == pairwise(*axes)
     assert len(chosen) <= 2 * largest * second, "a pair of the two longest axes is the least there can be"
+
+
+def test_whoever_samples_says_so_and_is_run_whole_by_the_marker():
+    files = [path for path in Path(__file__).parent.rglob("test_*.py") if path != Path(__file__)]
+    sampling = {path.name for path in files if "from pairwise import" in path.read_text()}
+    assert len(sampling) > 3
+    assert sampling == {path.name for path in files if "pytestmark = pytest.mark.matrix" in path.read_text()}

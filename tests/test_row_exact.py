@@ -17,6 +17,7 @@ from layerskip.model.step import Step
 from pairwise import matrix
 from rounds import decode
 
+pytestmark = pytest.mark.matrix
 CPU, L = torch.device("cpu"), tiny.NUM_LAYERS
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 KINDS = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))

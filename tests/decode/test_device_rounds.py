@@ -18,12 +18,13 @@ from layerskip.model.step import Step
 from pairwise import matrix, pairwise
 from rounds import Replayed, decode
 
+pytestmark = pytest.mark.matrix
 L = tiny.NUM_LAYERS
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 MIXED = ["llama", "llama+torch", "gemma2", "qwen2", "gpt2"]  # grouped heads, soft-caps, windows, positions
 FAMILIES = tiny.STACKS if FULL else MIXED
-ONE = FAMILIES if FULL else MIXED[:1]  # what the matrix below does not say: that enough happens
 WARM = Processing(Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01))
+CELLS = pairwise(FAMILIES, (1, 2, L - 1), (0, 1, 3, 8), (0.0, 0.6, 0.9), (Processing(), WARM), (9, 24))
 
 
 class Stacks(dict):
@@ -57,7 +58,7 @@ def compared(stack, prompts, *args, **options):
 
 @pytest.mark.parametrize(
     ("family", "exit_layer", "draft_length", "confidence", "processing", "new"),
-    pairwise(FAMILIES, (1, 2, L - 1), (0, 1, 3, 8), (0.0, 0.6, 0.9), (Processing(), WARM), (9, 24)),
+    CELLS,
     ids=lambda value: "" if isinstance(value, Processing) else None,
 )
 def test_rounds_are_those_of_the_host(stacks, family, exit_layer, draft_length, confidence, processing, new):
@@ -66,7 +67,7 @@ def test_rounds_are_those_of_the_host(stacks, family, exit_layer, draft_length, 
     assert record.engine.device_rounds.graphs.replays > 0
 
 
-@pytest.mark.parametrize("family", ONE)
+@pytest.mark.parametrize("family", FAMILIES if FULL else MIXED[:1])
 def test_greedy_rounds_are_those_of_the_host(stacks, family):
     seen = Counter()
     for exit_layer, draft_length in ((1, 3), (2, 8), (2, 3), (4, 1), (2, 0), (None, 0)):
@@ -76,7 +77,7 @@ def test_greedy_rounds_are_those_of_the_host(stacks, family):
     assert {kept for length, kept in seen if length == 3} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("family", ONE)
+@pytest.mark.parametrize("family", FAMILIES if FULL else MIXED[:1])
 def test_sampled_rounds_draw_the_same_tokens_for_the_same_seed(stacks, family):
     kept = Counter()
     for seed, (exit_layer, draft_length) in enumerate([(2, 3), (2, 3), (4, 6), (2, 0)]):
@@ -86,7 +87,7 @@ def test_sampled_rounds_draw_the_same_tokens_for_the_same_seed(stacks, family):
     assert record.tokens != decode(stacks[family], PROMPTS, 24).tokens, "it did not decode greedily"
 
 
-@pytest.mark.parametrize("family", ONE)
+@pytest.mark.parametrize("family", MIXED if FULL else MIXED[:1])
 @pytest.mark.parametrize("processing", [Processing(), WARM], ids=["greedy", "sampled"])
 def test_drafts_that_stop_at_low_confidence_stop_at_the_same_place(stacks, family, processing):
     lengths = Counter()
@@ -107,7 +108,7 @@ def test_early_exit_decoding_on_the_device_stops_at_the_exit(stacks, sampled):
     assert {round.layer_passes for rounds in record.rounds for round in rounds[1:]} == {2}
 
 
-@pytest.mark.parametrize("family", ONE)
+@pytest.mark.parametrize("family", MIXED if FULL else MIXED[:1])
 def test_an_end_of_sequence_at_every_draft_offset_cuts_what_the_device_drafted(stacks, family):
     plain, offsets, rejected = decode(stacks[family], PROMPTS, 48).tokens, Counter(), 0
     for token in dict.fromkeys(itertools.chain(*plain)):
@@ -138,7 +139,7 @@ def test_budgets_shorter_than_a_draft_are_masks(stacks, processing):
 
 
 @pytest.mark.parametrize(
-    ("family", "draft_length", "capacity"), matrix(FAMILIES, (0, 3, 8), (11, 12, 14, 19, tiny.CONTEXT))
+    ("family", "draft_length", "capacity"), matrix(MIXED, (0, 3, 8), (11, 12, 14, 19, tiny.CONTEXT))
 )
 def test_a_full_cache_ends_the_row_and_nothing_is_written_behind_it(stacks, family, draft_length, capacity):
     positions_end = capacity == tiny.CONTEXT  # where the cache ends
@@ -148,7 +149,7 @@ def test_a_full_cache_ends_the_row_and_nothing_is_written_behind_it(stacks, fami
 
 
 @pytest.mark.parametrize(
-    ("family", "rows"), matrix(FAMILIES, (2, 3, 5)) if FULL else zip(MIXED, (2, 3, 5, 3, 2), strict=True)
+    ("family", "rows"), matrix(MIXED, (2, 3, 5)) if FULL else zip(MIXED, (2, 3, 5, 3, 2), strict=True)
 )
 def test_rows_that_join_and_leave_keep_their_tokens(stacks, family, rows):
     prompts = [*PROMPTS, [3, 3, 3], [60, 2], list(range(20, 40)), [8] * 70]

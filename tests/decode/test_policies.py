@@ -15,6 +15,7 @@ from layerskip.decode.options import DEFAULT_CONFIDENCE, Options
 from layerskip.errors import UserError
 from pairwise import matrix
 
+pytestmark = pytest.mark.matrix
 L = tiny.NUM_LAYERS
 POLICIES = {
     "fixed, guarded": {"policy": "fixed", "guard": True},

@@ -10,6 +10,7 @@ from layerskip.measure.exits.replay import by_place, joined, replay
 from layerskip.watch import silent
 from pairwise import matrix
 
+pytestmark = pytest.mark.matrix
 PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5, 9, 2, 6]]
 NEW = 30
 
