@@ -13,7 +13,7 @@ from pairwise import matrix
 from rounds import decode
 
 pytestmark = pytest.mark.matrix
-NEW = 48 if FULL else 32
+NEW = 48 if FULL else 24
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]  # ragged; one of a single token
 EXITS = (1, 2, tiny.NUM_LAYERS - 1)
 DRAFTS = (0, 1, 3, 8)

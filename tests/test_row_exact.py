@@ -22,7 +22,7 @@ CPU, L = torch.device("cpu"), tiny.NUM_LAYERS
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 KINDS = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))
 COMPILED = (True, False)
-NEW = 48 if FULL else 32
+NEW = 48 if FULL else 24
 
 
 def named(cell):

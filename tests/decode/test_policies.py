@@ -28,7 +28,7 @@ PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 
 
 FAMILIES = ["llama", "llama+native", "gemma2"]
-NEW = 40 if FULL else 28
+NEW = 40 if FULL else 24
 
 
 @functools.cache
