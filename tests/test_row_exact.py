@@ -25,9 +25,9 @@ COMPILED = (True, False)
 NEW = 48 if FULL else 24
 
 
-def named(cell):
-    """A parametrisation with a readable name."""
-    return pytest.param(*cell, id="-".join(str(part).removeprefix("torch.") for part in cell))
+def named(cells):
+    """Parametrisations with readable names."""
+    return [pytest.param(*cell, id="-".join(map(str, cell)).replace("torch.", "")) for cell in cells]
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def plain(*kind):
 
 @pytest.mark.parametrize(
     ("family", "kind", "compiled", "draft", "rows"),
-    map(named, matrix(FAMILIES, KINDS, COMPILED, ((1, 3), (2, 8), (L - 1, 1)), (1, 3))),
+    named(matrix(FAMILIES, KINDS, COMPILED, ((1, 3), (2, 8), (L - 1, 1)), (1, 3))),
 )
 def test_self_speculation_equals_plain_decoding_in_every_dtype(family, kind, compiled, draft, rows):
     """Bits of near ties included: plain decoding one token at a time, verification of 2 to 9, batches of 3."""
@@ -57,7 +57,7 @@ def test_self_speculation_equals_plain_decoding_in_every_dtype(family, kind, com
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "compiled"), map(named, itertools.product(["llama", "qwen2"], KINDS, COMPILED))
+    ("family", "kind", "compiled"), named(itertools.product(["llama", "qwen2"], KINDS, COMPILED))
 )
 def test_logits_are_equal_to_the_last_bit_however_many_positions_a_call_has(family, kind, compiled):
     stack = stack_of(family, *kind, compiled)

@@ -149,7 +149,7 @@ def test_a_full_cache_ends_the_row_and_nothing_is_written_behind_it(stacks, fami
 
 
 @pytest.mark.parametrize(
-    ("family", "rows"), matrix(MIXED, (2, 3, 5)) if FULL else zip(MIXED, (2, 3, 5, 3, 2), strict=True)
+    ("family", "rows"), matrix(MIXED, (2, 3, 5)) if FULL else [*zip(MIXED, (2, 3, 5, 3, 2), strict=True)]
 )
 def test_rows_that_join_and_leave_keep_their_tokens(stacks, family, rows):
     prompts = [*PROMPTS, [3, 3, 3], [60, 2], list(range(20, 40)), [8] * 70]
