@@ -1,5 +1,7 @@
 """Shared by all tests: one thread each (two processes run side by side), the sizes of the matrix, tolerances."""
 
+import functools
+import gc
 import io
 import json
 import os
@@ -35,6 +37,33 @@ def pytest_collection_modifyitems(items):
             )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file on one process: what its tests share is made once."""
+    if FULL or config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_finish():
+    _pass_over_libraries()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    _pass_over_libraries()
+
+
+def _pass_over_libraries(passed=[0]):  # noqa: B006 - it remembers
+    """Every training run ends with a full garbage collection, 0.25 s over the libraries loaded: freeze them."""
+    if len(sys.modules) > passed[0] + 100:
+        gc.collect()
+        gc.freeze()
+        passed[0] = len(sys.modules)
+
+
 @pytest.fixture(autouse=True)
 def any_machine(monkeypatch):
     """Make tests see the same machine everywhere: no bfloat16 by default, nobody else on its cores."""
@@ -68,11 +97,21 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """Read the signatures of all verbs once, not at every call of the command line."""
+    import typer.main
+
+    return functools.cache(typer.main.get_command)
+
+
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, commands):
     """Call the command line; returns exit code, stdout and stderr. `stdin` is a pipe, or None when closed."""
 
     from layerskip.cli.main import main
+
+    monkeypatch.setattr("typer.main.get_command", commands)
 
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["layerskip", *map(str, arguments)])
@@ -105,10 +144,10 @@ def fails(run):
     return call
 
 
-@pytest.fixture
-def data(tmp_path):
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
     """Forty short prompts with completions to train on, a .jsonl file."""
-    file = tmp_path / "data.jsonl"
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
     lines = ({"prompt": f"say {i % 5}", "completion": "abc " * (1 + i % 4)} for i in range(40))
     file.write_text("\n".join(map(json.dumps, lines)))
     return file

@@ -407,22 +407,22 @@ def test_every_verb_explains_itself(run):
     assert "Usage" in printed + message
 
 
-def test_a_real_process_leaves_with_code_2_and_no_traceback(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        "from layerskip.cli.main import main; main()",
-        "generate",
-        str(tmp_path),
-        "hello",
-    ]
-    process = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "tiny", "modl=1"], "unknown key 'modl' in the recipe"),
+        pytest.param(["generate", ".", "hello"], ". is not a checkpoint", marks=pytest.mark.slow),
+    ],
+    ids=["without torch", "with torch"],
+)
+def test_a_real_process_leaves_with_code_2_and_no_traceback(tmp_path, arguments, message):
+    command = [sys.executable, "-c", "from layerskip.cli.main import main; main()", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert (process.returncode, process.stdout) == (2, "")
     error, hint = process.stderr.splitlines()
-    assert error == f"error: {tmp_path} is not a checkpoint: it has no config.json"
-    assert hint.startswith("  name the folder")
+    assert error.startswith(f"error: {message}")
+    assert hint.startswith("  ")
 
 
 def test_a_prompt_that_ends_by_an_error_is_told_beside_the_answers_of_the_others(

@@ -392,6 +392,7 @@ def test_the_picture_falls_back_to_characters_without_matplotlib(run, monkeypatc
 # -- several processes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_one_of_them_prints(folder, data, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -34,11 +34,8 @@ def recipe(folder, data, output, **changes):
 
 
 @pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
-def trained(request, folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("trained")
-    lines = ({"prompt": f"say {i % 5}", "completion": "abc " * (1 + i % 4)} for i in range(40))
-    (path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run = prepare(recipe(folder, path / "data.jsonl", path / "out", **request.param))
+def trained(request, folder, data, tmp_path_factory):
+    run = prepare(recipe(folder, data, tmp_path_factory.mktemp("trained") / "out", **request.param))
     finish(run)
     return run
 

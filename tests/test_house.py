@@ -181,6 +181,7 @@ OPTIONAL = {
 }
 
 
+@pytest.mark.slow
 def test_training_imports_without_what_its_files_and_verbs_need():
     """Recipes and data sets need pydantic and datasets; a trainer in someone's own script does not."""
     names = ["pydantic", "typer", "gguf", "datasets", "peft"]

@@ -1,55 +1,66 @@
 """On the CPU the native stack gives a token the same bits alone and in company, so 16-bit output is exact too."""
 
+import copy
 import functools
+import itertools
 
 import pytest
 import torch
 
 import tiny
+from conftest import FULL
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.model.native.linear import packs
 from layerskip.model.native.load import FAMILIES
 from layerskip.model.native.stack import NativeStack
 from layerskip.model.step import Step
+from pairwise import matrix
 from rounds import decode
 
+pytestmark = pytest.mark.matrix
 CPU, L = torch.device("cpu"), tiny.NUM_LAYERS
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
-KINDS = [
-    pytest.param(dtype, quantize, compiled, id=f"{dtype}-{quantize}-{'compiled' if compiled else 'torch'}")
-    for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))
-    for compiled in (True, False)
-]  # fmt: skip
+KINDS = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))
+COMPILED = (True, False)
+NEW = 48 if FULL else 24
+
+
+def named(cells):
+    """Parametrisations with readable names."""
+    return [pytest.param(*cell, id="-".join(map(str, cell)).replace("torch.", "")) for cell in cells]
 
 
 @functools.cache
 def stack_of(family, dtype, quantize, compiled):
-    import copy
-
     if not packs(dtype, CPU):
         pytest.skip(f"oneDNN does not multiply {dtype} natively on this processor")
     return NativeStack(copy.deepcopy(tiny.calibrated(family)).to(dtype), quantize=quantize, compiled=compiled)
 
 
-@pytest.mark.parametrize(("dtype", "quantize", "compiled"), KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_self_speculation_equals_plain_decoding_in_every_dtype(family, dtype, quantize, compiled):
+@functools.cache
+def plain(*kind):
+    """What plain decoding of one prompt at a time gives."""
+    return [decode(stack_of(*kind), [prompt], NEW).tokens[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "compiled", "draft", "rows"),
+    named(matrix(FAMILIES, KINDS, COMPILED, ((1, 3), (2, 8), (L - 1, 1)), (1, 3))),
+)
+def test_self_speculation_equals_plain_decoding_in_every_dtype(family, kind, compiled, draft, rows):
     """Bits of near ties included: plain decoding one token at a time, verification of 2 to 9, batches of 3."""
-    stack = stack_of(family, dtype, quantize, compiled)
+    stack = stack_of(family, *kind, compiled)
     assert stack.row_exact
-    plain = decode(stack, PROMPTS, 48)
-    assert plain.tokens == [decode(stack, [prompt], 48).tokens[0] for prompt in PROMPTS]
-    for exit_layer, draft_length in ((1, 3), (2, 8), (L - 1, 1)):
-        assert decode(stack, PROMPTS, 48, exit_layer, draft_length).tokens == plain.tokens
-        assert decode(stack, PROMPTS[:1], 48, exit_layer, draft_length).tokens == plain.tokens[:1]
+    alone = plain(family, *kind, compiled)
+    assert decode(stack, PROMPTS[:rows], NEW).tokens == alone[:rows]
+    assert decode(stack, PROMPTS[:rows], NEW, *draft).tokens == alone[:rows]
 
 
-@pytest.mark.parametrize(("dtype", "quantize", "compiled"), KINDS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_logits_are_equal_to_the_last_bit_however_many_positions_a_call_has(
-    family, dtype, quantize, compiled
-):
-    stack = stack_of(family, dtype, quantize, compiled)
+@pytest.mark.parametrize(
+    ("family", "kind", "compiled"), named(itertools.product(["llama", "qwen2"], KINDS, COMPILED))
+)
+def test_logits_are_equal_to_the_last_bit_however_many_positions_a_call_has(family, kind, compiled):
+    stack = stack_of(family, *kind, compiled)
     tokens = torch.randint(2, tiny.VOCAB, (1, 120), generator=torch.Generator().manual_seed(1))
 
     def logits(chunks):

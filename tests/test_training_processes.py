@@ -9,10 +9,13 @@ import torch
 
 import training
 import training_ranks
-from training_ranks import JOBS
+from training_ranks import JOBS, QUICK
 
-REPLICATED = [name for name in JOBS if name.startswith("replicated")]
-SHARDED = [name for name in JOBS if name.startswith("sharded")]
+
+def jobs(kind):
+    """The jobs of a kind; one of them is quick."""
+    names = (name for name in JOBS if name.startswith(kind))
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 def started(folder, *arguments):
@@ -42,7 +45,7 @@ def two(tmp_path_factory):
     return results(training.once(tmp_path_factory, "ranks", started), 2)
 
 
-@pytest.mark.parametrize("name", REPLICATED)
+@pytest.mark.parametrize("name", jobs("replicated"))
 def test_two_replicas_train_what_one_process_trains(two, tmp_path, name):
     one = training_ranks.run_job(name, tmp_path, 1)
     for rank in two:
@@ -60,6 +63,7 @@ def test_rows_that_fill_up_a_batch_are_not_measured_twice(two, tmp_path):
         assert rank["evaluated"] == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_they_resume_exactly(two):
     for rank in two:
         if (result := rank["interrupted"]) is None:
@@ -69,13 +73,14 @@ def test_a_signal_to_one_rank_stops_all_and_they_resume_exactly(two):
         assert training.difference(result["weights"], result["straight"]) == 0.0
 
 
+@pytest.mark.slow
 def test_all_ranks_refuse_a_loss_that_is_not_finite_on_one(two, tmp_path):
     one = training_ranks.run_job("poisoned", tmp_path, 1)
     assert one.startswith("the loss of exit 2, exit 3, exit 4, the final layer is not finite at step")
     assert [rank["poisoned"] for rank in two] == [one, one]
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", jobs("sharded"))
 def test_two_shards_train_what_one_process_trains(two, tmp_path, name):
     one = training_ranks.run_job(name, tmp_path, 1)
     for rank in two:
@@ -85,6 +90,7 @@ def test_two_shards_train_what_one_process_trains(two, tmp_path, name):
     assert training.difference(one["weights"], training.model().state_dict()) > 1e-2
 
 
+@pytest.mark.slow
 def test_sharded_layers_are_recomputed_where_asked(two):
     """FSDP gives each layer a class of its own; a forward bound before lost its checkpointing, silently."""
     for rank in two:

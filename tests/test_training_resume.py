@@ -15,9 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import training
 import training_kills
+from conftest import FULL
 from layerskip.checkpoint.facts import Facts, facts_of
 from layerskip.errors import UserError
 from layerskip.train import checkpoints
+
+QUICK = "in_weights"  # the one that leaves a checkpoint half written
+MOMENTS = [
+    pytest.param(name, marks=() if name == QUICK else pytest.mark.slow)
+    for name in (moment.__name__ for moment in training_kills.MOMENTS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +49,13 @@ def same(run, straight):
 
 
 def killed(folder):
-    command, environment = training.in_tests(training.TESTS / "training_kills.py", folder)
+    moments = [moment.__name__ for moment in training_kills.MOMENTS] if FULL else [QUICK]
+    command, environment = training.in_tests(training.TESTS / "training_kills.py", folder, *moments)
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=300)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("moment", [moment.__name__ for moment in training_kills.MOMENTS])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_resumes_exactly(tmp_path_factory, straight, moment):
     folder = training.once(tmp_path_factory, "kills", killed) / moment
     assert sorted(path.name for path in folder.glob("check*")) == ["checkpoint-2"]

@@ -292,6 +292,7 @@ def test_trap_1_in_16_bit_every_first_divergence_sits_at_a_near_tie():
             assert (top[0] - top[1]).item() <= 0.05 * top[0].abs().item()
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_built_in_model_decodes_losslessly_in_float32():
     if hub.cached("smollm2-135m") is None:

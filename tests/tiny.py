@@ -4,6 +4,7 @@ A random model's exits agree with its last layer almost never or almost always. 
 branches (and the head) until the exits of the middle layers agree about as often as those of a trained model.
 """
 
+import copy
 import functools
 import hashlib
 
@@ -97,8 +98,11 @@ def residual_gains(model):
 
 @functools.cache
 def calibrated(family: str, dtype=torch.float32, seed: int = 0):
-    """A random model whose middle exit agrees with the last layer at about eight positions in ten."""
+    """A random model whose middle exit agrees with the last layer at eight positions in ten; change only a copy."""
+    if dtype != torch.float32:
+        return copy.deepcopy(calibrated(family, seed=seed)).to(dtype)
     model = random_model(family, seed)
+    stack = HuggingFaceStack(model)
     gains, offset = residual_gains(model)
     original = [gain.detach().clone() for gain in gains]
     tokens = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(seed))
@@ -108,14 +112,13 @@ def calibrated(family: str, dtype=torch.float32, seed: int = 0):
         with torch.no_grad():
             for gain, start in zip(gains, original, strict=True):
                 gain.copy_((start + offset) * scale - offset)
-        low, high = (scale, high) if agreement(model, tokens, exit_layer=2) > 0.8 else (low, scale)
-    return model.to(dtype)
+        low, high = (scale, high) if agreement(stack, tokens, exit_layer=2) > 0.8 else (low, scale)
+    return model
 
 
 @torch.no_grad()
-def agreement(model, tokens, exit_layer: int) -> float:
+def agreement(stack, tokens, exit_layer: int) -> float:
     """How often the exit's argmax equals the last layer's, on given tokens."""
-    stack = HuggingFaceStack(model)
     rows, length = tokens.shape
     step = Step.span(range(rows), [0] * rows, [length] * rows, stack.device, spill=length)
     h, taps = stack.run(

@@ -1,4 +1,4 @@
-"""Training runs that kill themselves at a bad moment, each in a fork: `python training_kills.py FOLDER`."""
+"""Training runs that kill themselves at a bad moment, each in a fork: `training_kills.py FOLDER MOMENT...`."""
 
 import os
 import signal
@@ -87,8 +87,8 @@ def before_the_name(folder):
 MOMENTS = (in_step, in_weights, in_optimizer, before_the_name)
 
 
-def main(root):
-    for moment in MOMENTS:
+def main(root, *names):
+    for moment in (moment for moment in MOMENTS if moment.__name__ in names):
         folder = Path(root) / moment.__name__
         if (child := os.fork()) == 0:
             torch.set_num_threads(1)
@@ -100,4 +100,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -15,24 +15,27 @@ from layerskip.decode.rounds import device as device_rounds
 from layerskip.decode.rounds.device import Shape, device_law, device_round
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.model.step import Step
+from pairwise import matrix, pairwise
 from rounds import Replayed, decode
 
+pytestmark = pytest.mark.matrix
 L = tiny.NUM_LAYERS
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
-MIXED = [
-    "llama",
-    "llama+torch",
-    "gemma2",
-    "qwen2",
-    "gpt2",
-]  # grouped heads, soft-caps, windows, learned positions
-FAMILIES = [*tiny.FAMILIES, *tiny.NATIVE] if FULL else MIXED
+MIXED = ["llama", "llama+torch", "gemma2", "qwen2", "gpt2"]  # grouped heads, soft-caps, windows, positions
+FAMILIES = tiny.STACKS if FULL else MIXED
 WARM = Processing(Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01))
+CELLS = pairwise(FAMILIES, (1, 2, L - 1), (0, 1, 3, 8), (0.0, 0.6, 0.9), (Processing(), WARM), (9, 24))
+
+
+class Stacks(dict):
+    def __missing__(self, family):
+        self[family] = tiny.stack(family)
+        return self[family]
 
 
 @pytest.fixture(scope="module")
 def stacks():
-    return {family: tiny.stack(family) for family in FAMILIES}
+    return Stacks()
 
 
 def told(record):
@@ -53,7 +56,18 @@ def compared(stack, prompts, *args, **options):
     return graphs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "exit_layer", "draft_length", "confidence", "processing", "new"),
+    CELLS,
+    ids=lambda value: "" if isinstance(value, Processing) else None,
+)
+def test_rounds_are_those_of_the_host(stacks, family, exit_layer, draft_length, confidence, processing, new):
+    how = {"processing": processing, "confidence": confidence, "seed": new}
+    record = compared(stacks[family], PROMPTS, new, exit_layer, draft_length, **how)
+    assert record.engine.device_rounds.graphs.replays > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES if FULL else MIXED[:1])
 def test_greedy_rounds_are_those_of_the_host(stacks, family):
     seen = Counter()
     for exit_layer, draft_length in ((1, 3), (2, 8), (2, 3), (4, 1), (2, 0), (None, 0)):
@@ -63,7 +77,7 @@ def test_greedy_rounds_are_those_of_the_host(stacks, family):
     assert {kept for length, kept in seen if length == 3} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES if FULL else MIXED[:1])
 def test_sampled_rounds_draw_the_same_tokens_for_the_same_seed(stacks, family):
     kept = Counter()
     for seed, (exit_layer, draft_length) in enumerate([(2, 3), (2, 3), (4, 6), (2, 0)]):
@@ -73,11 +87,11 @@ def test_sampled_rounds_draw_the_same_tokens_for_the_same_seed(stacks, family):
     assert record.tokens != decode(stacks[family], PROMPTS, 24).tokens, "it did not decode greedily"
 
 
-@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("family", MIXED if FULL else MIXED[:1])
 @pytest.mark.parametrize("processing", [Processing(), WARM], ids=["greedy", "sampled"])
 def test_drafts_that_stop_at_low_confidence_stop_at_the_same_place(stacks, family, processing):
     lengths = Counter()
-    for confidence in (0.2, 0.6, 0.9, 0.99):
+    for confidence in (0.2, 0.6, 0.9, 0.99) if FULL else (0.2, 0.9):
         record = compared(
             stacks[family], PROMPTS, 24, 2, 4, processing=processing, seed=3, confidence=confidence
         )
@@ -94,7 +108,7 @@ def test_early_exit_decoding_on_the_device_stops_at_the_exit(stacks, sampled):
     assert {round.layer_passes for rounds in record.rounds for round in rounds[1:]} == {2}
 
 
-@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("family", MIXED if FULL else MIXED[:1])
 def test_an_end_of_sequence_at_every_draft_offset_cuts_what_the_device_drafted(stacks, family):
     plain, offsets, rejected = decode(stacks[family], PROMPTS, 48).tokens, Counter(), 0
     for token in dict.fromkeys(itertools.chain(*plain)):
@@ -124,33 +138,26 @@ def test_budgets_shorter_than_a_draft_are_masks(stacks, processing):
         assert [len(tokens) for tokens in record.tokens] == [new] * 3
 
 
-@pytest.mark.parametrize("family", MIXED)
-@pytest.mark.parametrize("draft_length", [0, 3, 8])
-def test_a_full_cache_ends_the_row_and_nothing_is_written_behind_it(stacks, family, draft_length):
-    for capacity in (11, 12, 14, 19):
-        record = compared(stacks[family], PROMPTS, 30, 2, draft_length, capacity=capacity)
-        assert [len(tokens) for tokens in record.tokens] == [capacity - len(p) + 1 for p in PROMPTS]
-    context = tiny.CONTEXT  # positions end where the cache ends
-    compared(stacks[family], [[3] * (context - 6)], 30, 2, draft_length, capacity=context)
+@pytest.mark.parametrize(
+    ("family", "draft_length", "capacity"), matrix(MIXED, (0, 3, 8), (11, 12, 14, 19, tiny.CONTEXT))
+)
+def test_a_full_cache_ends_the_row_and_nothing_is_written_behind_it(stacks, family, draft_length, capacity):
+    positions_end = capacity == tiny.CONTEXT  # where the cache ends
+    prompts = [[3] * (capacity - 6)] if positions_end else PROMPTS
+    record = compared(stacks[family], prompts, 30, 2, draft_length, capacity=capacity)
+    assert [len(tokens) for tokens in record.tokens] == [capacity - len(prompt) + 1 for prompt in prompts]
 
 
-@pytest.mark.parametrize("family", MIXED)
-def test_rows_that_join_and_leave_keep_their_tokens(stacks, family):
+@pytest.mark.parametrize(
+    ("family", "rows"), matrix(MIXED, (2, 3, 5)) if FULL else [*zip(MIXED, (2, 3, 5, 3, 2), strict=True)]
+)
+def test_rows_that_join_and_leave_keep_their_tokens(stacks, family, rows):
     prompts = [*PROMPTS, [3, 3, 3], [60, 2], list(range(20, 40)), [8] * 70]
     news = [4, 20, 9, 1, 14, 30, 12]
-    for rows in (2, 3, 5):
-        record = compared(
-            stacks[family],
-            prompts,
-            0,
-            2,
-            3,
-            rows=rows,
-            capacity=110,
-            each=lambda i: {"max_new_tokens": news[i]},
-        )
-        alone = [decode(stacks[family], [p], n, 2, 3).tokens[0] for p, n in zip(prompts, news, strict=True)]
-        assert record.tokens == alone
+    how = {"rows": rows, "capacity": 110, "each": lambda i: {"max_new_tokens": news[i]}}
+    record = compared(stacks[family], prompts, 0, 2, 3, **how)
+    alone = [decode(stacks[family], [p], n, 2, 3).tokens[0] for p, n in zip(prompts, news, strict=True)]
+    assert record.tokens == alone
 
 
 def test_rows_of_other_laws_and_draft_lengths_share_an_engine(stacks):
@@ -326,25 +333,27 @@ def test_the_guard_against_synchronisation_can_fail():
                 act()
 
 
-@pytest.mark.parametrize(
-    "family", [*tiny.FAMILIES, *(name for name in tiny.NATIVE if name.endswith("+torch"))]
-)
+CAPTURED = [*tiny.FAMILIES, *(name for name in tiny.NATIVE if name.endswith("+torch"))]
+ROUNDS = matrix(CAPTURED, (Sampling(), WARM.sampling), (True, False), (L, 2), (0.0, 0.5), (False, True))
+
+
+@pytest.mark.parametrize("family", CAPTURED)
 def test_a_round_never_looks_at_a_number_and_brings_none_along(family):
     """Nothing inside waits, so all of it can be captured, for every family's own modules."""
     stack = tiny.stack(family)
     head = stack.reduced_head(range(20))
     with torch.inference_mode():
         cache = stack.new_cache(4, 32)
-        laws = (Sampling(), WARM.sampling)
-        for law, in_place, depth, sure in itertools.product(laws, (True, False), (L, 2), (0.0, 0.5)):
+        for of, law, in_place, depth, sure, reduced in ROUNDS:
+            if of != family:
+                continue
             shape = Shape(2, depth, 3, law, None, sure, batch=2, kv_len=32, in_place=in_place)
             packed = torch.zeros(2, 4 + shape.num_uniforms, dtype=torch.int64)
             packed[0, :4] = torch.tensor([0 if in_place else 3, 7, 4, 4])
             packed[1, 0] = 1  # dead
-            for reduced in (None, head):
-                with NoSync():
-                    answer = device_round(stack, cache, reduced, packed, shape)
-                assert answer.shape == (2, 7)
+            with NoSync():
+                answer = device_round(stack, cache, head if reduced else None, packed, shape)
+            assert answer.shape == (2, 7)
 
 
 @pytest.mark.parametrize("processing", [Processing(), WARM], ids=["greedy", "sampled"])

@@ -1,17 +1,21 @@
 """Policies through the public face: chosen as asked, refused where nothing is drafted, and always lossless."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 import transformers
 
 import tiny
+from conftest import FULL
 from layerskip.checkpoint.facts import Facts
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.options import DEFAULT_CONFIDENCE, Options
 from layerskip.errors import UserError
+from pairwise import matrix
 
+pytestmark = pytest.mark.matrix
 L = tiny.NUM_LAYERS
 POLICIES = {
     "fixed, guarded": {"policy": "fixed", "guard": True},
@@ -23,25 +27,37 @@ POLICIES = {
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 
 
-@pytest.fixture(scope="module", params=["llama", "llama+native", "gemma2"])
-def lm(request):
-    model = tiny.calibrated(request.param.partition("+")[0])
-    made = LanguageModel(tiny.stack(request.param), hf=model)
+FAMILIES = ["llama", "llama+native", "gemma2"]
+NEW = 40 if FULL else 24
+
+
+@functools.cache
+def model_of(family):
+    made = LanguageModel(tiny.stack(family), hf=tiny.calibrated(family.partition("+")[0]))
     made.facts = Facts(exits=(1, 2, 3), exit_layer=2, draft_length=3)
     return made
 
 
-@pytest.mark.parametrize("draft_vocab", ["off", 24])
-@pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_decodes_greedily_as_plain_decoding_does(lm, name, draft_vocab):
+@pytest.fixture(params=FAMILIES)
+def lm(request):
+    return model_of(request.param)
+
+
+@pytest.mark.parametrize(("family", "name", "draft_vocab"), matrix(FAMILIES, POLICIES, ("off", 24)))
+def test_every_policy_decodes_greedily_as_plain_decoding_does(family, name, draft_vocab):
+    lm = model_of(family)
     how = {**POLICIES[name], "mode": "self-speculative", "draft_vocab": draft_vocab}
-    plain = lm.generate(PROMPTS, mode="ar", max_new_tokens=40)
+    plain = lm.generate(PROMPTS, mode="ar", max_new_tokens=NEW)
     for _ in range(2):  # what the controller learnt is kept
         for prompts, wanted in ((PROMPTS, plain), (PROMPTS[:1], plain[:1])):
-            done = lm.generate(prompts, max_new_tokens=40, **how)
+            done = lm.generate(prompts, max_new_tokens=NEW, **how)
             assert [one.tokens for one in done] == [one.tokens for one in wanted]
     eos = plain[1].tokens[20]
-    for limits in ({"max_new_tokens": 1}, {"max_new_tokens": 2}, {"eos_token_id": eos, "max_new_tokens": 40}):
+    for limits in (
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+        {"eos_token_id": eos, "max_new_tokens": NEW},
+    ):
         wanted = lm.generate(PROMPTS, mode="ar", **limits)
         done = lm.generate(PROMPTS, **limits, **how)
         assert [one.tokens for one in done] == [one.tokens for one in wanted]

@@ -47,13 +47,13 @@ class Clocked(Controller):
         super().learn(choice, late * (1 + sum(row.drafted + row.kept for row in rows) % 7), rows)
 
 
-@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("device", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_stopping_before_a_draw_leaves_the_law_alone(model, device):
     found = first_tokens(model, 3, 200, device, exit_layer=2, draft_length=3, confidence=SURE)
     assert p_value(found, exact_first_tokens(model, 3)) > PASSES
 
 
-@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("device", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_choice_by_what_became_of_discarded_drafts_leaves_the_law_alone(model, device):
     found = first_tokens(model, 3, 200, device, exit_layer=2, draft_length=3, controller=Superstitious)
     assert p_value(found, exact_first_tokens(model, 3)) > PASSES
@@ -75,7 +75,7 @@ def test_no_two_rounds_draft_with_the_same_number(model, monkeypatch, device):
     assert max(positions.values()) > 1, "some position was drafted again"
 
 
-@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("device", [pytest.param(False, marks=pytest.mark.full), True])
 def test_the_adaptive_controller_leaves_the_law_alone(model, device):
     controller = Clocked()
     found = first_tokens(model, 3, 200, device, exit_layer=2, draft_length=3, controller=lambda: controller)
