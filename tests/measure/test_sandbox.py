@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,15 +35,17 @@ def home(tmp_path, monkeypatch):
     yield place
     assert len(os.listdir("/dev/fd")) == descriptors
     assert list(place.iterdir()) == []
-    assert [pid for pid, cwd in folders_of_processes() if cwd.startswith(str(place))] == []
+    assert processes_in(place) == []
 
 
-def folders_of_processes():
-    for entry in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            yield entry.parts[2], os.readlink(entry)
-        except OSError:
-            continue
+def processes_in(place):
+    """Each is started with its folder as its argument."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"\0{place}/" in entry.read_text(errors="replace"):
+                found.append(entry.parts[2])
+    return found
 
 
 @pytest.fixture
@@ -245,18 +248,46 @@ for number in range(3, 300):
 }
 
 
+@pytest.mark.parametrize("function", ["double", ""])
 @pytest.mark.parametrize("name", FORGERIES)
-def test_a_wrong_program_cannot_pass_by_simple_means(name):
+def test_a_wrong_program_cannot_pass_by_simple_means(name, function):
     test = "def check(f):\n    assert f(2) == 4\ncheck(globals().get('double'))"
-    outcome = run(FORGERIES[name] + "\ndef double(x): return x", test, QUICK)
+    outcome = run(FORGERIES[name] + "\ndef double(x): return x", test, QUICK, function=function)
     assert outcome.status in ("failed", "exited"), outcome
 
 
+# As seen from here, and not from `start`, a path that goes two up stays in the run's folder.
+FROM_A_FOLDER = """
+import os
+start = os.open('.', os.O_RDONLY)
+os.makedirs('a/b')
+open('own', 'w').close()
+os.chdir('a/b')
+"""
 KERNEL = {  # what each layer stops without the others
     ("hook", "write"): "open(victim + '/new', 'w')",
     ("hook", "fork"): "import os\nos.fork()",
     ("hook", "kill"): "import os\nos.kill(os.getppid(), 0)",
     ("hook", "socket"): "import socket\nsocket.socket()",
+    ("hook", "read"): "open(victim + '/kept')",
+    ("hook", "read a folder"): "import os\nos.scandir(victim)",
+    ("hook", "go there"): "import os\nos.chdir(victim)",
+    ("hook", "delete from a folder"): f"{FROM_A_FOLDER}os.remove('../../victim/kept', dir_fd=start)",
+    ("hook", "move from a folder"): f"{FROM_A_FOLDER}os.rename('../../victim/kept', 'own', src_dir_fd=start)",
+    ("hook", "move to a folder"): f"{FROM_A_FOLDER}os.rename('own', '../../victim/new', dst_dir_fd=start)",
+    ("hook", "make in a folder"): f"{FROM_A_FOLDER}os.mkdir('../../victim/new', dir_fd=start)",
+    ("hook", "modes from a folder"): f"{FROM_A_FOLDER}os.chmod('../../victim/kept', 0, dir_fd=start)",
+    ("hook", "times from a folder"): f"{FROM_A_FOLDER}os.utime('../../victim/kept', (5, 5), dir_fd=start)",
+    ("hook", "link from a folder"): f"{FROM_A_FOLDER}os.link('../../victim/kept', 'new', src_dir_fd=start)",
+    ("hook", "write from a folder"): f"{FROM_A_FOLDER}os.open('../../victim/new', os.O_CREAT, dir_fd=start)",
+    ("hook", "write through a link"): f"{FROM_A_FOLDER}os.symlink('../../victim', 'out', dir_fd=start)",
+    ("hook", "a folder of Python's"): "import os\nos.open(os.path.dirname(os.__file__), os.O_RDONLY)",
+    ("hook", "write by descriptor"): "import os\nopen(f'/proc/self/fd/{os.open(os.__file__, 0)}', 'a')",
+    ("hook", "the parent's files"): "import os\nopen(f'/proc/{os.getppid()}/cmdline')",
+    ("hook", "signals by input"): "import fcntl, os\nfcntl.fcntl(100, fcntl.F_SETOWN, os.getppid())",
+    ("hook", "signals on input"): "import fcntl\nfcntl.fcntl(100, fcntl.F_SETFL, 0x2040)",
+    ("landlock", "read"): "open(victim + '/kept')",
+    ("landlock", "the parent's files"): "import os\nopen(f'/proc/{os.getppid()}/cmdline')",
     ("landlock", "write"): "open(victim + '/new', 'w')",
     (
         "landlock",
@@ -290,6 +321,104 @@ def test_a_run_of_root_has_none_of_roots_powers():
     assert status.passed, status
 
 
+def test_own_folders_are_used_by_descriptor_and_libraries_are_read():
+    program = """
+        import os, shutil, tempfile, pwd, zoneinfo, asyncio, ssl
+        with tempfile.TemporaryDirectory() as folder:
+            start = os.open(folder, os.O_RDONLY)
+            os.mkdir("a", dir_fd=start)
+            os.close(os.open("a/b", os.O_CREAT | os.O_WRONLY, dir_fd=start))
+            os.symlink("a", folder + "/link")
+            open(folder + "/link/b").read()
+            shutil.rmtree(folder + "/a")
+        open(os.__file__).read(), open("/proc/self/status").read(), pwd.getpwuid(os.getuid())
+    """
+    assert (outcome := run(textwrap.dedent(program), limits=Limits(seconds=20))).passed, outcome
+
+
+# -- programs that are asked ---------------------------------------------------------------------------------
+
+
+def asked(program, test, **more):
+    return run(textwrap.dedent(program), textwrap.dedent(test), PATIENT, function="f", **more)
+
+
+def test_a_test_has_what_it_is_given_and_not_what_the_program_defines():
+    """HumanEval's tests of decode_shift and two others call a helper of the prompt."""
+    given = "def helper(n):\n    return n + 1\n\n\ndef f(n):\n    pass\n"
+    test = "assert f(helper(1)) == 20"
+    right = "def f(n): return 10 * n"
+    assert asked(right, test, given=given).passed
+    assert not asked("def helper(n): return 2\ndef f(n): return 10 * n", "assert helper(5) == 2", given=given).passed
+    assert asked(right, test).detail == "NameError: name 'helper' is not defined"
+    assert asked("def helper(n): return 99\n" + right, test, given=given).passed
+
+
+def test_values_cross_with_their_types_and_arguments_by_name():
+    program = "def f(*args, **names): return [args, names]"
+    values = "(None, True, 1, 2.5, float('inf'), -3j, 'x', b'y', [1, [2]], (), {1}, frozenset(), {'a': (1,), 2: {}})"
+    test = f"""
+        values = {values}
+        got = f(*values, key=[0])
+        assert repr(got) == repr([values, {{'key': [0]}}])
+        assert f(1)[0] == (1.0,)
+    """
+    assert (outcome := asked(program, test)).passed, outcome
+
+
+HONEST = {  # what is no plain data itself and counts as what it is based on
+    "a counter": ("from collections import Counter\ndef f(): return Counter('aab')", "{'a': 2, 'b': 1}"),
+    "a default dictionary": ("from collections import defaultdict as d\ndef f(): return d(int, a=1)", "{'a': 1}"),
+    "a named tuple": ("from collections import namedtuple as n\ndef f(): return n('P', 'x y')(1, 2)", "(1, 2)"),
+    "a number with a name": ("from enum import IntEnum\ndef f(): return IntEnum('E', 'a').a", "1"),
+    "numbers of numpy": ("import numpy\ndef f(): return [*numpy.arange(3), numpy.mean([1, 2])]", "[0, 1, 2, 1.5]"),
+    "a truth of numpy": ("import numpy\ndef f(): return numpy.all([1])", "True"),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_answer_counts_as_plain_data(name):
+    program, right = HONEST[name]
+    assert (outcome := asked(program, f"assert f() == {right}")).passed, outcome
+
+
+def test_exceptions_cross_with_their_kind_and_arguments():
+    program = """
+        class Own(KeyError): pass
+        def f(n): raise [ValueError("bad", 3), Own("x"), OSError(2, "gone"), ZeroDivisionError()][n]
+    """
+    test = """
+        for n, kind, args in [(0, ValueError, ("bad", 3)), (1, LookupError, ("x",)), (2, FileNotFoundError, (2, "gone")),
+                              (3, ArithmeticError, ())]:
+            try:
+                f(n)
+            except kind as error:
+                assert error.args == args, error.args
+            else:
+                raise AssertionError(n)
+    """
+    assert (outcome := asked(program, test)).passed, outcome
+    assert asked(program, "f(1)").detail == "Own: 'x'"
+
+
+def test_the_arguments_of_the_test_stay_as_they_are():
+    program = "def f(values):\n    values.append(3)\n    return values"
+    assert asked(program, "given = [1]\nassert f(given) == [1, 3]\nassert given == [1]").passed
+
+
+def test_a_test_that_catches_everything_does_not_catch_what_is_no_answer():
+    test = "try: f()\nexcept BaseException: pass"
+    assert asked("def f(): raise ValueError", test).passed
+    assert asked("def f(): return f", test).status == "failed"
+
+
+def test_the_test_has_limits_too():
+    right = "def f(): return 1"
+    assert run(right, "f()\nwhile True: pass", QUICK, function="f").status == "timed_out"
+    assert run(right, "f()\nx = bytearray(1 << 40)", QUICK, function="f").status == "out_of_memory"
+    assert run(right, "f()\nopen('/etc/passwd', 'w')", QUICK, function="f").status == "refused"
+
+
 def test_folders_nested_deeper_than_recursion_goes_are_removed():
     assert run("import os\nfor _ in range(1050):\n    os.mkdir('d')\n    os.chdir('d')", layers=[]).passed
 
@@ -306,13 +435,12 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path, home):
     place = tmp_path / "elsewhere"
     place.mkdir()
     starter = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(place)})
-    inside = lambda: [pid for pid, cwd in folders_of_processes() if cwd.startswith(str(place))]  # noqa: E731
     try:
-        assert within(20, inside)
+        assert within(20, lambda: processes_in(place))
     finally:
         starter.send_signal(signal.SIGKILL)
         starter.wait()
-    assert within(20, lambda: not inside())
+    assert within(20, lambda: not processes_in(place))
 
 
 def within(seconds, condition):
@@ -334,8 +462,9 @@ def test_a_long_program_arrives_whole():
 
 def test_where_a_run_cannot_be_confined_nothing_is_run_and_no_score_is_made(tmp_path, monkeypatch):
     child = tmp_path / "child.py"
-    source = sandbox.INSIDE.read_text()
-    child.write_text(source.replace("    held = []\n", "    raise OSError('no such lock')\n"))
+    broken = "def confine(*told):\n        raise OSError('no such lock')\n"
+    source = sandbox.INSIDE.read_text().replace("__file__", repr(str(sandbox.INSIDE)))
+    child.write_text(source.replace("from sandbox_confine import confine", broken))
     monkeypatch.setattr(sandbox, "INSIDE", child)
     with pytest.raises(UserError, match="cannot be run safely here: broken OSError: no such lock"):
         run("x = 1")

@@ -145,7 +145,7 @@ def test_answers_that_agree_are_run_once(items, monkeypatch):
     ],
 )
 def test_the_code_of_a_chat_answer_is_found_and_has_the_helpers_of_the_prompt(answer, items):
-    assert sandbox.run(*job(items(HUMANEVAL)[1], answer, chat=True)).passed
+    assert sandbox.run(**job(items(HUMANEVAL)[1], answer, chat=True)._asdict()).passed
 
 
 def test_a_response_is_right_when_it_is_equal_but_for_its_ends(items):

@@ -252,8 +252,8 @@ def right_number(response: str) -> Decimal | None:
     return last_number(response.rpartition("####")[2]) if "####" in response else None
 
 
-def job(item: Item, text: str, chat: bool = False) -> tuple[str, str]:
-    """Make the program and the test of a HumanEval item from an answer.
+def job(item: Item, text: str, chat: bool = False) -> sandbox.Job:
+    """Make a HumanEval item's job from an answer; helpers that the test calls are the prompt's own.
 
     A chat's code goes behind the prompt, whose imports and helpers it may need: the block that defines the
     function, else the first, else the whole answer.
@@ -264,7 +264,8 @@ def job(item: Item, text: str, chat: bool = False) -> tuple[str, str]:
         defining = [block for block in blocks if f"def {entry_point}(" in block]
         text = "\n\n" + (defining or blocks)[0]
     text = text if text.startswith("\n") else "\n" + text
-    return item.prompt.rstrip() + text, f"{item.fields['test']}\ncheck({entry_point})\n"
+    prompt, test = item.prompt.rstrip(), f"{item.fields['test']}\ncheck({entry_point})\n"
+    return sandbox.Job(prompt + text, test, entry_point, given=f"{prompt}\n    pass\n")
 
 
 def summed(name: str, records: Sequence[Record]) -> dict[str, Any]:

@@ -1,216 +1,177 @@
-"""The inside of the sandbox: confine this process, run a program and its test, say how it ended.
+"""The inside of the sandbox: a process that runs a program and answers calls, or one that runs a test and asks.
 
-Started by `sandbox.py` as a script of its own, with the standard library alone: a job comes in by standard input,
-two lines go out by standard output, "ready" with the layers in force and the verdict. Untrusted code sees neither.
+Started by `sandbox.py` as a script of its own with one socket, its standard input. It is told its limits, confines
+itself, says "ready" and gets its job whole before anything runs. The *candidate* has the program and nothing else;
+it answers (function, arguments) with a value or an exception, as plain data. The *judge* has the test and no
+untrusted code; where the test calls the function, it asks, and it alone gives the verdict.
 """
 
 from __future__ import annotations
 
-import ctypes
+import builtins
 import fcntl
 import json
 import os
-import platform
-import resource
-import signal
-import struct
 import sys
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-FOLDER = os.path.realpath(os.getcwd())
-HIGH = 100  # descriptors of ours start here, above RLIMIT_NOFILE
+if TYPE_CHECKING:
+    from layerskip.measure.tasks.sandbox_confine import confine
+    from layerskip.measure.tasks.sandbox_wire import decode, encode, receive, send
+else:  # the package takes longer to import than most programs to run
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+    from sandbox_confine import confine
+    from sandbox_wire import decode, encode, receive, send
 
-# -- layer one: an audit hook, which Python offers everywhere and cannot remove ------------------------------
+    del sys.path[0]
 
-FORBIDDEN = ("ctypes.", "syslog.", "subprocess.", "pty.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn",
-             "os.system", "os.startfile", "os.kill", "signal.pthread_kill", "resource.setrlimit",
-             "resource.prlimit")  # fmt: skip
-CHANGES = {  # events that change the file system: how many of their first arguments are paths
-    "os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.mkdir": 1, "os.link": 2, "os.truncate": 1, "os.chmod": 1,
-    "os.chown": 1, "os.chflags": 1, "os.utime": 1, "os.setxattr": 1, "os.removexattr": 1, "sqlite3.connect": 1,
-}  # fmt: skip
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-
-
-def hook() -> Callable[[str, tuple[Any, ...]], None]:
-    """Make the hook; what it uses is bound here, out of reach of a reassigned `os.path.realpath`."""
-    realpath, fsdecode, folder = os.path.realpath, os.fsdecode, FOLDER
-    refused, unix = PermissionError, 1
-
-    def inside(path: Any) -> bool:
-        if isinstance(path, int):
-            return False
-        full = realpath(fsdecode(path))
-        return full == folder or full.startswith(folder + os.sep) or full == os.devnull
-
-    def check(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = args
-            wrong = bool(flags & WRITES) and not isinstance(path, int) and not inside(path)
-        elif event == "os.symlink":
-            wrong = not inside(args[1])
-        elif event.startswith("socket."):
-            wrong = not (event == "socket.__new__" and args[1] == unix)  # the pair inside asyncio's loop
-        else:
-            wrong = event.startswith(FORBIDDEN) or not all(map(inside, args[: CHANGES.get(event, 0)]))
-        if wrong:
-            raise refused(f"{event} is refused here")
-
-    return check
+HIGH = 100  # the socket stands here, above RLIMIT_NOFILE
+ASKED, JUDGED = b"?", b"!"
+LONGEST_DETAIL = 300
 
 
-# -- layer two, Linux: Landlock allows writing beneath the folder only ----------------------------------------
-
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
-EVERY_WRITE = (  # access bits that each version of Landlock adds, of those that change something
-    (1, sum(1 << bit for bit in (1, *range(4, 13)))),  # write a file, remove, make
-    (2, 1 << 13),  # move between folders
-    (3, 1 << 14),  # truncate
-)
-WRITE_FILE = 1 << 1
-
-
-def landlock(libc: ctypes.CDLL) -> bool:
-    """Forbid this process all changes outside the folder; false where the kernel has no Landlock (5.13)."""
-    version = libc.syscall(CREATE_RULESET, None, 0, 1)
-    if version < 1:
-        return False
-    access = sum(bits for since, bits in EVERY_WRITE if version >= since)
-    rules = libc.syscall(CREATE_RULESET, struct.pack("Q", access), 8, 0)
-    for path, allowed in ((FOLDER, access), (os.devnull, WRITE_FILE)):
-        place = os.open(path, os.O_PATH)
-        done(libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", allowed, place), 0))
-        os.close(place)
-    done(libc.syscall(RESTRICT_SELF, rules, 0))
-    os.close(rules)
-    return True
-
-
-# -- layer three, Linux: seccomp allows no further process, no signal to others, no socket --------------------
-
-MACHINES = {  # audit number, clone, and what is refused
-    "x86_64": (0xC000003E, 56, {
-        "socket": 41, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "ptrace": 101, "rt_sigqueueinfo": 129,
-        "tkill": 200, "tgkill": 234, "rt_tgsigqueueinfo": 297, "process_vm_writev": 311, "execveat": 322,
-        "pidfd_send_signal": 424, "io_uring_setup": 425,
-    }),
-    "aarch64": (0xC00000B7, 220, {
-        "ptrace": 117, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "socket": 198,
-        "execve": 221, "rt_tgsigqueueinfo": 240, "process_vm_writev": 271, "execveat": 281,
-        "pidfd_send_signal": 424, "io_uring_setup": 425,
-    }),
-}  # fmt: skip
-CLONE3, CLONE_THREAD = 435, 0x10000
-X32 = 0x40000000  # calls of x86-64's other convention have numbers from here
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER_AT, MACHINE_AT, FIRST_ARGUMENT_AT = 0, 4, 16
-ALLOW, REFUSE, UNKNOWN = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38  # EPERM, ENOSYS
-NO_NEW_PRIVS, SET_SECCOMP, SET_DEATH_SIGNAL = 38, 22, 1
-
-
-def seccomp(libc: ctypes.CDLL) -> bool:
-    """Refuse the calls of the table; false on other machines or kernels."""
-    if platform.machine() not in MACHINES or sys.maxsize < 2**32:
-        return False
-    audit, clone, refused = MACHINES[platform.machine()]
-    steps = [(LOAD, 0, 0, MACHINE_AT), (EQUAL, 1, 0, audit), (RETURN, 0, 0, REFUSE), (LOAD, 0, 0, NUMBER_AT),
-             (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, REFUSE)]  # fmt: skip
-    for number in sorted(refused.values()):
-        steps += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]
-    # clone3 hides its flags behind a pointer: said to be unknown, the C library takes clone, where threads show.
-    steps += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, UNKNOWN), (EQUAL, 0, 3, clone),
-              (LOAD, 0, 0, FIRST_ARGUMENT_AT), (ANY_BIT, 1, 0, CLONE_THREAD), (RETURN, 0, 0, REFUSE),
-              (RETURN, 0, 0, ALLOW)]  # fmt: skip
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
-    program = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
-    return bool(libc.prctl(SET_SECCOMP, 2, program, 0, 0) == 0)
-
-
-# -- all of it -----------------------------------------------------------------------------------------------
-
-
-def done(result: int) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), "a system call failed")
-
-
-def limit(limits: dict[str, int]) -> None:
-    """Set resource limits. A limit this system does not have, or that is lower already, is left."""
-    for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}", None)
-        if kind is not None:
-            highest = resource.getrlimit(kind)[1]
-            value = value if highest == resource.RLIM_INFINITY else min(value, highest)
-            # The hard limit on seconds is later: at the soft one a signal tells it from lack of memory.
-            hard = value + 1 if name == "CPU" and highest in (resource.RLIM_INFINITY, value + 1) else value
-            try:
-                resource.setrlimit(kind, (value, hard))
-            except (ValueError, OSError):  # macOS refuses a bound on addresses
-                continue
-
-
-def confine(limits: dict[str, int], layers: list[str], parent: int) -> list[str]:
-    """Confine this process for good; returns the layers in force."""
-    held = []
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        # Root is root no more, but may read what it could read. Others hold no capability and give up none.
-        header = struct.pack("=Ii", 0x20080522, 0)
-        if libc.capset(header, struct.pack("=6I", 1 << 2, 1 << 2, 0, 0, 0, 0)) != 0:
-            done(libc.capset(header, bytes(24)))
-        done(libc.prctl(SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0))
-        if os.getppid() != parent:  # it died before
-            os._exit(1)
-        done(libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0))
-        held += [make.__name__ for make in (landlock, seccomp) if make.__name__ in layers and make(libc)]
-    limit({**limits, "CORE": 0, **({} if "seccomp" in held else {"NPROC": 0})})
-    if "hook" in layers:
-        sys.addaudithook(hook())
-        held.append("hook")
-    return held
-
-
-def judged(program: str, test: str) -> tuple[str, str]:
-    """Run both in one namespace; returns how that ended and what was raised."""
-    execute, compiled = exec, compile  # the program may put others in their place
-    module = types.ModuleType("program")
-    sys.modules["program"] = sys.modules["__main__"] = module  # dataclasses look for their module there
+def shown(error: BaseException) -> str:
     try:
-        execute(compiled(program, "<program>", "exec"), module.__dict__)
-        execute(compiled(test, "<test>", "exec"), module.__dict__)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the verdict
-        error.__traceback__ = error.__context__ = None  # frees what the frames hold, memory bombs too
-        kinds = {MemoryError: "out_of_memory", PermissionError: "refused", SystemExit: "exited"}
-        status = next((told for kind, told in kinds.items() if isinstance(error, kind)), "failed")
-        try:
-            detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        except BaseException:  # noqa: BLE001 - an exception that cannot be shown
-            detail = ""
-        return status, detail
-    return "passed", ""
+        return " ".join(str(error).split())[:LONGEST_DETAIL]
+    except BaseException:  # noqa: BLE001 - an exception that cannot be shown
+        return ""
+
+
+def ending(error: BaseException | None) -> bytes:
+    """Status and detail of a text that ended in this error."""
+    if error is None:
+        return b"passed "
+    error.__traceback__ = error.__context__ = None  # frees what the frames hold, memory bombs too
+    kinds = {MemoryError: "out_of_memory", PermissionError: "refused", SystemExit: "exited"}
+    status = next((told for kind, told in kinds.items() if isinstance(error, kind)), "failed")
+    return f"{status} {type(error).__name__}: {shown(error)}".encode("utf-8", "replace")
+
+
+def run(texts: Iterable[tuple[str, str]], namespace: dict[str, Any]) -> BaseException | None:
+    """Execute (name, text) one after the other; returns what was raised."""
+    execute, compiled = exec, compile  # a program may put others in their place
+    try:
+        for name, text in texts:
+            execute(compiled(text, f"<{name}>", "exec"), namespace)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the outcome
+        return error
+    return None
+
+
+def named(name: str) -> dict[str, Any]:
+    """Make the module that the texts run in; dataclasses look for their module in sys.modules."""
+    module = types.ModuleType(name)
+    sys.modules[name] = sys.modules["__main__"] = module
+    return module.__dict__
+
+
+# -- the candidate -------------------------------------------------------------------------------------------
+
+
+def candidate(channel: int, program: str, test: str, function: str) -> None:
+    """Run the program, say how it ended, then answer calls of the function for as long as anybody asks."""
+    namespace = named("program")
+    error = run([("program", program), ("test", test)], namespace)
+    send(channel, ending(error))
+    while error is None and function:
+        args, keywords = decode(receive(channel))
+        send(channel, answer(lambda: namespace[function], args, keywords))  # noqa: B023 - called at once
+
+
+def answer(function: Callable[[], Callable[..., Any]], args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
+    try:
+        value = function()(*args, **keywords)
+    except BaseException as error:  # noqa: BLE001 - it is the answer
+        return raised(error)
+    try:
+        return encode(("returned", value))
+    except (TypeError, ValueError) as error:
+        return encode(("unfit", shown(error)))
+    except BaseException as error:  # noqa: BLE001 - out of memory
+        return raised(error)
+
+
+def raised(error: BaseException) -> bytes:
+    error.__traceback__ = error.__context__ = None
+    kinds = [kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind]
+    try:
+        return encode(("raised", type(error).__name__, kinds, error.args))
+    except (TypeError, ValueError):
+        return encode(("raised", type(error).__name__, kinds, (shown(error),)))
+
+
+# -- the judge -----------------------------------------------------------------------------------------------
+
+
+def judge(channel: int, given: str, test: str, function: str) -> None:
+    """Run the test, behind the text that it is given, with the function's calls asked; say how it ended."""
+    namespace = named("test")
+
+    def asked(*args: Any, **keywords: Any) -> Any:
+        send(channel, ASKED + encode((args, keywords)))
+        found = taken(receive(channel))
+        if isinstance(found, Unfit):  # decided here and now: a test that catches everything would go on
+            send(channel, JUDGED + b"failed " + str(found).encode("utf-8", "replace"))
+            os._exit(0)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    error = run([("given", given)], namespace)
+    if error is None:
+        namespace[function] = asked
+        error = run([("test", test)], namespace)
+    send(channel, JUDGED + ending(error))
+
+
+class Unfit(ValueError):
+    """What came back is no answer."""
+
+
+def taken(frame: bytes) -> Any:
+    """Read an answer: what was returned, or an exception of Python's own kinds, to be raised."""
+    try:
+        match decode(frame):
+            case ("returned", value):
+                return value
+            case ("unfit", str(reason)):
+                return Unfit(reason)
+            case ("raised", str(name), list(kinds), tuple(args)):
+                pass
+            case _:
+                return Unfit("no answer")
+    except ValueError as error:
+        return Unfit(str(error))
+    known = [vars(builtins).get(kind) for kind in kinds if isinstance(kind, str)]
+    kind = next((one for one in known if isinstance(one, type) and issubclass(one, BaseException)), Exception)
+    try:
+        return (kind if kind.__name__ == name else type(name, (kind,), {}))(*args)
+    except Exception:  # noqa: BLE001 - a few kinds want arguments of their own
+        return Exception(name, *args)
 
 
 def main() -> None:
-    job, verdict = (fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, HIGH) for descriptor in (0, 1))
+    channel = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, HIGH)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
-    os.close(nothing)
-    read, write, leave = os.read, os.write, os._exit
-    given = json.loads(read(job, int(read(job, 10))))
+    os.closerange(3, channel)
+    os.closerange(channel + 1, 4096)
+    leave = os._exit
     try:
-        held = confine(given["limits"], given["layers"], given["parent"])
+        told = json.loads(receive(channel))
+        held = confine(told["limits"], told["layers"], told["parent"])
     except Exception as error:  # noqa: BLE001 - the other side reports it
-        write(verdict, f"broken {type(error).__name__}: {error}\n".encode())
+        send(channel, f"broken {type(error).__name__}: {error}".encode())
         leave(1)
-    write(verdict, f"ready {' '.join(held)}\n".encode())
-    status, detail = judged(given["program"], given["test"])
-    # The word that means "passed" is read only now: while untrusted code runs it is not in this process.
-    word = read(job, 32).decode() if status == "passed" else status
-    write(verdict, f"{word} {detail}\n".encode("utf-8", "replace"))
-    leave(0)
+    send(channel, f"ready {' '.join(held)}".encode())
+    try:
+        role, *job = decode(receive(channel))
+        {"candidate": candidate, "judge": judge}[role](channel, *job)
+    finally:
+        leave(0)
 
 
 if __name__ == "__main__":
