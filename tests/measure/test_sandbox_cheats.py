@@ -207,7 +207,10 @@ CHEATS = {  # how it ends, and the program
         "def guess(n): return Yes()",
     ),
     "a mock": ("failed", "from unittest import mock\ndef guess(n): return mock.ANY"),
-    "a lying array": ("failed", "class A:\n    shape, item = (), str\nA.__module__ = 'numpy'\ndef guess(n): return A()"),
+    "a lying array": (
+        "failed",
+        "class A:\n    shape, item = (), str\nA.__module__ = 'numpy'\ndef guess(n): return A()",
+    ),
     "a generator": ("failed", "def guess(n): yield 'none'"),
     "a coroutine": ("failed", "async def guess(n): return 'none'"),
     "a function": ("failed", "def guess(n): return lambda: 'none'"),
@@ -343,8 +346,14 @@ CHEATS = {  # how it ends, and the program
         "failed",
         "def guess(n): return found(str(os.environ) + str(sys.argv) + str(sys.orig_argv))",
     ),
-    "the parent's arguments": ("refused failed", "def guess(n): return found(open(f'/proc/{PARENT}/cmdline').read())"),
-    "the parent's environment": ("refused failed", "def guess(n): return found(open(f'/proc/{PARENT}/environ').read())"),
+    "the parent's arguments": (
+        "refused failed",
+        "def guess(n): return found(open(f'/proc/{PARENT}/cmdline').read())",
+    ),
+    "the parent's environment": (
+        "refused failed",
+        "def guess(n): return found(open(f'/proc/{PARENT}/environ').read())",
+    ),
     "the parent's memory": ("refused failed", "def guess(n): open(f'/proc/{PARENT}/mem', 'rb').read(1)"),
     "the parent's descriptors": ("refused failed", "def guess(n): return os.listdir(f'/proc/{PARENT}/fd')"),
     "its own memory": ("refused failed", "def guess(n): open('/proc/self/mem', 'r+b').write(b'x')"),
@@ -395,7 +404,7 @@ def test_a_cheat_does_not_pass(name, tmp_path):
 KERNEL = ("landlock", "seccomp")  # hostile code can disable the hook
 BENEATH = {  # what it can then call, as C sees it
     "the test's file": "libc.open(TEST_FILE.encode(), 0)",
-    "the test's file by its folder": "libc.openat(libc.open(os.path.dirname(TEST_FILE).encode(), 0), b'test.py', 0)",
+    "the test's file by its folder": "libc.openat(libc.open(TEST_FILE[:-8].encode(), 0), b'test.py', 0)",
     "the test's file, written": "libc.open(TEST_FILE.encode(), 1)",
     "the parent's arguments": "libc.open(b'/proc/%d/cmdline' % PARENT, 0)",
     "the parent's memory": "libc.open(b'/proc/%d/mem' % PARENT, 0)",
@@ -432,7 +441,8 @@ def test_the_kernel_refuses_what_reaches_beyond_without_the_hook(name, tmp_path)
     program = f"""
 import ctypes, fcntl
 libc = ctypes.CDLL(None, use_errno=True)
-others = [n for n in range(os.getpid() - 20, os.getpid() + 20) if n != os.getpid() and os.path.exists(f"/proc/{{n}}")]
+near = {{*range(os.getpid() - 20, os.getpid() + 20)}} - {{os.getpid()}}
+others = [n for n in near if os.path.exists(f"/proc/{{n}}")]
 def guess(n): return "refused" if ({BENEATH[name]}) < 0 else "done"
 """
     outcome = attempt(program, PATIENT, KERNEL, TEST_FILE=str(tmp_path / "test.py"))

@@ -125,6 +125,29 @@ def test_leaving_before_the_test_is_not_passing(items):
     assert (found["score"], found["outcome"]) == (0.0, "exited")
 
 
+def test_a_test_calls_the_helpers_of_the_prompt_whatever_an_answer_makes_of_them(items):
+    """As HumanEval's tests of decode_cyclic and decode_shift do."""
+    test = "def check(candidate):\n    assert candidate(half(32)) == 4\n"
+    item = Item(0, {**items(HUMANEVAL)[1].fields, "test": test})
+    right = "    return half(half(n))\n"
+    texts = [
+        right,
+        right + "\nquarter_of, half = quarter, lambda n: 16\n",
+        "    return 4\n\ndef half(n): raise OSError\n",
+    ]
+    assert [record["score"] for record in scored(HUMANEVAL, [item] * 3, texts)] == [1.0, 0.0, 1.0]
+
+
+def test_an_answer_that_equals_everything_or_knows_the_way_out_is_not_right(items):
+    texts = [
+        "    class Any:\n        def __eq__(self, other): return True\n    return Any()\n",
+        "    import sys\n    sys.exit(0)\n",
+        "    return []\n\nimport builtins\nbuiltins.AssertionError = SystemExit\n",
+    ]
+    found = scored(HUMANEVAL, items(HUMANEVAL)[:1] * 3, texts)
+    assert [record["outcome"] for record in found] == ["failed", "exited", "failed"]
+
+
 def test_answers_that_agree_are_run_once(items, monkeypatch):
     ran = []
     monkeypatch.setattr(

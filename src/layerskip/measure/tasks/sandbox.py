@@ -120,6 +120,11 @@ def run(
     """
     if os.name != "posix":
         raise UserError("programs can be run on Linux and macOS only", "use a Linux virtual machine")
+    try:
+        asked = wire.encode(("candidate", program, "" if function else test, function))
+        judging = wire.encode(("judge", given, test, function))
+    except ValueError as error:
+        raise UserError(f"a program or its test is too long: {error}", "leave the item out") from error
     with ExitStack() as stack:
         try:
             candidate, *others = [  # both start at once
@@ -131,9 +136,9 @@ def run(
         held = [_confined(child) for child in (candidate, *others)]
         began = time.monotonic()
         until = began + limits.seconds
-        status, detail = _program(candidate, program, "" if function else test, function, until)
+        status, detail = _program(candidate, asked, until)
         if status == PASSED and others:
-            status, detail = _test(others[0], candidate, (given, test, function), until)
+            status, detail = _test(others[0], judging, candidate, until)
         return Outcome(status, detail, time.monotonic() - began, held[0])
 
 
@@ -157,13 +162,13 @@ def _child(limits: Limits, layers: Sequence[str]) -> Iterator[Child]:
         "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
     told = {"limits": limits.by_resource(), "layers": list(layers), "parent": os.getpid()}
-    ours, theirs = socket.socketpair()
     try:
+        ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 process = subprocess.Popen(
                     [sys.executable, "-s", "-P", "-B", "-X", "utf8", str(INSIDE), folder],
-                    stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                     cwd=folder, env=environment, start_new_session=True,
                 )  # fmt: skip
             ours.setblocking(False)
@@ -196,10 +201,10 @@ def _confined(child: Child) -> tuple[str, ...]:
     return tuple(layers)
 
 
-def _program(child: Child, program: str, test: str, function: str, until: float) -> tuple[str, str]:
+def _program(child: Child, job: bytes, until: float) -> tuple[str, str]:
     """Have the program run; what it says of its end is its own word."""
     try:
-        wire.send(child.channel, wire.encode(("candidate", program, test, function)), until)
+        wire.send(child.channel, job, until)
         return _verdict(wire.receive(child.channel, until, LONGEST_WORD))
     except TimeoutError:
         return TIMED_OUT, ""
@@ -209,11 +214,11 @@ def _program(child: Child, program: str, test: str, function: str, until: float)
         return FORGED
 
 
-def _test(judge: Child, candidate: Child, job: tuple[str, str, str], until: float) -> tuple[str, str]:
+def _test(judge: Child, job: bytes, candidate: Child, until: float) -> tuple[str, str]:
     """Have the test run, and carry its questions to the candidate and the answers back."""
     speaker = judge
     try:
-        wire.send(judge.channel, wire.encode(("judge", *job)), until)
+        wire.send(judge.channel, job, until)
         while (said := wire.receive(judge.channel, until))[:1] == b"?":
             if wire.waiting(candidate.channel):
                 return FORGED  # said before it was asked

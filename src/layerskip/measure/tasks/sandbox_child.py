@@ -77,10 +77,12 @@ def candidate(channel: int, program: str, test: str, function: str) -> None:
     send(channel, ending(error))
     while error is None and function:
         args, keywords = decode(receive(channel))
-        send(channel, answer(lambda: namespace[function], args, keywords))  # noqa: B023 - called at once
+        send(channel, answer(lambda: namespace[function], args, keywords))
 
 
-def answer(function: Callable[[], Callable[..., Any]], args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
+def answer(
+    function: Callable[[], Callable[..., Any]], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> bytes:
     try:
         value = function()(*args, **keywords)
     except BaseException as error:  # noqa: BLE001 - it is the answer
@@ -112,7 +114,7 @@ def judge(channel: int, given: str, test: str, function: str) -> None:
     def asked(*args: Any, **keywords: Any) -> Any:
         send(channel, ASKED + encode((args, keywords)))
         found = taken(receive(channel))
-        if isinstance(found, Unfit):  # decided here and now: a test that catches everything would go on
+        if isinstance(found, UnfitError):  # decided here and now: a test that catches everything would go on
             send(channel, JUDGED + b"failed " + str(found).encode("utf-8", "replace"))
             os._exit(0)
         if isinstance(found, BaseException):
@@ -126,7 +128,7 @@ def judge(channel: int, given: str, test: str, function: str) -> None:
     send(channel, JUDGED + ending(error))
 
 
-class Unfit(ValueError):
+class UnfitError(ValueError):
     """What came back is no answer."""
 
 
@@ -137,13 +139,13 @@ def taken(frame: bytes) -> Any:
             case ("returned", value):
                 return value
             case ("unfit", str(reason)):
-                return Unfit(reason)
+                return UnfitError(reason)
             case ("raised", str(name), list(kinds), tuple(args)):
                 pass
             case _:
-                return Unfit("no answer")
+                return UnfitError("no answer")
     except ValueError as error:
-        return Unfit(str(error))
+        return UnfitError(str(error))
     known = [vars(builtins).get(kind) for kind in kinds if isinstance(kind, str)]
     kind = next((one for one in known if isinstance(one, type) and issubclass(one, BaseException)), Exception)
     try:

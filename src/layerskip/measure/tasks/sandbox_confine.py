@@ -24,8 +24,8 @@ READABLE = sorted(
         os.path.realpath(path)
         for path in (
             *sys.path, sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/nix/store", "/System", "/Library",
-            "/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf",
-            "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom",
+            "/var/db/timezone", "/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf",
+            "/etc/mime.types", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom",
             "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/sys/devices/system/cpu",
         )
         if path and os.path.exists(path)
@@ -91,7 +91,9 @@ def hook() -> Callable[[str, tuple[Any, ...]], None]:
             wrong = not may_open(args[0], args[2])
         elif event == "os.symlink":  # a link inside leads inside, wherever it is moved
             to = fsdecode(args[0])
-            wrong = not inside(args[1], args[2]) or ".." in to.split(separator) or (isabs(to) and not inside(to))
+            wrong = (
+                not inside(args[1], args[2]) or ".." in to.split(separator) or (isabs(to) and not inside(to))
+            )
         elif event.startswith("socket."):
             wrong = not (event == "socket.__new__" and args[1] == unix)  # the pair inside asyncio's loop
         elif event == "fcntl.fcntl":
@@ -101,7 +103,9 @@ def hook() -> Callable[[str, tuple[Any, ...]], None]:
         elif event in ("os.chdir", "os.scandir"):  # a folder open already is one inside
             wrong = not (isinstance(args[0], int) or inside("." if args[0] is None else args[0]))
         elif event in CHANGES:
-            wrong = not all(inside(args[at], None if from_ is None else args[from_]) for at, from_ in CHANGES[event])
+            wrong = not all(
+                inside(args[at], None if from_ is None else args[from_]) for at, from_ in CHANGES[event]
+            )
         else:
             wrong = event.startswith(FORBIDDEN)
         if wrong:
@@ -188,7 +192,9 @@ def seccomp(libc: ctypes.CDLL) -> bool:
     steps += when(CLONE[column], (LOAD, 0, 0, FIRST_AT), (ANY_BIT, 1, 0, CLONE_THREAD), refuse, allow)
     steps += when(PRLIMIT[column], (LOAD, 0, 0, FIRST_AT), (EQUAL, 1, 0, 0), refuse, allow)  # its own only
     # A pair of streams talks to itself alone; datagrams could be sent to any socket by name.
-    steps += when(SOCKETPAIR[column], (LOAD, 0, 0, SECOND_AT), (AND, 0, 0, 0xF), (EQUAL, 1, 0, 1), refuse, allow)
+    steps += when(
+        SOCKETPAIR[column], (LOAD, 0, 0, SECOND_AT), (AND, 0, 0, 0xF), (EQUAL, 1, 0, 1), refuse, allow
+    )
     steps += when(IOCTL[column], (LOAD, 0, 0, SECOND_AT), *none_of([*REQUESTS]), allow)
     flags = when(fcntl.F_SETFL, (LOAD, 0, 0, THIRD_AT), (ANY_BIT, 0, 1, O_ASYNC), refuse)
     steps += when(FCNTL[column], (LOAD, 0, 0, SECOND_AT), *none_of([*OWNERS]), *flags, allow)

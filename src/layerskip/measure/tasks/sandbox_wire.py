@@ -35,7 +35,10 @@ def send(channel: int, body: bytes, until: float = math.inf) -> None:
 
 
 def receive(channel: int, until: float = math.inf, largest: int = LARGEST) -> bytes:
-    """Read one frame. Raises: TimeoutError, EOFError when the other end is closed, ValueError when it is too large."""
+    """Read one frame.
+
+    Raises: TimeoutError, EOFError when the other end is closed, ValueError when it is too large.
+    """
     (length,) = struct.unpack(">I", _exactly(channel, 4, until))
     if length > largest:
         raise ValueError(f"{length} bytes where {largest} are allowed")
