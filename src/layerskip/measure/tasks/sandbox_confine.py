@@ -36,7 +36,7 @@ READABLE = sorted(
 
 FORBIDDEN = ("ctypes.", "syslog.", "subprocess.", "pty.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn",
              "os.system", "os.startfile", "os.kill", "signal.pthread_kill", "resource.setrlimit",
-             "resource.prlimit", "gc.", "cpython.PyInterpreterState_New")  # fmt: skip
+             "resource.prlimit", "gc.", "cpython.PyInterpreterState_New", "sys.remote_exec")  # fmt: skip
 CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {  # where a path and the folder it starts from stand
     "os.remove": ((0, 1),), "os.rename": ((0, 2), (1, 3)), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),),
     "os.link": ((0, 2), (1, 3)), "os.truncate": ((0, None),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),),
