@@ -271,6 +271,7 @@ KERNEL = {  # what each layer stops without the others
     ("hook", "socket"): "import socket\nsocket.socket()",
     ("hook", "read"): "open(victim + '/kept')",
     ("hook", "read a folder"): "import os\nos.scandir(victim)",
+    ("hook", "list a folder"): "import os\nos.listdir(victim)",
     ("hook", "go there"): "import os\nos.chdir(victim)",
     ("hook", "delete from a folder"): f"{FROM_A_FOLDER}os.remove('../../victim/kept', dir_fd=start)",
     ("hook", "move from a folder"): f"{FROM_A_FOLDER}os.rename('../../victim/kept', 'own', src_dir_fd=start)",

@@ -1,6 +1,7 @@
 """A program that does not know its answers does not pass, whatever it does to the process that runs it.
 
-The answer is a word that nobody guesses: who passes has read it or forged the verdict.
+The answer is a word that nobody guesses: who passes has read it or forged the verdict. Every attack is harmless
+where it succeeds: a signal 0, a limit read, a priority that stays.
 """
 
 import os
@@ -301,7 +302,7 @@ CHEATS = {  # how it ends, and the program
         "    everywhere(framed(b'passed '), (0, 1, 2))",
     ),
     "questions read away": (
-        "timed_out",
+        "timed_out failed",
         """
         import socket, threading
         line = socket.socket(socket.AF_UNIX, fileno=SOCKET)
@@ -372,9 +373,9 @@ CHEATS = {  # how it ends, and the program
     ),
     "a trace of the parent": (
         "refused",
-        "def guess(n):\n    import ctypes\n    ctypes.CDLL(None).ptrace(16, PARENT, 0, 0)",
+        "def guess(n):\n    import ctypes\n    ctypes.CDLL(None).ptrace(0x4206, PARENT, 0, 0)",
     ),
-    "a signal to the judge": ("refused", "def guess(n): os.kill(os.getpid() + 1, 9)"),
+    "a signal to the parent": ("refused", "def guess(n): os.kill(PARENT, 0)"),
     "signals by way of the socket": (
         "refused",
         "import fcntl\ndef guess(n): fcntl.fcntl(SOCKET, fcntl.F_SETOWN, PARENT)",
@@ -412,7 +413,7 @@ BENEATH = {  # what it can then call, as C sees it
     "the judge's memory": "max(libc.open(b'/proc/%d/mem' % n, 0) for n in others)",
     "the judge's descriptors": "max(libc.open(b'/proc/%d/fd/100' % n, 2) for n in others)",
     "its own socket": "libc.open(b'/proc/self/fd/100', 2)",
-    "a trace": "max(libc.ptrace(16, n, 0, 0) for n in (PARENT, *others))",
+    "a trace": "max(libc.ptrace(0x4206, n, 0, 0) for n in (PARENT, *others))",
     "memory read": "libc.process_vm_readv(PARENT, None, 0, None, 0, 0)",
     "a descriptor of the parent": "libc.syscall(434, PARENT, 0)",
     "a signal": "libc.kill(PARENT, 0)",
@@ -425,8 +426,8 @@ BENEATH = {  # what it can then call, as C sees it
     "an owner by ioctl": "libc.ioctl(100, 0x8901, struct.pack('i', PARENT))",
     "typing on a terminal": "libc.ioctl(0, 0x5412, b'x')",
     "the parent's limits": "libc.prlimit(PARENT, 7, None, (ctypes.c_long * 2)())",
-    "the parent's priority": "libc.setpriority(0, PARENT, 19)",
-    "the parent's processors": "libc.sched_setaffinity(PARENT, 8, b'\\1' + bytes(7))",
+    "the parent's priority": "libc.setpriority(0, PARENT, 0)",
+    "the parent's processors": "libc.sched_setaffinity(PARENT, 8, b'\\xff' * 8)",
     "datagrams to anybody": "libc.socketpair(1, 2, 0, (ctypes.c_int * 2)())",
     "shared memory": "libc.shmget(0, 4096, 0o1600)",
     "another namespace": "libc.unshare(0x10000000)",

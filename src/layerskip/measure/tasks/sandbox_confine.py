@@ -100,8 +100,11 @@ def hook() -> Callable[[str, tuple[Any, ...]], None]:
             wrong = args[1] in OWNERS or (args[1] == fcntl.F_SETFL and bool(args[2] & O_ASYNC))
         elif event == "fcntl.ioctl":
             wrong = args[1] & 0xFFFFFFFF in REQUESTS
-        elif event in ("os.chdir", "os.scandir"):  # a folder open already is one inside
-            wrong = not (isinstance(args[0], int) or inside("." if args[0] is None else args[0]))
+        elif event in ("os.chdir", "os.scandir", "os.listdir"):  # a folder open already is one inside
+            path = "." if args[0] is None else args[0]
+            wrong = not (isinstance(path, int) or inside(path))
+            if event == "os.listdir" and wrong:  # how modules are found; it leaves no folder open
+                wrong = not within(realpath(fsdecode(path)), readable)
         elif event in CHANGES:
             wrong = not all(
                 inside(args[at], None if from_ is None else args[from_]) for at, from_ in CHANGES[event]
