@@ -394,7 +394,19 @@ CHEATS = {  # how it ends, and the program
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHEATS)
+SAMPLE = {  # the rest runs with the whole matrix
+    "hard exit in the call", "exit at exit", "a trace that jumps over asserts", "another AssertionError",
+    "other builtins", "poisoned modules", "the harness's functions", "the harness's frames", "all objects",
+    "a word that equals everything", "a list that equals everything", "an object with another class", "a mock",
+    "a generator", "an error of the test's", "a deep answer", "no answer", "verdicts on every descriptor",
+    "answers before the questions", "a verdict as an answer", "answers from a thread", "all descriptors closed",
+    "the test's file by its folder", "the parent's memory", "signals by way of the socket",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.full) for name in CHEATS]
+)
 def test_a_cheat_does_not_pass(name, tmp_path):
     ends, program = CHEATS[name]
     (tmp_path / "test.py").write_text(TEST)
@@ -436,20 +448,19 @@ BENEATH = {  # what it can then call, as C sees it
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
-@pytest.mark.parametrize("name", BENEATH)
-def test_the_kernel_refuses_what_reaches_beyond_without_the_hook(name, tmp_path):
+def test_the_kernel_refuses_what_reaches_beyond_without_the_hook(tmp_path):
     (tmp_path / "test.py").write_text(TEST)
     program = f"""
 import ctypes, fcntl
 libc = ctypes.CDLL(None, use_errno=True)
 near = {{*range(os.getpid() - 20, os.getpid() + 20)}} - {{os.getpid()}}
 others = [n for n in near if os.path.exists(f"/proc/{{n}}")]
-def guess(n): return "refused" if ({BENEATH[name]}) < 0 else "done"
+def guess(n): return [name for name, code in {BENEATH}.items() if eval(code) >= 0]
 """
     outcome = attempt(program, PATIENT, KERNEL, TEST_FILE=str(tmp_path / "test.py"))
     if outcome.layers != KERNEL:
         pytest.skip("this system lacks a layer")
-    assert (outcome.status, outcome.detail) == ("failed", "AssertionError: refused")
+    assert (outcome.status, outcome.detail) == ("failed", "AssertionError: []")
 
 
 def test_what_a_program_says_of_its_end_cannot_steer_a_terminal():

@@ -72,12 +72,12 @@ def named(name: str) -> dict[str, Any]:
 
 def candidate(channel: int, program: str, test: str, function: str) -> None:
     """Run the program, say how it ended, then answer calls of the function for as long as anybody asks."""
-    namespace = named("program")
+    namespace, value = named("program"), eval
     error = run([("program", program), ("test", test)], namespace)
     send(channel, ending(error))
     while error is None and function:
         args, keywords = decode(receive(channel))
-        send(channel, answer(lambda: namespace[function], args, keywords))
+        send(channel, answer(lambda: value(function, namespace), args, keywords))
 
 
 def answer(
