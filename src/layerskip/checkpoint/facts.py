@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.files import write_json
-from layerskip.errors import UserError, nearest
+from layerskip.errors import UserError, hint_of, nearest
 from layerskip.option import check_value, option, options_of
 
 if TYPE_CHECKING:
@@ -214,7 +214,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error}", "use a copy that is writable") from error
+        raise UserError(
+            f"cannot write into {folder}: {error}", hint_of(error, "use a copy that is writable")
+        ) from error
 
 
 def entry(facts: Facts) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from layerskip.cli.app import AsJson, Loading, Model, Sampling, load, merged, ve
 from layerskip.cli.options import only, worded
 from layerskip.cli.prompts import PromptOptions, Separator, encoded, unescaped
 from layerskip.cli.show.terminal import err, note, out, tell
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 from layerskip.option import Option
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def distill_data(
     except KeyboardInterrupt:
         record["interrupted"] = True
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error}") from error
+        raise UserError(f"cannot write {output}: {error}", hint_of(error, "give another --output")) from error
     record["seconds"] = time.perf_counter() - began
     tell(record, as_json, _show)
     if record["interrupted"]:
@@ -165,7 +165,7 @@ def _found(output: Path) -> dict[int, dict[str, Any]]:
             with output.open("rb+") as file:
                 file.truncate(len(whole))
     except OSError as error:
-        raise UserError(f"cannot use {output}: {error}") from error
+        raise UserError(f"cannot use {output}: {error}", hint_of(error, "give another --output")) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{output} was not written by distill-data", "give another --output, or remove it"

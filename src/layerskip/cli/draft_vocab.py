@@ -12,7 +12,7 @@ from layerskip.cli.results import progress
 from layerskip.cli.show.bench import print_coverage
 from layerskip.cli.show.terminal import tell
 from layerskip.decode.options import DraftOptions, Options
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 from layerskip.option import Option
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def draft_vocab(
         try:
             write_json(output, ids)
         except OSError as error:
-            raise UserError(f"cannot write {output}: {error}") from error
+            raise UserError(
+                f"cannot write {output}: {error}", hint_of(error, "give another --output")
+            ) from error
         record["file"] = str(output)
     else:
         assert lm.path is not None

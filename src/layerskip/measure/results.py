@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 from layerskip.measure.environment import device_name, environment
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def save(result: Mapping[str, Any], folder: Path, *parts: str) -> Path:
     try:
         file.write_text(_laid_out(result) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error}") from error
+        raise UserError(
+            f"cannot write {file}: {error}", hint_of(error, "run it from another folder")
+        ) from error
     return file
 
 

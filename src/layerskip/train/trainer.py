@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.checkpoint.facts import Facts, entry
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 from layerskip.train import checkpoints
 from layerskip.train.arguments import LayerSkipArguments, LayerSkipFields
 from layerskip.train.data.encoding import IGNORED
@@ -270,7 +270,8 @@ class LayerSkipMixin:
             shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint need not fill the disk
             raise UserError(
                 f"cannot save a checkpoint into {run}: {error}",
-                "free space and resume: earlier checkpoints are untouched",
+                hint_of(error, "copy the folder to a larger or writable place")
+                + "; then resume: earlier checkpoints are untouched",
             ) from error
         finally:
             self._saving = None

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 from layerskip.measure.exits.lens import visible
 from layerskip.measure.exits.timeline import COMMITTED, KINDS
 
@@ -309,7 +309,10 @@ def _written(figure: Any, file: Path) -> Path:
             pixels.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True, dpi=(DPI, DPI))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot write {file}: {error}", "--output names a .png, .svg or .pdf file"
+            f"cannot write {file}: {error}",
+            hint_of(error, "give another --output")
+            if isinstance(error, OSError)
+            else "--output names a .png, .svg or .pdf file",
         ) from error
     return file
 

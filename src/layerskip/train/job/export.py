@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 from layerskip.train.objective.exit_map import add_map, as_checkpoint
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def export(
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot write the model into {output}: {error}",
-                "free some space; --resume finishes from the last checkpoint",
+                hint_of(error, "copy the folder to a larger or writable place")
+                + "; --resume finishes from the last checkpoint",
             ) from error
         finally:
             shutil.rmtree(making, ignore_errors=True)

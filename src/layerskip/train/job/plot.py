@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 
 if TYPE_CHECKING:
     from layerskip.train.objective.schedule import Schedule
@@ -118,7 +118,10 @@ def picture(schedule: Schedule, total: int, title: str, file: Path) -> Path:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot write {file}: {error}", "--output names a .png, .svg or .pdf file"
+            f"cannot write {file}: {error}",
+            hint_of(error, "give another --output")
+            if isinstance(error, OSError)
+            else "--output names a .png, .svg or .pdf file",
         ) from error
     return file
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.facts import Facts
 from layerskip.checkpoint.files import write_text
-from layerskip.errors import UserError
+from layerskip.errors import UserError, hint_of
 from layerskip.train import checkpoints
 from layerskip.train.job.export import export
 from layerskip.train.job.loading import (
@@ -292,7 +292,9 @@ def _write_down(run: Run) -> None:
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
                 write_text(file, text)
     except OSError as error:
-        raise UserError(f"cannot write into {run.output}: {error}", "free some space") from error
+        raise UserError(
+            f"cannot write into {run.output}: {error}", hint_of(error, "choose another output")
+        ) from error
 
 
 def schedule_for(recipe: Recipe, num_layers: int) -> Schedule:
