@@ -49,6 +49,8 @@ def hint_of(error: BaseException, elsewhere: str = "name another folder") -> str
         return f"that file system is read-only: {elsewhere}"
     if number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return f"a file stands where a folder should be, or a folder where a file should: {elsewhere}"
+    if isinstance(error, ValueError):  # not the system's
+        return elsewhere
     if number == errno.ENOENT:
         return f"that folder does not exist: make it, or {elsewhere}"
     return f"free space if the disk is full, see that the folder can be written, or {elsewhere}"

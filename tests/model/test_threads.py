@@ -2,6 +2,7 @@
 
 import pytest
 
+from layerskip.errors import UserError
 from layerskip.model import threads
 
 
@@ -50,6 +51,26 @@ def test_busy_cores_are_ticks_over_time_and_unknown_where_the_system_is_silent(m
     assert threads.busy_cores(0.1) == pytest.approx(1.5)
     monkeypatch.setattr(threads, "_text", lambda path: None)
     assert threads.busy_cores(0.0) is None
+
+
+def test_the_warning_names_the_number_of_threads_that_leaves_others_their_cores(machine):
+    """It named no remedy, while on two cores one thread was three times as fast as two beside a busy neighbour."""
+    assert threads.busy_warning(None, 4) is threads.busy_warning(0.4, 4) is None
+    assert "try --threads 2 (now 4)" in threads.busy_warning(1.3, 4)
+    assert "try --threads 1 (now 4)" in threads.busy_warning(4.0, 4)
+    assert threads.busy_warning(1.3, 1).endswith("wait, or stop them")
+
+
+def test_more_threads_than_cores_can_run_are_refused(machine, monkeypatch, folder, fails):
+    """--threads 4096 hung: every parallel region waited for thousands of threads on a few cores."""
+    assert threads.chosen_threads(8) == 8
+    with pytest.raises(UserError, match="--threads is 9, and this process may use 4 cores") as refusal:
+        threads.chosen_threads(9)
+    assert "at most 8" in refusal.value.hint
+    assert "--threads is 4096" in fails("generate", folder, "hi", "--threads", 4096)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS is 4096"):
+        threads.chosen_threads()
 
 
 def test_a_busy_machine_is_a_warning_on_stderr_and_nothing_more(monkeypatch, folder, run):

@@ -69,15 +69,15 @@ def load(model: str, how: LoadOptions) -> LanguageModel:
         from transformers.utils import logging
 
         from layerskip.decode import load as loading
-        from layerskip.model.threads import BUSY, busy_cores, chosen_threads
+        from layerskip.model.threads import busy_cores, busy_warning, chosen_threads
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # what matters of its warnings, we raise
-    torch.set_num_threads(how.threads or chosen_threads())
+    threads = chosen_threads(how.threads)
+    torch.set_num_threads(threads)
     on_cpu = how.device == "cpu" or not torch.cuda.is_available()
-    busy = busy_cores() if on_cpu else None
+    warning = busy_warning(busy_cores(), threads) if on_cpu else None
     lm = loading.load(model, **{name: value for name, value in vars(how).items() if name != "threads"})
-    if busy is not None and busy > BUSY:
-        warning = f"warning: others keep {busy:.1f} cores busy; decoding beside them can be many times slower"
-        err.print(Text(warning, style="yellow"))
+    if warning is not None:
+        err.print(Text(f"warning: {warning}", style="yellow"))
     return lm

@@ -11,23 +11,39 @@ import os
 import time
 from pathlib import Path
 
+from layerskip.errors import UserError
+
 BUSY = 0.5  # cores in use by others from which a warning is worth its line
 
 
-def chosen_threads() -> int:
+MOST_PER_CORE = 2  # threads; thousands of them on a few cores spin against each other and never end
+
+
+def chosen_threads(given: int | None = None) -> int:
     """Count the physical cores this process may use: affinity, container quota, no second hyperthreads.
 
-    OMP_NUM_THREADS, where set, is the user's choice and wins.
+    A number that is given wins, then OMP_NUM_THREADS where it is set.
+    Raises: UserError for more than `MOST_PER_CORE` threads on each core this process may use.
     """
-    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
-    allowed = (
-        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
+    allowed, name = _allowed_cores(), "--threads"
+    if given is None and (told := os.environ.get("OMP_NUM_THREADS", "").split(",")[0]).isdecimal():
+        given, name = int(told) or None, "OMP_NUM_THREADS"
+    if given is not None:
+        if given > MOST_PER_CORE * len(allowed):
+            raise UserError(
+                f"{name} is {given}, and this process may use {len(allowed)} cores",
+                f"give at most {MOST_PER_CORE * len(allowed)}; one thread per physical core is fastest",
+            )
+        return given
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     cores = {_text(siblings.format(cpu)) or str(cpu) for cpu in allowed}
     return max(1, min(len(cores), _quota()))
+
+
+def _allowed_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _quota() -> int:
@@ -46,9 +62,18 @@ def busy_cores(seconds: float = 0.1) -> float | None:
     return (after - before) / os.sysconf("SC_CLK_TCK") / seconds
 
 
+def busy_warning(busy: float | None, threads: int) -> str | None:
+    """Word that others use the cores, and what to do about it; None where they are free or the system is silent."""
+    if busy is None or busy <= BUSY:
+        return None
+    free = max(1, math.floor(len(_allowed_cores()) - busy))
+    remedy = f"try --threads {free} (now {threads}), or wait" if free < threads else "wait, or stop them"
+    told = f"others keep {busy:.1f} cores busy; decoding beside them can be many times slower"
+    return f"{told}: {remedy}"
+
+
 def _busy_ticks() -> int | None:
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    ours = {f"cpu{cpu}" for cpu in allowed}
+    ours = {f"cpu{cpu}" for cpu in _allowed_cores()}
     lines = [line.split() for line in (_text("/proc/stat") or "").split("\n")]
     cores = [list(map(int, fields[:8])) for name, *fields in filter(None, lines) if name in ours]
     return (

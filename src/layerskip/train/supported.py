@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import transformers
+
 from layerskip.errors import UserError
+
+TESTED = "5.17 to 5.23"
+"""Versions of transformers whose `Trainer` has the methods below; the test suite ran with the last of them."""
+PRIVATE_METHODS = {
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_save_checkpoint": ("model", "trial"),
+    "_get_output_dir": ("trial",),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_get_collator_with_removed_columns": ("data_collator", "description"),  # called, as is the next
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+}
+"""Methods of `Trainer` that no document promises: the mixin overrides or calls them, with these parameters."""
+
+
+def refuse_other_trainers() -> None:
+    """Compare `Trainer` with `PRIVATE_METHODS`. Raises: UserError where this version of transformers differs."""
+    for name, parameters in PRIVATE_METHODS.items():
+        method = getattr(transformers.Trainer, name, None)
+        found = None if method is None else tuple(inspect.signature(method).parameters)[1:]
+        if found != parameters:
+            what = "is missing" if found is None else f"takes ({', '.join(found)})"
+            raise UserError(
+                f"transformers {transformers.__version__} has another Trainer: {name} {what}, "
+                f"needed is ({', '.join(parameters)})",
+                f"layerskip was tested with transformers {TESTED}: pip install 'transformers>=5.17,<5.24'",
+            )
 
 
 def refuse_unsupported(trainer: Any) -> None:

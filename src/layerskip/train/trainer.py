@@ -34,7 +34,7 @@ from layerskip.train.objective.binding import base_model_of, bound
 from layerskip.train.objective.exit_map import as_checkpoint, map_of
 from layerskip.train.objective.exits import ExitTraining
 from layerskip.train.objective.objective import Objective
-from layerskip.train.supported import refuse_unsupported
+from layerskip.train.supported import refuse_other_trainers, refuse_unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +65,7 @@ class LayerSkipMixin:
     data_collator: Any
 
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        refuse_other_trainers()
         super().__init__(*args, **kwargs)
         refuse_unsupported(self)
         options = self.args

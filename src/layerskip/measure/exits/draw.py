@@ -308,12 +308,8 @@ def _written(figure: Any, file: Path) -> Path:
             # 256 colours are plenty and half the bytes; dithering would roughen what is flat.
             pixels.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True, dpi=(DPI, DPI))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot write {file}: {error}",
-            hint_of(error, "give another --output")
-            if isinstance(error, OSError)
-            else "--output names a .png, .svg or .pdf file",
-        ) from error
+        hint = hint_of(error, "--output names another .png, .svg or .pdf file")
+        raise UserError(f"cannot write {file}: {error}", hint) from error
     return file
 
 

@@ -117,12 +117,8 @@ def picture(schedule: Schedule, total: int, title: str, file: Path) -> Path:
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot write {file}: {error}",
-            hint_of(error, "give another --output")
-            if isinstance(error, OSError)
-            else "--output names a .png, .svg or .pdf file",
-        ) from error
+        hint = hint_of(error, "--output names another .png, .svg or .pdf file")
+        raise UserError(f"cannot write {file}: {error}", hint) from error
     return file
 
 
