@@ -38,6 +38,7 @@ def draft_vocab(
     from layerskip.checkpoint.facts import write_draft_vocabulary
     from layerskip.checkpoint.files import write_json
     from layerskip.measure.exits import vocabulary
+    from layerskip.model.head import DRAFT_VOCABULARIES
 
     for path in data:
         if not path.is_file():
@@ -53,7 +54,7 @@ def draft_vocab(
         found = vocabulary.frequencies(lm.tokenizer, texts, full)
     ranking = vocabulary.ranked(found.counted)
     ids = vocabulary.first_ids(ranking, size, sorted(lm.eos_ids(Options())))
-    sizes = [n for n in vocabulary.DRAFT_VOCABULARIES if n < full]
+    sizes = [n for n in DRAFT_VOCABULARIES if n < full]
     covered = vocabulary.coverage(found.held_out, ranking, sorted({*sizes, size}))
     record: dict[str, Any] = {
         "size": size,

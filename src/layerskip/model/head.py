@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DRAFT_VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)
+"""Sizes worth trying; the whole head is one more."""
+
+
 @dataclass(frozen=True)
 class Head:
     """Rows of the output projection with the token ids they stand for."""

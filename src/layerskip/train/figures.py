@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from layerskip.model.cost import Cost, expected_tokens
+from layerskip.model.head import DRAFT_VOCABULARIES
+from layerskip.train.data.encoding import IGNORED
 from layerskip.train.objective.exits import Totals
 
 if TYPE_CHECKING:
+    from layerskip.train.data.packing import Rows
     from layerskip.train.objective.exits import ExitTraining
 
 DRAFT_LENGTHS = range(1, 13)
 DRAFT_VOCABULARY = 8192
-"""What predictions assume: the engine drafts with a head of the most frequent tokens."""
+"""What predictions during training assume: the engine drafts with a head of the most frequent tokens."""
 
 
-def predicted(exits: ExitTraining, agreement: dict[int, float]) -> tuple[int, int, float] | None:
-    """Best (E, K, speed-up) by the cost model in layers, from each exit's agreement per token.
+class Choice(NamedTuple):
+    """A setting of drafting and what the cost model predicts for it."""
 
+    speedup: float
+    exit_layer: int
+    draft_length: int
+    draft_vocab: int
+    """Tokens of the draft head; all of them is the whole head."""
+
+
+def predicted(
+    exits: ExitTraining, agreement: Mapping[int, float], coverage: Mapping[int, float] | None = None
+) -> Choice | None:
+    """Choose E, K and the draft vocabulary by the cost model in layers, from each exit's agreement per token.
+
+    `coverage` is the share of unseen tokens within each size of draft vocabulary; a token outside is never drafted.
     Source: the cost model of `model/cost.py`; a device's step times tell more.
     """
-    layers = len(exits.layers)
-    head = head_layers(exits)
-    draft_head = head * min(1.0, DRAFT_VOCABULARY / exits.head.weight.shape[0])
+    layers, head, full = len(exits.layers), head_layers(exits), exits.head.weight.shape[0]
+    sizes = {min(DRAFT_VOCABULARY, full): 1.0} if coverage is None else coverage
     cells = [
-        (Cost(layers, k, head, draft_head).speedup(n, expected_tokens(n, alpha)), k, n)
+        Choice(
+            Cost(layers, k, head, head * size / full).speedup(n, expected_tokens(n, alpha * share)),
+            k,
+            n,
+            size,
+        )
         for k, alpha in agreement.items()
         if k < layers
         for n in DRAFT_LENGTHS
+        for size, share in sizes.items()
     ]
-    if not cells:
-        return None
-    best, k, n = max(cells)
-    return k, n, best
+    return max(cells, default=None)
+
+
+def coverage(trained: Rows, unseen: Rows, ends: Collection[int], vocab_size: int) -> dict[int, float]:
+    """Share of the tokens of unseen rows that the training data's most frequent ones cover, by their number."""
+    sizes = [size for size in DRAFT_VOCABULARIES if size < vocab_size]
+    return {size: covered(unseen, trained.frequent(size, ends)) for size in sizes} | {vocab_size: 1.0}
+
+
+def covered(rows: Rows, ids: Collection[int]) -> float:
+    """Share of the tokens to be learnt in rows that are among `ids`."""
+    written = rows.labels[rows.labels != IGNORED]
+    return float(np.isin(written, [*ids]).mean())
 
 
 def head_layers(exits: ExitTraining) -> float:

@@ -180,7 +180,7 @@ class LayerSkipMixin:
         agreement = {k: figures[f"exit_{k}_agreement"] for k in self.exits.eval_exits}
         best = predicted(self.exits, agreement)
         if best is not None:
-            figures["predicted_speedup"] = best[2]
+            figures["predicted_speedup"] = best.speedup
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 

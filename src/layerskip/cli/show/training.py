@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from layerskip.train.job.export import measured_on
 from layerskip.train.job.recipe import changed
 
 if TYPE_CHECKING:
@@ -43,11 +44,12 @@ def print_plan(console: Console, plan: dict[str, Any], warnings: Sequence[str]) 
     resumes = "" if plan["resumes_at"] is None else f", from step {plan['resumes_at']} on"
     devices = f"{plan['devices']} x {plan['device']}" if plan["devices"] > 1 else plan["device"]
     passes = f" ({plan['rows_per_pass']} x {plan['passes']} passes)" if plan["passes"] > 1 else ""
+    held_out = f", {plan['held_out']} examples set aside" if plan["held_out"] else ""
     lines = [
         f"{plan['steps']:,} steps of {plan['rows_per_step']} rows{passes}, {plan['epochs']:g} epochs, "
         f"{quantity(plan['tokens'])} tokens{resumes}",
         f"{plan['examples']:,} examples in {plan['rows']:,} rows, {100 * plan['learnt_share']:.0f}% of the tokens "
-        f"are learned; {plan['eval_rows']:,} rows to evaluate on",
+        f"are learned; {plan['eval_rows']:,} rows to evaluate on{held_out}",
         f"{n}, {plan['layers']} layers; exits {', '.join(map(str, plan['exits'])) or 'none'}",
         f"about {plan['memory_bytes'] / 1e9:.1f} GB of memory per device; {devices}",
     ]
@@ -63,15 +65,27 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(Text(f"stopped at step {result['steps']}, saved; to go on: {go_on}", style="yellow"))
         return
     console.print(_table(result["exits"], {}))
-    if result["exit_layer"] is not None:
-        told = (
-            f"default exit layer E = {result['exit_layer']}, draft length K = {result['draft_length']}: "
-            f"{result['predicted_speedup']:.2f} x by the cost model; layerskip bench {result['output']} measures"
+    told, speedup = f"measured on {measured_on(result)}", result["predicted_speedup"]
+    if speedup is None and len(result["exits"]) == 1:
+        pass  # the last layer alone: no exit was trained
+    elif speedup is None:
+        told += (
+            ", so no default exit was chosen and decoding is plain. "
+            f"layerskip tune {result['output']} --prompts FILE --save measures one; with eval_data=FILE or "
+            "hold_out=N the run chooses"
         )
-        console.print(Text(told, style="dim"))
-    elif result["predicted_speedup"] is not None:
-        told = f"drafting does not pay yet: {result['predicted_speedup']:.2f} x at best by the cost model"
-        console.print(Text(f"{told}; decoding is plain by default, train longer", style="yellow"))
+    elif result["exit_layer"] is None:
+        told += (
+            f": drafting does not pay yet, {speedup:.2f} x at best by the cost model; "
+            "decoding is plain by default, train longer"
+        )
+    else:
+        head = "" if result["draft_vocab"] is None else f", draft vocabulary {result['draft_vocab']}"
+        told += (
+            f": default exit layer E = {result['exit_layer']}, draft length K = {result['draft_length']}{head}; "
+            f"the cost model predicts {speedup:.2f} x, layerskip bench {result['output']} measures"
+        )
+    console.print(Text(told, style="yellow" if result["exit_layer"] is None else "dim"))
     console.print(Text(f"written: {result['output']}", style="bold"))
     console.print(Text("its checkpoints are needed for --resume only and may be deleted", style="dim"))
 

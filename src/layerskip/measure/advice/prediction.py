@@ -24,8 +24,8 @@ from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.exits.continuations import Continuation, Seen, continuations, observed
 from layerskip.measure.exits.replay import Replayed, by_place, joined, replay
-from layerskip.measure.exits.vocabulary import DRAFT_VOCABULARIES
 from layerskip.measure.speed.round_times import Medians, RoundTimes, round_times
+from layerskip.model.head import DRAFT_VOCABULARIES
 from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ import numpy as np
 
 from layerskip.errors import UserError
 
-DRAFT_VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)  # candidates; the whole head is one more
 HELD_OUT = 10  # every tenth document
 BATCH = 256  # documents per call of the tokenizer
 PIECE = 2000  # characters; plain files are cut into documents of about this size, at line ends

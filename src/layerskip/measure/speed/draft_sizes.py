@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from layerskip.measure.exits.vocabulary import DRAFT_VOCABULARIES
 from layerskip.measure.speed import methods as ways
 from layerskip.measure.speed.methods import SELF_SPECULATIVE
 from layerskip.measure.speed.steps import Workbench, head_times, step_cost
 from layerskip.model import cost as costs
-from layerskip.model.head import draft_ids
+from layerskip.model.head import DRAFT_VOCABULARIES, draft_ids
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

@@ -15,9 +15,10 @@ from layerskip.errors import UserError, hint_of
 from layerskip.train.objective.exit_map import add_map, as_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from layerskip.checkpoint.facts import Facts
+    from layerskip.train.job.plan import Run
     from layerskip.train.job.recipe import Recipe
 
 MAKING = ".exporting"
@@ -28,34 +29,29 @@ COPIED = (
 
 
 def export(
-    trainer: Any,
-    source: Path,
-    output: Path,
-    facts: Facts,
-    recipe: Recipe,
-    result: dict[str, Any],
+    trainer: Any, run: Run, facts: Facts, vocabulary: Sequence[int] | None, result: dict[str, Any]
 ) -> None:
-    """Write the trained model into `output`; every rank calls it, the first one writes.
+    """Write the trained model into the run's output; every rank calls it, the first one writes.
 
-    Adapters are merged; a map of the exit becomes rows of its own for the draft vocabulary. Tokenizer and
-    generation config are those of `source`, byte for byte.
+    Adapters are merged; `vocabulary`, ids by falling frequency, is that of the draft head, whose rows a map of the
+    exit goes into. Tokenizer and generation config are those of the model before training, byte for byte.
     Raises: UserError when there is no room; checkpoints and a former export stay as they were.
     """
     from safetensors import SafetensorError
 
     trainer.exits.detach()
-    model = _whole(trainer, recipe)
+    output, model = run.output, _whole(trainer, run.recipe)
     if trainer.args.process_index == 0:
         making = output / MAKING
         try:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir(parents=True)
             _check_space(model, output)
-            with as_checkpoint(model, making, facts, trainer.exits.bound.vocabulary):
+            with as_checkpoint(model, making, facts, vocabulary):
                 model.save_pretrained(making)
-            for file in _copied(source):
+            for file in _copied(run.folder):
                 shutil.copyfile(file, making / file.name)
-            (making / "README.md").write_text(card(recipe, facts, result), encoding="utf-8")
+            (making / "README.md").write_text(card(run.recipe, facts, result), encoding="utf-8")
             _move(making, output)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -95,20 +91,9 @@ def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     ]
     for k, figures in result["exits"].items():
         lines.append(f"| {k} | {_number(figures['loss'], '.3f')} | {_number(figures['agreement'], '.1%')} |")
-    measured = "held-out data" if recipe.eval_data else "the last training batches"
-    told = f"Measured on {measured}: per token, with the right text before it."
+    told = f"Measured on {measured_on(result)}: per token, with the right text before it."
     lines += ["", told if result["exits"] else "Nothing was measured."]
-    speedup = _number(result.get("predicted_speedup"), ".2f")
-    if facts.exit_layer is None and facts.trained:
-        why = f"Drafting does not pay yet: the cost model predicts {speedup} x at best"
-        why = "No exit was measured" if result.get("predicted_speedup") is None else why
-        lines += ["", f"{why}, so plain decoding is the default."]
-    if facts.exit_layer is not None:
-        lines += [
-            "",
-            f"Default: exit layer E = {facts.exit_layer}, draft length K = {facts.draft_length}; the cost model "
-            f"predicts {speedup} x from these agreements, `layerskip bench` measures.",
-        ]
+    lines += ["", *_default(facts, result)] if facts.trained else []
     keys = (
         "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum", "rotation",
         "exits", "exit_loss", "learning_rate", "lr_schedule", "dtype", "seed",
@@ -119,6 +104,34 @@ def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     lines += [f"{key}: {getattr(recipe, key)}" for key in keys]
     lines += [f"lora: rank {recipe.lora.rank}, merged"] if recipe.lora else []
     return "\n".join([*lines, "```", ""])
+
+
+def measured_on(result: dict[str, Any]) -> str:
+    """Say which text a run's figures come from."""
+    if not result["exits"]:
+        return "nothing"
+    return {
+        "eval_data": "the evaluation data",
+        "held_out": f"{result.get('held_out')} examples of the data, set aside and not trained on",
+        "training": "the last training batches",
+    }[result["measured_on"]]
+
+
+def _default(facts: Facts, result: dict[str, Any]) -> list[str]:
+    """Say what drafting is predicted to gain, and whether it is the default."""
+    name, speedup = Path(str(result["output"])).name, _number(result["predicted_speedup"], ".2f")
+    measure = f"`layerskip tune ./{name} --prompts FILE --save` measures and sets a default"
+    if result["predicted_speedup"] is None:
+        return [f"Plain decoding is the default: no data were held out to choose an exit by. {measure}."]
+    told = f"the cost model predicts {speedup} x"
+    if facts.exit_layer is None:
+        return [f"Drafting does not pay yet: {told} at best, so plain decoding is the default. {measure}."]
+    vocabulary = result["draft_vocab"]
+    head = "" if vocabulary is None else f", draft vocabulary the data's {vocabulary:,} most frequent tokens"
+    return [
+        f"Default: exit layer E = {facts.exit_layer}, draft length K = {facts.draft_length}{head}. "
+        f"From these agreements {told}. That is a prediction, no measurement: `layerskip bench ./{name}` measures."
+    ]
 
 
 def _whole(trainer: Any, recipe: Recipe) -> Any:

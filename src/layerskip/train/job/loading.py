@@ -11,6 +11,7 @@ from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
+    from layerskip.train.data.encoding import Encoded
     from layerskip.train.data.packing import Rows
     from layerskip.train.job.recipe import Recipe
     from layerskip.watch import Watch
@@ -72,16 +73,12 @@ def ends_of(folder: Path, config: Any) -> set[int]:
 
 
 def rows_of(
-    recipe: Recipe,
-    sources: Sequence[str],
-    tokenizer: Any,
-    config: Any,
-    watch: Watch | None,
-    ends: Iterable[int],
-    limit: int | None = None,
-) -> Rows | None:
-    if not sources:
-        return None
+    recipe: Recipe, tokenizer: Any, config: Any, watch: Watch | None, ends: Iterable[int]
+) -> tuple[Rows, Rows | None]:
+    """Read the rows to train on, and those to evaluate on: of eval_data, else of examples that are set aside.
+
+    Examples are set aside before packing, the same ones for the same data and seed.
+    """
     from layerskip.train.data import packing as data
 
     columns = data.Columns(**recipe.columns.model_dump())
@@ -93,12 +90,34 @@ def rows_of(
         pack=recipe.pack,
         long=recipe.long,
     )
-    found = itertools.chain.from_iterable(data.examples(source, columns) for source in sources)
-    encoded = data.encode(itertools.islice(found, limit), tokenizer, options, watch, ends)
     pad = tokenizer.pad_token_id
-    rows = data.rows(encoded, options, 0 if pad is None else pad)
-    data.check_labels(rows, config.get_text_config().vocab_size)
-    return rows
+
+    def read(sources: Sequence[str], limit: int | None = None) -> list[Encoded]:
+        found = itertools.chain.from_iterable(data.examples(source, columns) for source in sources)
+        return data.encode(itertools.islice(found, limit), tokenizer, options, watch, ends)
+
+    def packed(encoded: list[Encoded]) -> Rows:
+        made = data.rows(encoded, options, 0 if pad is None else pad)
+        data.check_labels(made, config.get_text_config().vocab_size)
+        return made
+
+    trained, evaluated = read(recipe.sources), []
+    if recipe.eval_sources:
+        evaluated = read(recipe.eval_sources, recipe.eval_limit)
+    elif count := num_held_out(recipe, len(trained)):
+        trained, evaluated = data.split(trained, num=count, seed=recipe.seed)
+    return packed(trained), packed(evaluated) if evaluated else None
+
+
+LEAST_HELD_OUT, MOST_HELD_OUT = 8, 200  # examples; fewer tell nothing, more cost minutes
+
+
+def num_held_out(recipe: Recipe, examples: int) -> int:
+    """Count the examples to set aside: as asked, else 2%, but no more than a tenth of the data."""
+    if recipe.hold_out is not None:
+        return recipe.hold_out
+    count = min(max(examples // 50, LEAST_HELD_OUT), MOST_HELD_OUT)
+    return count if 10 * count <= examples else 0
 
 
 def model_for(recipe: Recipe, folder: Path, config: Any) -> Any:

@@ -50,6 +50,11 @@ class Run:
     plan: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def num_held_out(self) -> int:
+        """Examples of the training data that were set aside to evaluate on."""
+        return 0 if self.eval_rows is None or self.recipe.eval_sources else self.eval_rows.num_examples
+
+    @property
     def output(self) -> Path:
         return Path(self.arguments.output_dir)
 
@@ -156,6 +161,7 @@ def plan_of(run: Run) -> dict[str, Any]:
         "tokens_per_epoch": rows.num_tokens,
         "learnt_share": round(rows.num_targets / rows.num_tokens, 3),
         "eval_rows": 0 if run.eval_rows is None else len(run.eval_rows),
+        "held_out": run.num_held_out,
         "layers": config.num_hidden_layers,
         "exits": list(run.schedule.trained),
         "parameters": parameters,

@@ -91,6 +91,8 @@ class Recipe(_Strict):
     """Data to evaluate on, never trained on; null evaluates nothing."""
     eval_limit: Count | None = 200
     """Examples of eval_data to use; null is all."""
+    hold_out: int | None = Field(default=None, ge=0)
+    """Without eval_data, examples of data to set aside for it; null is 2%, 8 to 200, of 80 or more; 0 is none."""
     columns: ColumnNames = ColumnNames()
     """What the data calls its columns: text, messages, or prompt and completion."""
     template: Literal["auto", "on", "off"] = "auto"
@@ -207,6 +209,8 @@ class Recipe(_Strict):
             raise ValueError("curriculum fixed needs exits")
         if self.best_by != "none" and self.eval_data is None:
             raise ValueError(f"best_by {self.best_by} needs eval_data")
+        if self.hold_out is not None and self.eval_data is not None:
+            raise ValueError("hold_out takes the place of eval_data, give one of them")
         if reason := Objective.of(self).contradiction(self, adapters=self.lora is not None):
             raise ValueError(reason)
         if self.global_batch is not None and self.accumulation != 1:

@@ -41,6 +41,7 @@ from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
 
 if TYPE_CHECKING:
+    from layerskip.train.figures import Choice
     from layerskip.watch import Watch
 
 RECIPE_FILE = "recipe.yaml"
@@ -94,9 +95,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     tokenizer, ends = tokenizer_of(folder), ends_of(folder, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        train_rows = rows_of(recipe, recipe.sources, tokenizer, config, watch, ends)
-        eval_rows = rows_of(recipe, recipe.eval_sources, tokenizer, config, watch, ends, recipe.eval_limit)
-    assert train_rows is not None
+        train_rows, eval_rows = rows_of(recipe, tokenizer, config, watch, ends)
     model = model_for(recipe, folder, config)
     run = Run(
         recipe, schedule, model, tokenizer, folder, arguments, train_rows, eval_rows, ends,
@@ -128,7 +127,6 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """
     from transformers import PrinterCallback
 
-    from layerskip.train import figures
     from layerskip.train.trainer import LayerSkipTrainer
 
     main = run.arguments.process_index == 0
@@ -161,34 +159,56 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         "train_s": time.perf_counter() - began,
         "interrupted": trainer.interrupted,
         "output": str(run.output),
-        **dict.fromkeys(("exit_layer", "draft_length", "predicted_speedup")),
+        **dict.fromkeys(("exit_layer", "draft_length", "draft_vocab", "predicted_speedup")),
+        "measured_on": "training",
     }
     history = trainer.state.log_history
     if not result["interrupted"] and run.eval_rows is not None:
         done = any("eval_loss" in line and line.get("step") == trainer.state.global_step for line in history)
         if not done or trainer.state.best_model_checkpoint:  # the best one's weights are loaded by now
             trainer.evaluate()
-    result |= final_figures(history, run.eval_rows is not None)
+    evaluated = run.eval_rows is not None and any("eval_loss" in line for line in history)
+    result |= final_figures(history, evaluated)
+    if evaluated:
+        result |= {
+            "measured_on": "held_out" if run.num_held_out else "eval_data",
+            "held_out": run.num_held_out,
+        }
     if main:
         shutil.rmtree(run.output / checkpoints.STAGING, ignore_errors=True)
     if result["interrupted"]:
         return result
-    agreement = {
-        int(k): told["agreement"] for k, told in result["exits"].items() if told["agreement"] is not None
-    }
-    chosen = figures.predicted(
-        trainer.exits, {k: agreement[k] for k in run.schedule.trained if k in agreement}
-    )
-    exit_layer, draft_length, speedup = chosen or (None, None, None)
-    if speedup is not None and speedup < 1.0:
-        exit_layer = draft_length = None  # decoding stays plain until it is asked for more
-    result |= {"exit_layer": exit_layer, "draft_length": draft_length, "predicted_speedup": speedup}
+    chosen = _choice(trainer, run, result["exits"]) if result["measured_on"] != "training" else None
+    vocabulary: Sequence[int] | None = trainer.exits.bound.vocabulary
+    if chosen is not None:
+        result["predicted_speedup"] = chosen.speedup
+        if chosen.speedup >= 1.0:  # else decoding stays plain until it is asked for more
+            result |= {"exit_layer": chosen.exit_layer, "draft_length": chosen.draft_length}
+        if vocabulary is None and chosen.draft_vocab < trainer.exits.head.weight.shape[0]:
+            vocabulary = run.train_rows.frequent(chosen.draft_vocab, run.ends)
+    result["draft_vocab"] = None if vocabulary is None else len(vocabulary)
     if trainer.state.best_model_checkpoint and run.recipe.best_by != "none":
         result["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
-    facts = Facts(run.schedule.trained, exit_layer, draft_length, recipe=run.recipe.name or None)
+    chosen_by = (result["exit_layer"], result["draft_length"])
+    facts = Facts(run.schedule.trained, *chosen_by, recipe=run.recipe.name or None)
     run.model.config.use_cache = run.use_cache
-    export(trainer, run.folder, run.output, facts, run.recipe, result)
+    export(trainer, run, facts, vocabulary, result)
     return result
+
+
+def _choice(trainer: Any, run: Run, exits: dict[str, Any]) -> Choice | None:
+    """Choose E, K and the size of the draft vocabulary from what rows said that were not trained on."""
+    from layerskip.train import figures
+
+    assert run.eval_rows is not None
+    agreement = {int(k): told["agreement"] for k, told in exits.items() if told["agreement"] is not None}
+    measured = {k: agreement[k] for k in run.schedule.trained if k in agreement}
+    if (own := trainer.exits.bound.vocabulary) is not None:  # exit_vocab has chosen
+        shares = {len(own): figures.covered(run.eval_rows, own)}
+    else:
+        size = trainer.exits.head.weight.shape[0]
+        shares = figures.coverage(run.train_rows, run.eval_rows, run.ends, size)
+    return figures.predicted(trainer.exits, measured, shares)
 
 
 def _load_finished(trainer: Any, run: Run) -> None:
@@ -261,7 +281,8 @@ def _facts(run: Run) -> dict[str, Any]:
     digest, rows = hashlib.sha256(), run.train_rows
     for array in (rows.tokens, rows.labels, rows.starts, rows.bounds):
         digest.update(array.data)
-    return {key: run.plan[key] for key in ("rows_per_step", "steps")} | {"data": digest.hexdigest()}
+    counted = {key: run.plan[key] for key in ("rows_per_step", "steps", "held_out")}
+    return counted | {"data": digest.hexdigest()}
 
 
 def _check_unchanged(run: Run) -> None:
@@ -272,7 +293,7 @@ def _check_unchanged(run: Run) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {error}", "choose another output") from error
     changed = ["the data" if key == "data" else f"{key} ({before.get(key)} before, now {value})"
-               for key, value in now.items() if before.get(key) != value]  # fmt: skip
+               for key, value in now.items() if before.get(key, value) != value]  # fmt: skip
     if changed:
         raise UserError(
             f"the run in {run.output} cannot go on exactly, these changed: {', '.join(changed)}",
