@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from layerskip.checkpoint import facts as checkpoint
 from layerskip.checkpoint.delta import apply_delta, make_delta
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure.exits.states import chunks
+from layerskip.measure.exits.continuations import continuations, observed
+from layerskip.measure.exits.evaluation import Text, judged, rows
+from layerskip.measure.exits.lens import lens
+from layerskip.measure.exits.states import chunks, own_heads
 from layerskip.train.job.recipe import recipe_from
 from layerskip.train.job.run import finish, prepare
+from layerskip.watch import silent
 
 WAYS = {
     "all weights": {"freeze": "embeddings"},
@@ -72,6 +77,65 @@ def test_other_exits_and_plain_decoding_do_not_know_the_map(trained):
     plain = lm.generate("say 1", mode="ar", max_new_tokens=24)
     drafted = lm.generate("say 1", mode="self-speculative", exit_layer=2, draft_length=3, max_new_tokens=24)
     assert plain.tokens == drafted.tokens
+
+
+def test_an_exit_with_a_head_of_its_own_is_shown_by_it(trained, run, data, tmp_path):
+    """eval and inspect read it by the shared head, which it was not trained for: it looked broken."""
+    lm = layerskip.load(str(trained.output), dtype="float32")
+    heads = own_heads(lm)
+    assert {k: head.size for k, head in heads.items()} == {2: 24}
+    tokens = lm.encode("say 1\nabc abc abc abc say 2")
+    (chunk,) = chunks(lm.stack, [tokens], [1, 2], heads=heads)
+    found = dict(chunk.exits())
+    assert torch.equal(found[1], chunk.logits(1))
+    best = heads[2].ids[chunk.logits(2, heads[2]).argmax(-1)]
+    assert found[2].argmax(-1).tolist() == best.tolist()
+    assert int(found[2].isfinite().sum(-1).max()) == 24
+    seen = lens(lm.stack, lm.tokenizer, tokens, [2], heads=heads)
+    full = chunk.full.argmax(-1)
+    assert seen.agrees[0] == (best == full).tolist()
+    (text,) = judged(lm.stack, [Text(tokens, {"text": range(len(tokens) - 1)})], [1, 2, 5], heads=heads)
+    told = {row["exit_layer"]: row for row in rows([text], "text")}
+    assert told[2]["agreement"] == pytest.approx(float((best == full)[:-1].float().mean()))
+    assert 0 <= told[2]["tv"] <= 1
+    assert (told[2]["kl"], told[2]["perplexity"]) == (None, None)
+    assert None not in told[1].values()
+
+    (tmp_path / "text.txt").write_text("say 1\nabc abc abc say 2")
+    path, work = trained.output, tmp_path / "work"
+    code, printed, message = run("eval", path, "--text", tmp_path / "text.txt", "--work", work)
+    assert code == 0, message
+    assert "exit 2 is read by its own draft head of 24 tokens" in printed
+    code, printed, message = run("inspect", path, "say 1")
+    assert code == 0, message
+    assert "exit 2 is read by its own draft head of 24 tokens" in message
+
+
+def test_doctor_and_tune_tell_the_agreement_of_the_head_that_drafts(trained):
+    lm = layerskip.load(str(trained.output), dtype="float32")
+    found = continuations(lm, [lm.encode("say 1")], 8, silent)
+    own = observed(lm, found, [2], [0, 24], [1, 2], silent)
+    lm.facts = replace(lm.facts, draft_head=None)
+    lm._heads.clear()
+    shared = observed(lm, found, [2], [0, 24], [1, 2], silent)
+    assert own.agreement[1] == shared.agreement[1]
+    (chunk,) = chunks(lm.stack, [[*found[0].prompt, *found[0].tokens[:-1]]], [2], [len(found[0].prompt) - 1])
+    told = (chunk.logits(2).argmax(-1) == chunk.full.argmax(-1)).float().mean()
+    assert shared.agreement[2] == pytest.approx(float(told))
+    lm = layerskip.load(str(trained.output), dtype="float32")
+    head = own_heads(lm)[2]
+    told = (head.ids[chunk.logits(2, head).argmax(-1)] == chunk.full.argmax(-1)).float().mean()
+    assert own.agreement[2] == pytest.approx(float(told))
+
+
+def test_early_exit_decoding_says_that_it_does_not_read_the_exits_own_head(trained, recwarn):
+    lm = layerskip.load(str(trained.output), dtype="float32")
+    recwarn.clear()
+    lm.generate("say 1", mode="early-exit", exit_layer=3, max_new_tokens=2)
+    lm.generate("say 1", mode="self-speculative", exit_layer=2, max_new_tokens=2)
+    assert not recwarn
+    lm.generate("say 1", mode="early-exit", exit_layer=2, max_new_tokens=2)
+    assert "exit 2 was trained for a draft head of its own" in str(recwarn.pop(UserWarning).message)
 
 
 def test_a_resumed_run_keeps_its_map(folder, data, tmp_path):

@@ -78,7 +78,9 @@ def test_texts_judged_together_are_what_they_are_alone_and_chunks_do_not_show(ll
     stack = llama[1]
     texts = [whole(tokens(n, seed=n)) for n in (50, 3, 34, 2, 33)]
     together = list(judged(stack, texts, [1, 3, L]))
-    monkeypatch.setattr(evaluation, "chunks", lambda *given: original(*given, batch_tokens=1, size=8))
+    monkeypatch.setattr(
+        evaluation, "chunks", lambda *given, **more: original(*given, **more, batch_tokens=1, size=8)
+    )
     alone = [next(judged(stack, [text], [1, 3, L])) for text in texts]
     assert len(together) == len(texts)
     for a, b in zip(together, alone, strict=True):
@@ -92,7 +94,7 @@ original = evaluation.chunks
 
 def test_the_parts_of_a_text_share_it_out(llama, monkeypatch):
     """The token before a continuation predicts its first token and belongs to it; parts may span several chunks."""
-    monkeypatch.setattr(evaluation, "chunks", lambda *given: original(*given, size=8))
+    monkeypatch.setattr(evaluation, "chunks", lambda *given, **more: original(*given, **more, size=8))
     prompt, sequence = 13, tokens(40)
     parts = {"prompts": range(prompt - 1), "continuations": range(prompt - 1, len(sequence) - 1)}
     [split] = judged(llama[1], [Text(sequence, parts)], [2, L])

@@ -117,7 +117,9 @@ def eval(
         "exits": next((sources[name] for name in SOURCES if name in sources), []),
         "sources": sources,
         "tasks": tasks,
-        "configuration": configuration(given, lm, load_s, layers=lm.stack.num_layers),
+        "configuration": configuration(
+            given, lm, load_s, layers=lm.stack.num_layers, own_heads=run.own_sizes
+        ),
     }
     tell(result, as_json, print_evaluation)
     note(f"results per item: {', '.join(map(str, run.files))}")
@@ -196,14 +198,20 @@ class _Run:
     watch: Watch = silent
 
     def __post_init__(self) -> None:
-        from layerskip.measure.exits.states import check_exits
+        from layerskip.measure.exits.states import check_exits, own_heads
 
         layers = self.lm.stack.num_layers
+        self.heads = own_heads(self.lm)
         self.files: list[Path] = []
         if self.exits is None:
             self.exits = list(range(1, layers + 1))
         check_exits(self.exits, layers)
         self.exits = sorted({*self.exits, layers})
+
+    @property
+    def own_sizes(self) -> dict[str, int]:
+        """Tokens of the heads of exits that are read by rows of their own."""
+        return {str(k): head.size for k, head in self.heads.items()}
 
     def text(self, content: str, path: Path) -> dict[str, list[dict[str, Any]]]:
         """Judge the exits on running text, window by window."""
@@ -256,6 +264,10 @@ class _Run:
 
         exits = [self._exit_layer(exit_layer), self.lm.stack.num_layers]
         pairs = [pairs_of(self.lm, item, separator, chat) for item in items]
+        if exits[0] in self.heads:
+            note(
+                f"exit {exits[0]} is read by the model's head: its own draft head has not all tokens to score"
+            )
         records = self._records(LIKELIHOOD, self.asked.data, exits=exits, chat=chat, separator=separator)
         left = [i for i in range(len(items)) if i not in records.found]
         advance = self._advance("scoring", [sum(n for _, n in of_item) for of_item in pairs], left)
@@ -325,9 +337,8 @@ class _Run:
         assert self.exits is not None
         left = [i for i in range(len(texts)) if i not in records.found]
         advance = self._advance("judging, tokens", [max(1, len(text.tokens) - 1) for text in texts], left)
-        for i, sums in zip(
-            left, judged(self.lm.stack, [texts[i] for i in left], self.exits, advance), strict=True
-        ):
+        found = judged(self.lm.stack, [texts[i] for i in left], self.exits, advance, self.heads)
+        for i, sums in zip(left, found, strict=True):
             records.keep({"index": i, **sums})
         kept: list[Record] = [records.found[i] for i in range(len(texts))]
         return {source: rows(kept, source) for source in sources}
@@ -362,6 +373,7 @@ class _Run:
             "device": lm.stack.device.type,
             "stack": lm.stack.name,
             "quantize": self.quantize,
+            **({"own_heads": self.own_sizes} if self.own_sizes else {}),
             "versions": {package: facts[package] for package in ("layerskip", "torch", "transformers")},
         }
         records = Records(work_folder(self.asked.work, name, setup))

@@ -57,6 +57,7 @@ def inspect(
     lm, load_s = loaded(model, loading)
     from layerskip.cli.show.inspection import print_inspection
     from layerskip.measure.exits.lens import lens
+    from layerskip.measure.exits.states import own_heads
     from layerskip.measure.exits.timeline import timeline
 
     wrapped = bool(generate) and lm.has_template if chat is None else chat
@@ -67,7 +68,10 @@ def inspect(
         # From the position that predicts the first new token to the one that predicts the last.
         first = len(tokens) - 1
         tokens = [*tokens, *(token for round in rounds for token in round.tokens)][:-1]
-    seen = lens(lm.stack, lm.tokenizer, tokens, rows, first)
+    heads = own_heads(lm)
+    seen = lens(lm.stack, lm.tokenizer, tokens, rows, first, heads)
+    for exit_layer, head in heads.items():
+        note(f"exit {exit_layer} is read by its own draft head of {head.size:,} tokens")
     result: dict[str, Any] = {"lens": asdict(seen), "timeline": shown and asdict(shown)}
     result["configuration"] = configuration(given, lm, load_s, chat=wrapped)
     tell(result, as_json, lambda _: print_inspection(seen, shown))

@@ -7,6 +7,7 @@ for round in lm.stream([{"role": "user", "content": "Hello"}]): ...
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,12 @@ class LanguageModel:
     def call(self, options: Options) -> Call:
         """Resolve options once, for all requests of a call. Raises: UserError when they cannot be honoured."""
         options, plan = seeded(options), self.plan(options)
+        if plan.believe and self.facts.owns_head(plan.exit_layer):
+            warnings.warn(
+                f"exit {plan.exit_layer} was trained for a draft head of its own, but mode early-exit reads it by "
+                "the model's head, so the text is worse than its drafts; mode self-speculative reads its own",
+                stacklevel=1,
+            )
         strings, ends = texts.split_stops(self.tokenizer, options.stops)
         head, eos = self._draft_head(options, plan), self.eos_ids(options) | ends
         controller = self._controller(plan, head) if plan.controlled else None

@@ -25,6 +25,10 @@ def print_evaluation(result: dict[str, Any]) -> None:
         print_exits(TITLES[source], rows, told["trained_exits"])
     for name, task in result["tasks"].items():
         print_task(name, task)
+    for exit_layer, size in told.get("own_heads", {}).items() if result["sources"] else ():
+        head = f"exit {exit_layer} is read by its own draft head of {size:,} tokens"
+        why = "no other token has a probability there, so KL and perplexity are infinite"
+        out.print(Text(f"{head}; {why}", style="dim"))
     trained = ", ".join(map(str, told["trained_exits"]))
     marks = f"exits trained: {trained}" if trained else "this model has no trained exits"
     out.print(Text(f"{told['model']}, {told['dtype']} on {told['device']}; {marks}", style="dim"))

@@ -15,7 +15,7 @@ import torch
 
 from layerskip.decode.options import Options
 from layerskip.decode.sampling import confidence
-from layerskip.measure.exits.states import chunks
+from layerskip.measure.exits.states import chunks, own_heads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +75,7 @@ def observed(
         (e, size): lm.draft_head(Options.parse({"draft_vocab": size or "off", "exit_layer": e}))
         for e, size in keys
     }
+    own = own_heads(lm)
     bits: dict[tuple[int, int], list[list[Tensor]]] = {key: [[] for _ in found] for key in keys}
     sure: dict[tuple[int, int], list[list[Tensor]]] = {key: [[] for _ in found] for key in keys}
     agreeing = dict.fromkeys(sorted({*curve, *exits, lm.stack.num_layers}), 0)
@@ -82,7 +83,7 @@ def observed(
     # The last token is left out: nothing follows it. The prompt's last position tells the first token.
     sequences = [[*one.prompt, *one.tokens[:-1]] for one in found]
     firsts = [len(one.prompt) - 1 for one in found]
-    for chunk in chunks(lm.stack, sequences, list(agreeing), firsts):
+    for chunk in chunks(lm.stack, sequences, list(agreeing), firsts, heads=own):
         i = chunk.sequence
         watch("reading exits", i, len(found))
         start = chunk.positions.start - firsts[i]
@@ -90,19 +91,21 @@ def observed(
         full = chunk.full.argmax(-1)  # [N]
         counted["positions"] += len(full)
         counted["equal"] += int((full == wanted).sum())
-        best = chunk.full.topk(2).values  # [N, 2]
-        gap = best[:, 0] - best[:, 1]
+        top = chunk.full.topk(2).values  # [N, 2]
+        gap = top[:, 0] - top[:, 1]
         counted["ties"] += int((gap == 0).sum())
-        counted["near"] += int((gap <= _last_place(best[:, 0], lm.stack.dtype)).sum())
+        counted["near"] += int((gap <= _last_place(top[:, 0], lm.stack.dtype)).sum())
         for e in agreeing:
+            if e in own:  # its agreement is told of the head it drafts with
+                agreeing[e] += int((chunk.own(e).argmax(-1) == full).sum())
             for size in dict.fromkeys([0, *sizes] if e in exits else [0]):
                 logits = chunk.logits(e, heads.get((e, size)))  # [N, V or reduced]
-                own = logits.argmax(-1)  # [N], a place in the head
+                best = logits.argmax(-1)  # [N], a place in the head
                 if (head := heads.get((e, size))) is not None:
-                    own = head.ids[own]
-                agreeing[e] += 0 if size else int((own == full).sum())
+                    best = head.ids[best]
+                agreeing[e] += 0 if size or e in own else int((best == full).sum())
                 if (e, size) in bits:
-                    bits[e, size][i].append(own == wanted)
+                    bits[e, size][i].append(best == wanted)
                     sure[e, size][i].append(confidence(logits))
     positions = counted["positions"]
     return Seen(

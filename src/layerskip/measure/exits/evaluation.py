@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerskip.measure.exits.states import Chunk
+    from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
 SUMS = ("agreed", "kl", "tv", "nll")
@@ -67,17 +68,20 @@ def judged(
     texts: Sequence[Text],
     exits: Sequence[int],
     watch: Callable[[int], None] = lambda tokens: None,
+    heads: Mapping[int, Head] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Judge texts at all exits in one pass, yielding a record of sums per text, in order.
 
     A record has, by source, the number of tokens and by exit the sums of `SUMS` over them. `watch` is told how many
-    tokens were worked off, padding left out.
+    tokens were worked off, padding left out. An exit of `heads` is read by that head. It gives other tokens no
+    probability, so KL and negative log-likelihood are infinite there and None takes their place.
 
     Raises: UserError for exits or texts the model cannot take, and for logits that are not numbers.
     """
-    sums = _nothing(texts[0], exits) if texts else {}
+    heads = heads or {}
+    sums = _nothing(texts[0], exits, heads) if texts else {}
     read = [text.tokens[: max(1, len(text.tokens) - 1)] for text in texts]  # the last token is only predicted
-    for chunk in chunks(stack, read, exits):
+    for chunk in chunks(stack, read, exits, heads=heads):
         text = texts[chunk.sequence]
         following = text.tokens[chunk.positions.start + 1 : chunk.positions.stop + 1]
         if following:  # a text of one token has none
@@ -89,16 +93,18 @@ def judged(
                 for exit_layer, values in found.items():
                     at = sums[source]["exits"][str(exit_layer)]
                     for name, value in zip(SUMS, values[:, start:stop].sum(-1).tolist(), strict=True):
-                        at[name] += value
+                        if at[name] is not None:
+                            at[name] += value
         watch(len(chunk.positions))
         if chunk.positions.stop == len(read[chunk.sequence]):
             yield sums
             if chunk.sequence + 1 < len(texts):
-                sums = _nothing(texts[chunk.sequence + 1], exits)
+                sums = _nothing(texts[chunk.sequence + 1], exits, heads)
 
 
-def _nothing(text: Text, exits: Iterable[int]) -> dict[str, Any]:
-    zeros = {str(exit_layer): dict.fromkeys(SUMS, 0.0) for exit_layer in exits}
+def _nothing(text: Text, exits: Iterable[int], heads: Mapping[int, Head]) -> dict[str, Any]:
+    absent = {"kl": None, "nll": None}
+    zeros = {str(k): dict.fromkeys(SUMS, 0.0) | (absent if k in heads else {}) for k in exits}
     return {source: {"tokens": 0, "exits": {k: dict(v) for k, v in zeros.items()}} for source in text.parts}
 
 
@@ -144,7 +150,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rows(records: Iterable[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Average records over all tokens of a source, an entry per exit; None where there is no token.
+    """Average records over all tokens of a source, an entry per exit; None where there is no token, or no number.
 
     Units: KL in nats; total variation from 0 to 1; perplexity per token.
     """
@@ -153,7 +159,12 @@ def rows(records: Iterable[Mapping[str, Any]], source: str) -> list[dict[str, An
     table = []
     for exit_layer in sorted({int(key) for part in parts for key in part["exits"]}):
         at = [part["exits"][str(exit_layer)] for part in parts]
-        mean = {name: sum(sums[name] for sums in at) / tokens if tokens else None for name in SUMS}
+        mean = {
+            name: sum(sums[name] for sums in at) / tokens
+            if tokens and all(sums[name] is not None for sums in at)
+            else None
+            for name in SUMS
+        }
         table.append(
             {
                 "exit_layer": exit_layer,

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from layerskip.errors import UserError
 from layerskip.measure.exits.states import check_exits, chunks
 
 if TYPE_CHECKING:
+    from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
 LONGEST = 256  # positions of one lens: a picture of more is read by nobody
@@ -47,9 +48,16 @@ class Lens:
 
 
 def lens(
-    stack: Stack, tokenizer: Any, tokens: Sequence[int], exits: Sequence[int] | None = None, first: int = 0
+    stack: Stack,
+    tokenizer: Any,
+    tokens: Sequence[int],
+    exits: Sequence[int] | None = None,
+    first: int = 0,
+    heads: Mapping[int, Head] | None = None,
 ) -> Lens:
     """Look through every layer at the positions `first`.. of a text; keep the rows `exits` (default: all).
+
+    An exit of `heads` is read by that head, all others by the model's.
 
     Exact: the best token of exit k is the argmax of the head over k layers (tests/measure/test_lens.py).
     Raises: UserError for an exit that is no layer of the model, or more than `LONGEST` positions.
@@ -64,7 +72,7 @@ def lens(
     ids: dict[int, list[int]] = {k: [] for k in range(1, layers + 1)}
     probability: dict[int, list[float]] = {k: [] for k in ids}
     with torch.inference_mode():
-        for chunk in chunks(stack, [tokens], [*ids], firsts=[first]):
+        for chunk in chunks(stack, [tokens], [*ids], firsts=[first], heads=heads):
             for exit_layer, logits in chunk.exits():
                 ids[exit_layer] += logits.argmax(-1).tolist()  # [N]
                 probability[exit_layer] += confidence(logits).tolist()

@@ -1,8 +1,8 @@
 """What every exit says about a text, in one pass of all layers: the base of evaluation, tuning and pictures.
 
-    for chunk in chunks(stack, sequences, exits=[2, 4, 8]):
+    for chunk in chunks(stack, sequences, exits=[2, 4, 8], heads=own_heads(lm)):
         chunk.full                                  # float32 [N, V], the whole model
-        for exit_layer, logits in chunk.exits():    # float32 [N, V] or [N, head.size], one exit at a time
+        for exit_layer, logits in chunk.exits():    # float32 [N, V], one exit at a time
 
 Sequences are run side by side, as many as `BATCH_TOKENS` allows; the states after every exit are kept by taps, and
 the head reads them `CHUNK` positions at a time, so no [exits, N, V] is ever held.
@@ -10,18 +10,20 @@ the head reads them `CHUNK` positions at a time, so no [exits, N, V] is ever hel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.model.step import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from layerskip.decode.language_model import LanguageModel
     from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
@@ -41,6 +43,7 @@ class Chunk:
     positions: range
     states: dict[int, Tensor]  # exit layer -> [N, D]
     full: Tensor  # float32 [N, V], all layers
+    heads: Mapping[int, Head] = field(default_factory=dict)  # of exits that have one of their own
 
     @torch.inference_mode()  # a norm with a gradient could not save the states, which are inference tensors
     def logits(self, exit_layer: int, head: Head | None = None) -> Tensor:
@@ -52,9 +55,24 @@ class Chunk:
             return self.full
         return _finite(self.stack.logits(self.states[exit_layer], head), exit_layer)
 
+    def own(self, exit_layer: int) -> Tensor:
+        """Read one exit by the head it drafts with: float32 [N, V], -inf where a head of its own has no row."""
+        head = self.heads.get(exit_layer)
+        logits = self.logits(exit_layer, head)
+        return logits if head is None else head.scatter(logits, self.stack.vocab_size)
+
     def exits(self, head: Head | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Read one exit after the other, by ascending layer."""
-        return ((exit_layer, self.logits(exit_layer, head)) for exit_layer in sorted(self.states))
+        """Read one exit after the other, by ascending layer: all by this head, else each as `own` does."""
+        for exit_layer in sorted(self.states):
+            yield exit_layer, self.own(exit_layer) if head is None else self.logits(exit_layer, head)
+
+
+def own_heads(lm: LanguageModel) -> dict[int, Head]:
+    """The heads of exits that have rows of their own: the shared head says nothing of what such an exit learnt."""
+    size = lm.facts.draft_vocab_size or len(lm.ranked_vocabulary or ())
+    owners = [k for k in lm.facts.exits if lm.facts.owns_head(k)]
+    found = {k: lm.draft_head(Options(exit_layer=k, draft_vocab=size)) for k in owners}
+    return {k: head for k, head in found.items() if head is not None}
 
 
 def chunks(
@@ -64,6 +82,7 @@ def chunks(
     firsts: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     size: int = CHUNK,
+    heads: Mapping[int, Head] | None = None,
 ) -> Iterator[Chunk]:
     """Run sequences of token ids through all layers and hand out their positions, chunk by chunk, in input order.
 
@@ -83,7 +102,7 @@ def chunks(
                 own = {k: h[row, positions.start : positions.stop] for k, h in states.items()}  # [N, D]
                 with torch.inference_mode():
                     full = _finite(stack.logits(own[stack.num_layers]), stack.num_layers)
-                yield Chunk(stack, i, positions, {k: own[k] for k in exits}, full)
+                yield Chunk(stack, i, positions, {k: own[k] for k in exits}, full, heads or {})
 
 
 def check_exits(exits: Iterable[int], layers: int) -> None:
