@@ -61,6 +61,24 @@ def test_the_trainer_of_the_documents_runs(folder, tmp_path, monkeypatch):
     assert lm.generate("say 1", max_new_tokens=2).stats["mode"] == "ar"
 
 
+def test_the_trl_trainer_of_the_documents_runs_on_a_cpu(tmp_path, monkeypatch):
+    """As it stands, exits apart: TRL's default, bf16, was refused on a machine without a GPU."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    text = (ROOT / "docs" / "training.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "LayerSkipSFTTrainer(" in b]
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny.tokenizer()
+    talk = [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "abc"}]
+    names = {
+        "model": tiny.random_model("llama", vocab_size=len(tokenizer)),
+        "tokenizer": tokenizer,
+        "chats": datasets.Dataset.from_list([{"messages": talk}] * 8),
+    }
+    exec(compile(block.replace("[4, 8]", "[2, 4]"), "training.md", "exec"), names)
+    assert names["args"].bf16 is False or torch.accelerator.is_available()
+
+
 def test_the_python_blocks_of_the_readme_run(monkeypatch, tmp_path):
     """On a tiny model in place of the built-in one."""
     import layerskip

@@ -27,6 +27,8 @@ def __getattr__(name: str) -> Any:
 
 def _classes() -> dict[str, Any]:
     """Make both classes. Raises: UserError where TRL is missing."""
+    import torch
+
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
@@ -35,7 +37,14 @@ def _classes() -> dict[str, Any]:
 
     @dataclass
     class LayerSkipSFTConfig(LayerSkipFields, SFTConfig):
-        """`SFTConfig` with the recipe's settings."""
+        """`SFTConfig` with the recipe's settings; on a CPU arithmetic is float32 unless bf16 is given."""
+
+        def __post_init__(self) -> None:
+            # TRL's own default is bf16 everywhere, which transformers refuses where there is no accelerator.
+            told: Any = self
+            if told.bf16 is None and (told.use_cpu or not torch.accelerator.is_available()):
+                told.bf16 = False
+            super().__post_init__()
 
     class LayerSkipSFTTrainer(LayerSkipMixin, SFTTrainer):
         """`SFTTrainer` with layer dropout and early-exit loss."""
