@@ -1,10 +1,15 @@
 """The Python face refuses what a newcomer would try, and says what to do instead."""
 
+from dataclasses import fields
+from inspect import signature
+from typing import get_type_hints
+
 import pytest
 
 import layerskip
 import tiny
 from layerskip.decode.language_model import LanguageModel
+from layerskip.decode.options import Keywords, Options
 from layerskip.errors import UserError
 from layerskip.model.huggingface import HuggingFaceStack
 
@@ -35,6 +40,32 @@ def lm():
 def test_an_option_of_the_wrong_kind_is_a_user_error(lm, options, message):
     with pytest.raises(UserError, match=message):
         lm.generate("hello", **options)
+
+
+def test_keywords_that_editors_complete_are_the_options_with_their_types():
+    """generate, each, stream and chat took **keywords: Any, of which an editor knows nothing."""
+    hints = get_type_hints(Options)
+    assert get_type_hints(Keywords) == {field.name: hints[field.name] for field in fields(Options)}
+    for method in ("generate", "each", "stream", "stream_text", "chat"):
+        assert (
+            signature(getattr(LanguageModel, method)).parameters["keywords"].annotation == "Unpack[Keywords]"
+        )
+    assert signature(layerskip.generate).parameters["keywords"].annotation == "Unpack[Keywords]"
+
+
+@pytest.mark.parametrize("stop", [(), "e", ("zz", " a")])
+def test_streamed_pieces_are_the_text_of_generate(lm, stop):
+    keywords = {"max_new_tokens": 24, "exit_layer": 2, "draft_length": 3, "stop": stop}
+    found = list(lm.stream_text("hello", **keywords))
+    assert "".join(found) == lm.generate("hello", **keywords).text
+    assert all(found)
+
+
+def test_text_is_streamed_as_it_comes_and_needs_a_tokenizer(lm):
+    assert len(list(lm.stream_text("hello", max_new_tokens=24, mode="ar"))) > 1
+    bare = LanguageModel(lm.stack, None)
+    with pytest.raises(UserError, match="no tokenizer, so there is no text"):
+        bare.stream_text([3, 4, 5])
 
 
 def test_a_model_and_a_name_are_told_apart(lm):

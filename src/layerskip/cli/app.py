@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from layerskip.cli.options import default, spread, without
-from layerskip.cli.show.terminal import err
+from layerskip.cli.show.terminal import loudness, note, notes, out
 from layerskip.decode.options import DraftOptions, LoadOptions, Options, SamplingOptions
 from layerskip.errors import UserError
 from layerskip.option import Option
@@ -18,12 +18,36 @@ if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a language model draft for itself: exact self-speculative decoding with early exits.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"layerskip {metadata.version('layerskip')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_verb(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what caused an error, and warnings of libraries.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No notes, warnings or progress on stderr; errors only.")
+    ] = False,
+) -> None:
+    if verbose and quiet:
+        raise UserError("--verbose and --quiet exclude each other", "give one of them")
+    loudness.set(verbose, quiet)
+
+
 Model = Annotated[
     str, typer.Argument(help="Built-in name, Hugging Face folder, or hub id.", show_default=False)
 ]
@@ -64,7 +88,7 @@ def listed_layers(
 
 def load(model: str, how: LoadOptions) -> LanguageModel:
     """Load a model, saying so on stderr while it takes time; set the CPU threads and warn of busy cores."""
-    with err.status(f"Loading {model} …"):
+    with notes.status(f"Loading {model} …"):
         import torch
         from transformers.utils import logging
 
@@ -72,12 +96,13 @@ def load(model: str, how: LoadOptions) -> LanguageModel:
         from layerskip.model.threads import busy_cores, busy_warning, chosen_threads
 
         logging.disable_progress_bar()
-        logging.set_verbosity_error()  # what matters of its warnings, we raise
+        if not loudness.verbose:
+            logging.set_verbosity_error()  # what matters of its warnings, we raise
     threads = chosen_threads(how.threads)
     torch.set_num_threads(threads)
     on_cpu = how.device == "cpu" or not torch.cuda.is_available()
     warning = busy_warning(busy_cores(), threads) if on_cpu else None
     lm = loading.load(model, **{name: value for name, value in vars(how).items() if name != "threads"})
     if warning is not None:
-        err.print(Text(f"warning: {warning}", style="yellow"))
+        note(f"warning: {warning}", "yellow")
     return lm

@@ -13,7 +13,7 @@ from layerskip.cli.options import Given, default, only, without, worded
 from layerskip.cli.prompts import PromptOptions, encoded
 from layerskip.cli.results import configuration, loaded, progress, save_result
 from layerskip.cli.show.bench import print_bench, print_card
-from layerskip.cli.show.terminal import err, out, tell
+from layerskip.cli.show.terminal import err, notes, out, tell
 from layerskip.decode.options import DraftOptions, SamplingOptions, vocabulary_size
 from layerskip.option import option
 
@@ -85,7 +85,7 @@ def bench(
                 lm,
                 items,
                 settings,
-                announce=lambda card: print_card(err if as_json else out, card),
+                announce=lambda card: print_card(notes if as_json else out, card),
                 watch=watch,
             )
     except benches.NotLossless as error:

@@ -23,7 +23,7 @@ from rich.text import Text
 from layerskip.cli.app import AsJson, Loading, Model, Sampling, load, merged, verb
 from layerskip.cli.options import only, worded
 from layerskip.cli.prompts import PromptOptions, Separator, encoded, unescaped
-from layerskip.cli.show.terminal import err, note, out, tell
+from layerskip.cli.show.terminal import Lines, err, note, notes, out, tell
 from layerskip.errors import UserError, hint_of
 from layerskip.option import Option
 
@@ -193,11 +193,15 @@ def _check_found(
 
 @contextmanager
 def _bar(record: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    """Show on stderr how far the work is, while a terminal looks on."""
+    """Show on stderr how far the work is: a bar on a terminal, else a line now and then."""
+    if not notes.is_terminal:
+        lines = Lines()
+        yield lambda: lines("writing", record["found"] + record["written"], record["prompts"])
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     began = time.perf_counter()
-    with Progress(*columns, *times, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with Progress(*columns, *times, console=notes, transient=True) as bars:
         task = bars.add_task("writing", total=record["prompts"], completed=record["found"])
 
         def advance() -> None:

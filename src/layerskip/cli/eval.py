@@ -24,6 +24,7 @@ from layerskip.watch import Watch, silent
 if TYPE_CHECKING:
     from layerskip.config import LikelihoodLine
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.decode.options import Keywords
     from layerskip.measure.records import Record, Records
 
 WINDOW, CONTINUATION = 1024, 128  # tokens, by default
@@ -241,7 +242,7 @@ class _Run:
         records = self._records("prompts", path, exits=self.exits, max_new_tokens=budget, **more)
         written = Records(records.file.parent, "continuations")
         left = [i for i in range(len(given)) if i not in written.found]
-        options = {"mode": "ar", "chat": False, "max_new_tokens": budget, "batch_size": batch_size}
+        options: Keywords = {"mode": "ar", "chat": False, "max_new_tokens": budget, "batch_size": batch_size}
         results = lm.each([given[i] for i in left], indices=left, **options)
         for number, (i, one) in enumerate(zip(left, results, strict=True), len(given) - len(left) + 1):
             one.checked()

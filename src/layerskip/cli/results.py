@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from layerskip.cli.app import load
-from layerskip.cli.show.terminal import err, note
+from layerskip.cli.show.terminal import Lines, note, notes
 
 if TYPE_CHECKING:
     from layerskip.cli.options import Given
@@ -28,16 +28,18 @@ def loaded(model: str, how: LoadOptions) -> tuple[LanguageModel, float]:
 
 
 @contextmanager
-def progress() -> Iterator[Watch]:
-    """Show on stderr what is going on; a line per kind of work, drawn only while a terminal looks on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        task = bars.add_task("", total=None)
-
-        def watch(what: str, done: int, of: int) -> None:
-            bars.update(task, description=what, completed=done, total=of or None)
-
+def progress(first: str = "") -> Iterator[Watch]:
+    """Show on stderr what is going on: a bar on a terminal, else lines; `first` is going on now."""
+    if not notes.is_terminal:
+        watch: Watch = Lines()
+        if first:
+            watch(first, 0, 0)
         yield watch
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes, transient=True) as bars:
+        task = bars.add_task(first, total=None)
+        yield lambda what, done, of: bars.update(task, description=what, completed=done, total=of or None)
 
 
 def configuration(

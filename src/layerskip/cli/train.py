@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 from layerskip.cli.app import verb
 from layerskip.cli.recipes import Name, Settings
-from layerskip.cli.show.terminal import err, out
+from layerskip.cli.results import progress
+from layerskip.cli.show.terminal import err, loudness, notes, out
 from layerskip.option import Option
+from layerskip.watch import silent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from layerskip.train.job.plan import Run
     from layerskip.train.job.recipe import Recipe
-    from layerskip.watch import Watch
 
 
 @verb
@@ -26,6 +27,7 @@ def train(
     recipe: Name,
     settings: Settings = None,
     resume: Annotated[bool, Option("Continue the run in the output folder, if one was begun.")] = False,
+    plan: Annotated[bool, Option("Check everything and print the plan, then stop.")] = False,
     as_json: Annotated[
         bool, Option("Nothing but the final JSON line on standard output.", flags=("--json",))
     ] = False,
@@ -38,11 +40,16 @@ def train(
 
     first = int(os.environ.get("RANK", "0")) == 0
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        err.quiet = True  # its errors are those of the node's first process
+        err.quiet = notes.quiet = True  # its errors are those of the node's first process
     chosen = read_recipe(recipe, settings or [])
-    console = err if as_json else out
+    console = notes if as_json else out
     out.quiet = out.quiet or not first
-    result = _trained(chosen, resume, console, first)
+    run = _prepared(chosen, resume, console, first)
+    if plan:
+        if first:
+            print(json.dumps({**run.plan, "warnings": run.warnings}), flush=True)
+        return
+    result = _trained(run, console, first)
     if first:
         from layerskip.cli.show.training import print_result
 
@@ -52,36 +59,34 @@ def train(
         sys.exit(130)
 
 
-def _trained(recipe: Recipe, resume: bool, console: Console, first: bool) -> dict[str, Any]:
-    with _status(err, first) as watch:
+def _prepared(recipe: Recipe, resume: bool, console: Console, first: bool) -> Run:
+    with progress("loading") if first else nullcontext(silent) as watch:
         import torch
         from transformers.utils import logging
 
-        from layerskip.cli.show.training import Report, print_plan, print_recipe
+        from layerskip.cli.show.training import print_plan, print_recipe
         from layerskip.model.threads import chosen_threads
-        from layerskip.train.job import run
+        from layerskip.train.job.run import prepare
 
         logging.disable_progress_bar()
-        logging.set_verbosity_error()  # what matters of its warnings, we raise
+        if not loudness.verbose:
+            logging.set_verbosity_error()  # what matters of its warnings, we raise
         torch.set_num_threads(chosen_threads())
         if first:
             print_recipe(console, recipe)
-        prepared = run.prepare(recipe, resume, watch)
+        run = prepare(recipe, resume, watch)
     if first:
-        print_plan(console, prepared.plan, prepared.warnings)
+        print_plan(console, run.plan, run.warnings)
+    return run
+
+
+def _trained(run: Run, console: Console, first: bool) -> dict[str, Any]:
+    from layerskip.cli.show.training import Report
+    from layerskip.train.job.run import finish
+
     report = Report(console) if first else None
     try:
-        return run.finish(prepared, [] if report is None else [report])
+        return finish(run, [] if report is None else [report])
     finally:
         if report is not None:
             report.close()
-
-
-@contextmanager
-def _status(console: Console, first: bool) -> Iterator[Watch]:
-    """Show on stderr what is being read, while a terminal looks on."""
-    if not (first and console.is_terminal):
-        yield lambda what, done, of: None
-        return
-    with console.status("Loading …") as status:
-        yield lambda what, done, of: status.update(f"{what}: {done:,}" + (f" of {of:,}" if of else ""))

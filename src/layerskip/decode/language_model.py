@@ -27,10 +27,12 @@ from layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Unpack
 
     from layerskip.checkpoint.facts import Facts
     from layerskip.decode.engine import Engine
     from layerskip.decode.generation import Generation
+    from layerskip.decode.options import Keywords
     from layerskip.decode.request import Request, Round
     from layerskip.model.head import Head
     from layerskip.model.stack import Stack
@@ -60,7 +62,7 @@ class LanguageModel:
 
     # -- the three ways to decode ----------------------------------------------------------------------------
 
-    def generate(self, prompt: Any, **keywords: Any) -> Any:
+    def generate(self, prompt: Any, **keywords: Unpack[Keywords]) -> Any:
         """Continue a prompt (text, messages or token ids), or a list of them.
 
         Returns a `Generation`, or a list of them in input order. Keywords: see `Options`.
@@ -72,7 +74,7 @@ class LanguageModel:
         return done[0] if single else done
 
     def each(
-        self, prompts: Sequence[Any], *, indices: Sequence[int] | None = None, **keywords: Any
+        self, prompts: Sequence[Any], *, indices: Sequence[int] | None = None, **keywords: Unpack[Keywords]
     ) -> Iterator[Generation]:
         """Continue many prompts together, yielding each result, in input order, as soon as it is there.
 
@@ -97,7 +99,7 @@ class LanguageModel:
                 yield call.generation(rounds[place], len(requests[place].prompt), errors[place])
                 place += 1
 
-    def stream(self, prompt: Any, **keywords: Any) -> Iterator[Round]:
+    def stream(self, prompt: Any, **keywords: Unpack[Keywords]) -> Iterator[Round]:
         """Yield the rounds of one prompt as they happen; abandoning the iterator frees everything."""
         call = self.call(Options.parse(keywords))
         prompts, single = _as_batch(prompt)
@@ -105,7 +107,19 @@ class LanguageModel:
             raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
         return _raising(self._rounds(call, [call.request(prompts[0])], rows=1))
 
-    def chat(self, system: str | None = None, context: int | None = None, **keywords: Any) -> Chat:
+    def stream_text(self, prompt: Any, **keywords: Unpack[Keywords]) -> Iterator[str]:
+        """Yield the text that continues one prompt in pieces, as it comes; see `stream`.
+
+        Exact: joined they are the text of `generate` (test_streamed_pieces_are_the_text_of_generate).
+        """
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer, so there is no text", "`stream` yields token ids")
+        rounds = self.stream(prompt, **keywords)
+        return texts.pieces(self.tokenizer, (round.tokens for round in rounds), Options.parse(keywords).stops)
+
+    def chat(
+        self, system: str | None = None, context: int | None = None, **keywords: Unpack[Keywords]
+    ) -> Chat:
         """Open a conversation that keeps its cache between turns, of `context` tokens at most."""
         call = self.call(Options.parse(keywords))
         if context is not None and context < 1:

@@ -21,6 +21,9 @@ from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Unpack
+
+    from layerskip.decode.options import Keywords
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
@@ -114,6 +117,6 @@ def stack_of(hf_model: Any) -> HuggingFaceStack:
     return known
 
 
-def generate(hf_model: Any, prompt: Any, *, tokenizer: Any = None, **keywords: Any) -> Any:
+def generate(hf_model: Any, prompt: Any, *, tokenizer: Any = None, **keywords: Unpack[Keywords]) -> Any:
     """Generate with a Hugging Face model already in memory; see `LanguageModel.generate`."""
     return LanguageModel(stack_of(hf_model), tokenizer, hf=hf_model).generate(prompt, **keywords)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from layerskip.checkpoint.facts import Facts
 from layerskip.errors import UserError, nearest
@@ -182,6 +182,32 @@ class Options(SamplingOptions, DraftOptions):
             confidence = DEFAULT_CONFIDENCE if facts.confidence is None else facts.confidence
         guard = policy != "fixed" if self.guard is None else self.guard
         return Plan(mode, exit_layer, draft_length, policy, confidence or 0.0, guard)
+
+
+class Keywords(TypedDict, total=False):
+    """The fields of `Options` as keywords, so that editors complete them: `generate(prompt, temperature=0.7)`."""
+
+    mode: str | None
+    exit_layer: int | None
+    draft_length: int | None
+    draft_vocab: int | str
+    policy: str | None
+    confidence: float | None
+    guard: bool | None
+    simulate_acceptance: float | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    logits_processor: Sequence[Any]
+    seed: int | None
+    stop: str | Sequence[str]
+    chat: bool | None
+    eos_token_id: int | Sequence[int] | None
+    logprobs: bool
+    batch_size: int
 
 
 def seeded(options: Options) -> Options:

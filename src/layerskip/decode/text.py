@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -150,6 +150,18 @@ class TextStream:
             return ""
         held = self._held + self._detokeniser.finish()
         return held[: _earliest_stop(held, self._stop)]
+
+
+def pieces(
+    tokenizer: PreTrainedTokenizerBase, growing: Iterable[Sequence[int]], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """Turn tokens that come bit by bit into pieces of text, none of them empty; see `TextStream`."""
+    stream = TextStream(tokenizer, stop)
+    for tokens in growing:
+        if text := stream.push(tokens):
+            yield text
+    if text := stream.finish():
+        yield text
 
 
 class StopStrings:

@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from layerskip.cli.show.terminal import Lines
 from layerskip.train.job.export import measured_on
 from layerskip.train.job.recipe import changed
+from layerskip.watch import silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from layerskip.train.job.recipe import Recipe
+    from layerskip.watch import Watch
 
 PREDICT_AFTER = 20  # steps
 
@@ -116,11 +119,27 @@ class Report(TrainerCallback):  # type: ignore[misc]
         self.evaluated: dict[str, dict[str, float]] = {}
         self.logs: dict[str, float] = {}
         self.begun: tuple[int, float] | None = None  # step and time from which speed is counted
-        self.predicted = False
+        self.predicted = self.evaluating = False
+        self.batches = 0  # of the evaluation that goes on
+        self.lines: Watch = silent if self.live is not None else Lines()  # between reports
+        self.lines("preparing to train", 0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.live is not None:
             self.live.start()
+        self.lines("training, steps", state.global_step, state.max_steps)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.lines("training, steps", state.global_step, state.max_steps)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loader: Any = kwargs.get("eval_dataloader")
+        self.batches = self.batches + 1 if self.evaluating else 1
+        self.evaluating = True
+        self.lines("evaluating, batches", self.batches, len(loader) if hasattr(loader, "__len__") else 0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluating = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.begun is None:  # the first step pays for what is set up once
@@ -132,6 +151,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
             self.console.print(Text(f"{steps} steps measured: about {left} to go", style="dim"))
         if self.live is not None:
             self._redraw(state)
+        self.lines("training, steps", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}

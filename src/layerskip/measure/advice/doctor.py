@@ -160,7 +160,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
     """Decode a prompt twice plainly, then by self-speculation, and tell how near the two best logits come."""
     one = max(analysis.continuations, key=lambda one: len(one.tokens))
-    plain = {"mode": "ar", "max_new_tokens": analysis.budget}
+    plain: dict[str, Any] = {"mode": "ar", "max_new_tokens": analysis.budget}
     first, again = (lm.generate(one.prompt, **plain).tokens for _ in range(2))
     drafted = lm.generate(one.prompt, **{**plain, **analysis.best.cell.options}).tokens
     shorter, seen = min(len(first), len(drafted)), analysis.seen

@@ -134,6 +134,7 @@ def halving(
     race = Race(lm, groups, max_new_tokens, clock)
     alive, dropped = list(trials), list[Trial]()
     rungs = math.ceil(math.log2(len(alive))) + 1 if alive else 0
+    watch("warming up", 0, 0)
     race.warm_up(alive)
     for rung in range(rungs):
         began, turns, least = clock(), 0, LEAST_TURNS
