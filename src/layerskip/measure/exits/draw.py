@@ -26,6 +26,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", 
 DASHED = (0, (2, 1.5))
 SERIES = (ORANGE, BLUE, GREEN, PURPLE)  # Okabe and Ito
 WIDTH, DPI = 11.0, 150  # inches; twice the pixels that a README shows
+MARGIN = 6  # pixels of white around what is drawn; the rest is cut off
 ENDINGS = (".png", ".svg", ".pdf")
 BAND = 0.15  # of the measured speed-up: what a prediction promises
 COLUMNS = 14  # positions side by side in the lens
@@ -298,13 +299,14 @@ def _written(figure: Any, file: Path) -> Path:
         with warnings.catch_warnings():  # scripts that the font lacks are drawn as boxes
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             if file.suffix.lower() != ".png":
-                figure.savefig(file)
+                figure.savefig(file, bbox_inches="tight", pad_inches=MARGIN / DPI)
                 return file
             import numpy as np
-            from PIL import Image  # comes with matplotlib
+            from PIL import Image, ImageChops, ImageOps  # come with matplotlib
 
             figure.canvas.draw()
             pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+            pixels = ImageOps.expand(pixels.crop(ImageChops.invert(pixels).getbbox()), MARGIN, "white")
             # 256 colours are plenty and half the bytes; dithering would roughen what is flat.
             pixels.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True, dpi=(DPI, DPI))
     except (OSError, ValueError) as error:
