@@ -27,7 +27,12 @@ def test_the_version_is_one_line(run):
 
 def test_the_shell_completes_verbs_and_options():
     """Completion was switched off."""
-    for words, wanted in (("layerskip tu", "tune"), ("layerskip generate --draft-l", "--draft-length")):
+    for words, wanted in (
+        ("layerskip tu", "tune"),
+        ("layerskip generate --draft-l", "--draft-length"),
+        ("layerskip chat smol", "smollm2-135m-base"),
+        ("layerskip train fine", "finetune"),
+    ):
         asked = {
             "_LAYERSKIP_COMPLETE": "complete_bash",
             "COMP_WORDS": words,

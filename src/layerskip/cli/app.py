@@ -48,8 +48,17 @@ def _before_the_verb(
     loudness.set(verbose, quiet)
 
 
+def _models(begun: str) -> list[str]:
+    from layerskip.checkpoint.catalogue import BUILTINS
+
+    return [one.name for one in BUILTINS if one.name.startswith(begun)]
+
+
 Model = Annotated[
-    str, typer.Argument(help="Built-in name, Hugging Face folder, or hub id.", show_default=False)
+    str,
+    typer.Argument(
+        help="Built-in name, Hugging Face folder, or hub id.", show_default=False, autocompletion=_models
+    ),
 ]
 Loading = LoadOptions
 Drafting = Annotated[DraftOptions, without("simulate_acceptance")]

@@ -18,7 +18,18 @@ from layerskip.option import Option
 DRAWN_LAYERS = 30  # of the built-in model
 recipes = typer.Typer(no_args_is_help=True, help="List, show and draw the recipes of `layerskip train`.")
 app.add_typer(recipes, name="recipes")
-Name = Annotated[str, typer.Argument(help="Built-in recipe or YAML file.", show_default=False)]
+
+
+def _recipes(begun: str) -> list[str]:
+    from layerskip.train.job.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(begun)]
+
+
+Name = Annotated[
+    str,
+    typer.Argument(help="Built-in recipe or YAML file.", show_default=False, autocompletion=_recipes),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Argument(help="Settings over the recipe's, such as steps=200 or lora.rank=8.", show_default=False),
