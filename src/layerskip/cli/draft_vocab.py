@@ -17,6 +17,7 @@ from layerskip.option import Option
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.decode.options import Plan
     from layerskip.watch import Watch
 
 
@@ -49,6 +50,8 @@ def draft_vocab(
     if lm.tokenizer is None:
         raise UserError(f"{model} has no tokenizer, so text cannot be counted", "add its tokenizer.json")
     full = lm.stack.vocab_size
+    vocabulary.check_size(size, full)  # a slip costs no time
+    plan = lm.plan(Options(**{**vars(drafting), "mode": "self-speculative"}))
     with progress() as watch:
         texts = _watched((text for path in data for text in vocabulary.documents(path, column)), watch)
         found = vocabulary.frequencies(lm.tokenizer, texts, full)
@@ -61,7 +64,7 @@ def draft_vocab(
         "tokens_counted": int(found.counted.sum()),
         "tokens_held_out": int(found.held_out.sum()),
         "coverage": [{"size": n, "coverage": share} for n, share in covered.items()],
-        **_suggestion(lm, covered, drafting),
+        **_suggestion(lm, covered, plan),
     }
     if output is not None:
         try:
@@ -84,14 +87,11 @@ def _watched(texts: Iterator[str], watch: Watch) -> Iterator[str]:
         yield text
 
 
-def _suggestion(
-    lm: LanguageModel, covered: dict[int, float | None], drafting: DraftOptions
-) -> dict[str, Any]:
+def _suggestion(lm: LanguageModel, covered: dict[int, float | None], plan: Plan) -> dict[str, Any]:
     """Price each size with the cost model at an assumed agreement; nothing where there is no coverage."""
     from layerskip.measure.speed import draft_sizes
     from layerskip.model.cost import best_draft_vocabulary
 
-    plan = lm.plan(Options(**{**vars(drafting), "mode": "self-speculative"}))
     if None in covered.values() or plan.draft_length == 0:
         return {}
     shares = {size: share for size, share in covered.items() if share is not None}

@@ -120,15 +120,20 @@ def ranked(counts: np.ndarray) -> list[int]:
     return [int(token) for token in np.argsort(-counts, kind="stable")]
 
 
+def check_size(size: int, vocab_size: int) -> None:
+    """Refuse a draft vocabulary that the model has no tokens for. Raises: UserError."""
+    if not 1 <= size <= vocab_size:
+        raise UserError(
+            f"a draft vocabulary of {size} tokens", f"give --size a number from 1 to {vocab_size}"
+        )
+
+
 def first_ids(ranking: Sequence[int], size: int, always: Iterable[int]) -> list[int]:
     """Take the first `size` ids; those in `always` push out the rarest where they would be missing.
 
     Raises: UserError for a size outside 1..vocabulary.
     """
-    if not 1 <= size <= len(ranking):
-        raise UserError(
-            f"a draft vocabulary of {size} tokens", f"give --size a number from 1 to {len(ranking)}"
-        )
+    check_size(size, len(ranking))
     chosen = list(ranking[:size])
     missing = [token for token in dict.fromkeys(always) if token in ranking and token not in chosen]
     return (chosen[: max(0, size - len(missing))] + missing)[:size]
