@@ -34,7 +34,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.figures.mkdir(parents=True, exist_ok=True)
-    inspected = [arguments.inspect] if arguments.inspect else newest(arguments.results, "inspect")[-1:]
+    told = newest(arguments.results, "inspect")
+    demo = [file for file in told if file.name.startswith("inspect_smollm2-135m_")]
+    inspected = [arguments.inspect] if arguments.inspect else [file for file in told if file not in demo][-1:]
     tuned = newest(arguments.results, "tuning")
     sources: dict[str, tuple[list[Path], Callable[[list[Any], Path], Path]]] = {
         "exits.png": (newest(arguments.results, "eval"), exits),
@@ -48,6 +50,7 @@ def main() -> None:
         "builtin-speedup.png": (newest(arguments.results, "builtin")[-1:], builtin),
         "lens.png": (inspected, lens),
         "timeline.png": (inspected, timeline),
+        "demo-rounds.png": (demo, timeline),
     }
     for name, (files, make) in sources.items():
         if not files:

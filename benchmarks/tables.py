@@ -1,7 +1,7 @@
-"""Write the tables and transcripts of README.md from committed result files.
+"""Write the tables of README.md and docs/results.md, and the README's transcript, from committed result files.
 
 python benchmarks/tables.py           # prints them
-python benchmarks/tables.py --write   # puts them between their markers in README.md
+python benchmarks/tables.py --write   # puts them between their markers
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+TASKS = {
+    "humaneval": "code (HumanEval)", "gsm8k": "maths questions (GSM8K)", "cnn-dm": "news summaries (CNN/DM)",
+    "chat": "chat",
+}  # fmt: skip
 
 
 def newest(pattern: str) -> Path | None:
@@ -54,8 +58,88 @@ def overhead() -> str:
 
 
 def demo() -> str:
-    path = HERE / "results" / "demo.txt"
-    return f"```\n$ make demo\n{path.read_text().rstrip()}\n```" if path.exists() else "(no transcript yet)"
+    """The transcript with one prompt of the four, and the figures of all."""
+    text = (HERE / "results" / "demo.txt").read_text().rstrip()
+    prompts = {part.split("]")[0]: part for part in re.split(r"^\[(?=\w+\]$)", text, flags=re.M)[1:]}
+    words = textwrap.wrap(prompts["maths"].split("]\n", 1)[1], 100)
+    figures = [line.rstrip() for line in text[text.index("\nequality:") + 1 :].splitlines()]
+    lines = ["...", "[maths]", *words, "...", *figures]
+    assert not any(line.startswith("```") for line in lines), "a fence in the transcript would end its own"
+    return "\n".join(["```text", "$ make demo", *lines, "```"])
+
+
+def gain() -> str:
+    """Five rows for the first page: what drafting gains on each kind of text."""
+    result = json.loads(newest("builtin_*.json").read_text())
+    told, drafting = result["configuration"], result["drafting"]
+    lines = [
+        _line("text", "outputs equal to plain decoding", "tokens per round", "speed-up"),
+        "| --- " * 4 + "|",
+    ]
+    for task, models in result["tasks"].items():
+        row = models["model"]["methods"]["self-speculative"]
+        equal = f"{row['equal']} of {row['prompts']}"
+        lines.append(_line(TASKS[task], equal, f"{row['tokens_per_round']:.2f}", _ratio(row["speedup"])))
+    lines += [
+        _line(f"mean of {len(result['mean_of'])}", "", "", _ratio(result["mean"]["model"]["speedup"])),
+        "",
+        f"The built-in model drafts with its first {drafting['exit_layer']} layers, {drafting['draft_length']} "
+        "tokens a round, with `--guard`. Brackets are 95% intervals over prompts. Greedy decoding, "
+        f"{told['dtype']}, {told['threads']} threads of an {told['device_name']}. The baseline is our own "
+        "plain decoding of the same model.",
+    ]
+    return "\n".join(lines)
+
+
+def price() -> str:
+    """What it costs, for the first page: the model's quality, where nothing is gained, what one task brings."""
+    cost, topv2 = (json.loads(newest(f"{kind}_*.json").read_text()) for kind in ("builtin-cost", "topv2"))
+    result = json.loads(newest("builtin_*.json").read_text())
+    text, tasks = cost["perplexity"], cost["tasks"]
+    most = max(
+        (row for row in topv2["methods"].values() if "speedup" in row),
+        key=lambda row: row["speedup"]["median"],
+    )
+    lost = topv2["exact_match_difference"]
+    summaries = result["tasks"]["cnn-dm"]["model"]["methods"]["self-speculative"]["speedup"]
+    return "\n".join(
+        [
+            f"- **Quality.** Training changes the model. The perplexity of the built-in model on WikiText-2 is "
+            f"{text['model']['all_layers']:.2f}; that of its base is {text['base']['all_layers']:.2f} "
+            f"({_away(text['relative_difference'], '%')}). On {tasks['humaneval']['items']} items each, "
+            f"HumanEval changes by {_away(tasks['humaneval'].get('difference'), ' points')} and GSM8K by "
+            f"{_away(tasks['gsm8k'].get('difference'), ' points')}.",
+            f"- **Not every text gains.** News summaries: {_ratio(summaries)}. Exits that were never trained "
+            f"lose: the base of the built-in model decodes at {_ratio(result['mean']['base']['speedup'])} of "
+            "its own plain speed when it drafts, even though `--guard` falls back to plain steps.",
+            f"- **One task gains more and costs more.** Trained on TOPv2 only, the same model reaches "
+            f"{_ratio(most['speedup'])}. Its exact match is {100 * lost['mean']:+.1f} points "
+            f"[{100 * lost['ci95'][0]:+.1f}, {100 * lost['ci95'][1]:+.1f}] against the same training without "
+            "exits.",
+        ]
+    )
+
+
+def lossless() -> str:
+    """A row per model, dtype and stack: outputs equal to plain decoding, and how near the ties were."""
+    lines = [
+        _line("setting", "equal outputs", "Hugging Face's plain decoding", "largest gap"),
+        "| --- " * 4 + "|",
+    ]
+    for path in _newest_of_each("lossless_*.json"):
+        report = json.loads(path.read_text())
+        told, cells = report["configuration"], report["cells"]
+        stack = "native stack" if "native" in path.name else "Hugging Face's modules"
+        words = (told["dtype"], told.get("quantize"), stack, told.get("draft_vocab") and "draft vocabulary")
+        setting = ", ".join(filter(None, words))
+        own = [cell for cell in cells if cell["name"].startswith("self-speculative")]
+        equal = "; ".join(f"{c['name'].split(' ', 1)[1]}: {c['equal']} of {c['of']}" for c in own)
+        theirs = [f"{c['equal']} of {c['of']}" for c in cells if c["name"].startswith("Hugging Face")]
+        gaps = [place["gap"] for cell in cells for place in cell["divergences"]]
+        largest = f"{max(gaps):.3g}" if gaps else ""
+        lines.append(_line(f"[{setting}](benchmarks/results/{path.name})", equal, "".join(theirs), largest))
+    tokens = cells[0]["tokens"]
+    return "\n".join([*lines, "", f"SmolLM2-135M without trained exits, greedy, {tokens} tokens a prompt."])
 
 
 def bench() -> str:
@@ -76,10 +160,10 @@ def bench() -> str:
         machines.add(told["device_name"] + threads)
         lines.append("| " + " | ".join(_bench_cells(path, report)) + " |")
     note = (
-        "Hugging Face is its greedy `generate` in float32. Where acceptance is simulated all work is done and "
-        "drafts are kept at random: no output is real, so none is compared. Predicted: the cost model fed with "
-        f"step times of the same run. Medians with 95% intervals, methods in turn; {'; '.join(sorted(machines))}; "
-        "each row links its file."
+        "Hugging Face is its greedy `generate` in float32. Where acceptance is simulated, every pass is computed "
+        "and the verdict on each draft is drawn at random: no output is real, so none is compared. "
+        "Predicted: by the cost model, from step times of the same run. Medians with 95% intervals; the methods "
+        f"take turns. {'; '.join(sorted(machines))}. Each row links to its result file."
     )
     return "\n".join([*lines, "", note])
 
@@ -131,10 +215,10 @@ def topv2() -> str:
         *topv2_table(result),
         "",
         f"{result['items']} items of TOPv2's test file, greedy, {told['dtype']}, {told['threads']} threads of an "
-        f"{told['device_name']}, {drafted}; tokens/s from prompt to end, prefill included, on "
-        f"{result['timed_items']} of them one at a time. Speed-up: median of the ratios to plain decoding of the "
-        f"same model on the same item, 95% interval over items; predicted: the cost model in layers "
-        f"at these tokens per round; K was chosen on {result['tuning']['items']} other items "
+        f"{told['device_name']}, {drafted}. Tokens/s include the prefill and were measured on "
+        f"{result['timed_items']} of the items, one at a time. Speed-up: the median over items of the ratio to "
+        "plain decoding of the same model, with its 95% interval. Predicted: by the cost model in layers, at "
+        f"these tokens per round. K was chosen on {result['tuning']['items']} other items "
         f"([{path.name}](benchmarks/results/{path.name})).",
     ]
     return "\n".join(lines)
@@ -190,9 +274,10 @@ def tuning() -> str:
             cells += [_ratio(compared["ratio"]) if name == "tune" else "", f"{row['equal']} of {row['of']}"]
             lines.append("| " + " | ".join(cells) + " |")
     note = (
-        "Both looked at some prompts; measured is on others, in turn with plain decoding, ends of sequence "
-        "respected: plain seconds over its own, all prompts together, 95% interval over prompts. The best of the "
-        f"grid is picked by the very numbers it is compared with. {told['dtype']}, {told['threads']} threads of an "
+        "`doctor` and `tune` chose on one set of prompts; the speed-up was measured on another. It is the "
+        "seconds of plain decoding over those of self-speculation, summed over prompts, with a 95% interval "
+        "over prompts; both stop at the end of sequence and take turns. The best cell of the grid was picked "
+        f"by the numbers it is compared with, which favours it. {told['dtype']}, {told['threads']} threads of an "
         f"{told['device_name']}."
     )
     return "\n".join([*lines, "", note])
@@ -216,9 +301,10 @@ def policies() -> str:
             cells = [f"[{told['model']}](benchmarks/results/{path.name})", title, _ratio(row["over_plain"])]
             lines.append("| " + " | ".join([*cells, "" if own else _ratio(row["over_best_fixed"])]) + " |")
     note = (
-        f"{told['max_new_tokens']} tokens a prompt, all outputs equal to plain decoding's. Fresh: forgets what it "
-        "learnt before every prompt; else kept from prompt to prompt. Medians with 95% intervals, methods in turn; "
-        f"{told['dtype']}, {told['threads']} threads of an {told['device_name']}."
+        f"{told['max_new_tokens']} tokens a prompt; all outputs equal those of plain decoding. Fresh: the policy "
+        "starts every prompt without what it learned; otherwise that is kept from prompt to prompt. Medians "
+        f"with 95% intervals; the methods take turns. {told['dtype']}, {told['threads']} threads of an "
+        f"{told['device_name']}."
     )
     return "\n".join([*lines, "", note])
 
@@ -231,22 +317,24 @@ def builtin() -> str:
     result = json.loads(path.read_text())
     told, drafting = result["configuration"], result["drafting"]
     note = (
-        f"Greedy, up to {told['max_new_tokens']} new tokens, ends respected, methods in turn on every prompt; "
-        f"E {drafting['exit_layer']}, K {drafting['draft_length']}, draft vocabulary {drafting['draft_vocab']}, "
-        f"policy {drafting['policy']}, guard on, for both. Speed-up: plain seconds of the same model over its "
-        "own behind the first token, all prompts of a task together, 95% interval over prompts; with the prompt: "
-        "from the call on. Exit alone: share of the tokens of plain decoding that layers 1 to E name, through the "
-        "whole head, which is Hugging Face's way, and through the draft head, whose rows were trained with it. "
-        f"{told['dtype']}, {told['threads']} threads of an "
-        f"{told['device_name']} ([{path.name}](benchmarks/results/{path.name}))."
+        f"Greedy, up to {told['max_new_tokens']} new tokens, stopped at the end of sequence; the methods take "
+        f"turns on every prompt. Both models draft with E {drafting['exit_layer']}, K "
+        f"{drafting['draft_length']}, draft vocabulary {drafting['draft_vocab']}, policy {drafting['policy']} "
+        "and the guard. Speed-up: seconds of plain decoding of the same model over seconds of "
+        "self-speculation, counted from the first token, summed over the prompts of a task, with a 95% "
+        "interval over prompts. With the prompt: the same, counted from the call. Exit alone: how often "
+        "layers 1 to E predict the token of plain decoding, read by the model's head (as Hugging Face does). "
+        f"By draft head: the same, read by the draft head, which was trained for this exit. {told['dtype']}, "
+        f"{told['threads']} threads of an {told['device_name']} ([{path.name}](benchmarks/results/{path.name}))."
     )
     lines = [*builtin_table(result), "", note]
     if (path := newest("builtin-cost_*.json")) is not None:
         cost = json.loads(path.read_text())
         told = cost["configuration"]
         note = (
-            "The full model, greedy; differences paired by window and by item, 95% intervals. Perplexity is per "
-            f"token of text in windows of 1,024; {told['dtype']} ([{path.name}](benchmarks/results/{path.name}))."
+            "All layers, greedy. Differences are paired by window and by item, with 95% intervals. Perplexity "
+            f"is per token, in windows of 1,024 tokens. {told['dtype']} "
+            f"([{path.name}](benchmarks/results/{path.name}))."
         )
         lines += ["", *builtin_cost_table(cost), "", note]
     return "\n".join(lines)
@@ -323,36 +411,34 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}%"
 
 
-BLOCKS = {
-    "table: overhead": overhead,
-    "transcript: demo": demo,
-    "table: bench": bench,
-    "table: topv2": topv2,
-    "table: tuning": tuning,
-    "table: policies": policies,
-    "table: builtin": builtin,
-}
-OPTIONAL = {  # while there is no result file
-    marker: f"{marker.split()[-1]}_*.json"
-    for marker in BLOCKS
-    if marker.split()[-1] not in ("overhead", "demo")
+PAGES = {
+    "README.md": {"table: gain": gain, "list: price": price, "transcript: demo": demo},
+    "docs/results.md": {
+        "table: builtin": builtin,
+        "table: topv2": topv2,
+        "table: tuning": tuning,
+        "table: policies": policies,
+        "table: lossless": lossless,
+        "table: bench": bench,
+        "table: overhead": overhead,
+    },
 }
 
 
-def filled(text: str) -> str:
-    """The README with every marked block made anew."""
-    for marker, make in BLOCKS.items():
+def filled(page: str) -> str:
+    """The page with every marked block made anew, links as they are from its folder."""
+    text = (HERE.parent / page).read_text()
+    for marker, make in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- end -->)", re.S)
-        if marker in OPTIONAL and not pattern.search(text) and not newest(OPTIONAL[marker]):
-            continue
-        assert pattern.search(text), f"README.md has no <!-- {marker} --> with <!-- end --> below it"
-        made = make()
-        text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
+        assert pattern.search(text), f"{page} has no <!-- {marker} --> with <!-- end --> below it"
+        made = make().replace("](", "](" + "../" * page.count("/"))
+        text = pattern.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
     return text
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        README.write_text(filled(README.read_text()))
-    else:
-        print("\n\n".join(make() for make in BLOCKS.values()))
+    for page, blocks in PAGES.items():
+        if "--write" in sys.argv:
+            (HERE.parent / page).write_text(filled(page))
+        else:
+            print("\n\n".join(make() for make in blocks.values()))

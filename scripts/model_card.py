@@ -89,7 +89,12 @@ def card(
     about = (delta or {}).get("about", {})
     parts = {
         "": _what(builtin, delta, speed),
-        "Use": ["```", f'layerskip generate {NAME} "Why is the sky blue?"', f"layerskip bench {NAME}", "```"],
+        "Use": [
+            "```sh",
+            f'layerskip generate {NAME} "Why is the sky blue?"',
+            f"layerskip bench {NAME}",
+            "```",
+        ],
         "Data": _data(sources, learnt or {}),
         "Training": _training(trainings, about.get("trained_on")),
         "Speed": _measured(speed, [] if speed is None else builtin_table(speed)),
@@ -206,8 +211,8 @@ def _limits(builtin: Builtin, trainings: Sequence[Training], place: str | None) 
     amount = f"{sum(tokens) / 1e6:.1f} million tokens" if tokens else f"a number of tokens {NOT_RECORDED}"
     return [
         f"- Trained with {amount} on {_or(place, 'a machine ' + NOT_RECORDED)}, little beside the billions that "
-        "the paper's models saw. On kinds of text that are not in the data the exit may draft worse; the guard "
-        "then falls back to plain decoding.",
+        "the paper's models saw. On kinds of text that are not in the data the exit may draft worse; with "
+        "`--guard`, decoding then falls back to plain steps.",
         "- The weights were rounded to 4 bits before training: figures of the original SmolLM2 do not hold here.",
         "- English. 135 million parameters: it makes mistakes of fact, arithmetic and code.",
         "- Figures are of greedy decoding, one prompt at a time; sampled outputs follow the same law as plain "
@@ -218,7 +223,7 @@ def _limits(builtin: Builtin, trainings: Sequence[Training], place: str | None) 
 def _again(about: dict[str, Any], speed: dict[str, Any] | None) -> list[str]:
     measured = None if speed is None else speed["configuration"]["commit"]
     return [
-        "```",
+        "```sh",
         "scripts/make_builtin.sh",
         "python benchmarks/builtin.py --data DATA --hf --save",
         "python benchmarks/builtin_cost.py --data DATA --save",

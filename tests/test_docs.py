@@ -1,47 +1,140 @@
-"""What the documents say is true: commands exist, code runs, tables come from result files, links resolve."""
+"""What the documents say is true: they render, commands exist, code runs, tables come from result files."""
 
 import importlib.util
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 import tiny
 from layerskip.cli.main import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("src/**/*.md")]
+)
 README = (ROOT / "README.md").read_text()
 
 
-def test_tables_and_transcripts_of_the_readme_come_from_result_files():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    assert tables.filled(README) == README, "run `python benchmarks/tables.py --write`"
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_named_files_exist(path):
+def parsed(path):
+    """The lines of a document and its tokens; front matter counts as empty lines."""
     text = path.read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (path.parent / target).exists(), target
-    for name in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", text):
+    if text.startswith("---\n"):
+        head, text = text[4:].split("\n---\n", 1)
+        text = "\n" * (head.count("\n") + 3) + text
+    return text.splitlines(), MarkdownIt("commonmark").enable("table").parse(text)
+
+
+def headings(tokens):
+    """(level, words, anchor) of each heading, anchors as GitHub makes them."""
+    found = []
+    for token, inline in pairwise(tokens):
+        if token.type == "heading_open":
+            words = "".join(child.content for child in inline.children)
+            anchor = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+            found.append((int(token.tag[1]), words, anchor))
+    return found
+
+
+documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+@documents
+def test_headings_are_one_title_and_levels_below_it_without_a_jump(path):
+    levels = [level for level, _, _ in headings(parsed(path)[1])]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@documents
+def test_every_fence_is_closed_names_its_language_and_swallows_no_section(path):
+    """The README's transcript had a fence in a fence: three sections were printed as code."""
+    lines, tokens = parsed(path)
+    for token in tokens:
+        if token.type == "fence":
+            first, behind = token.map
+            assert token.info, f"line {first + 1}: a fence without a language"
+            assert lines[behind - 1].strip() == token.markup, f"line {first + 1}: a fence that nothing closes"
+            assert not re.search(r"^(##+ |<!-- )", token.content, re.M), (
+                f"line {first + 1}: a section in a fence"
+            )
+
+
+@documents
+def test_tables_are_read_as_tables_and_their_rows_have_the_cells_of_the_head(path):
+    lines, tokens = parsed(path)
+    read = set()
+    for token in tokens:
+        if token.type in ("table_open", "fence"):
+            read |= set(range(*token.map))
+        if token.type == "table_open":
+            cells = [len(re.findall(r"(?<!\\)\|", lines[number])) for number in range(*token.map)]
+            assert len(set(cells)) == 1, f"lines {token.map[0] + 1} to {token.map[1]}: cells {cells}"
+    stray = [number + 1 for number, line in enumerate(lines) if line.startswith("|") and number not in read]
+    assert not stray, f"lines {stray} are no part of a table"
+
+
+@documents
+def test_no_html_but_comments(path):
+    for token in parsed(path)[1]:
+        for part in [token, *(token.children or [])]:
+            if part.type.startswith("html"):
+                assert re.fullmatch(r"(<!--.*?-->\s*)+", part.content, re.S), part.content
+
+
+@documents
+def test_links_and_named_files_exist(path):
+    for token in parsed(path)[1]:
+        for part in token.children or []:
+            target = part.attrGet("href") or part.attrGet("src")
+            if target and not target.startswith("http"):
+                name, _, anchor = target.partition("#")
+                file = (path.parent / name).resolve() if name else path
+                assert file.exists(), target
+                assert not anchor or anchor in [found for _, _, found in headings(parsed(file)[1])], target
+    for name in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", path.read_text()):
         assert "*" in name or (ROOT / name).exists(), name
 
 
-def test_every_verb_and_option_in_the_readme_exists():
+def test_the_readme_is_a_first_page():
+    assert len(README.splitlines()) <= 150
+
+
+def test_tables_and_transcripts_come_from_result_files():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for page in tables.PAGES:
+        assert tables.filled(page) == (ROOT / page).read_text(), "run `python benchmarks/tables.py --write`"
+
+
+def commands(text):
+    """The layerskip commands of a page, in fences and in backticks; <places to fill in> are none."""
+    return re.findall(r"^layerskip (\w.*)$", text, re.M) + re.findall(r"`layerskip (\w[^`]*)`", text)
+
+
+@documents
+def test_every_verb_and_option_in_the_documents_exists(path):
     from typer.main import get_command
 
     verbs = get_command(app).commands
-    for line in re.findall(r"^layerskip (.*)$", README, re.M):
-        verb, *rest = line.split()
+    for line in commands(path.read_text().replace("\\\n", " ")):
+        verb, *rest = line.split("  #")[0].split()
+        assert verb in verbs, line
         known = {
             option for parameter in verbs[verb].params for option in parameter.opts + parameter.secondary_opts
         }
         assert {word for word in rest if word.startswith("--")} <= known, line
-    assert {line.split()[0] for line in re.findall(r"^layerskip (.*)$", README, re.M)} == set(verbs)
+
+
+def test_the_readme_names_every_verb():
+    from typer.main import get_command
+
+    assert {line.split()[0] for line in commands(README)} == set(get_command(app).commands)
 
 
 def test_the_trainer_of_the_documents_runs(folder, tmp_path, monkeypatch):
@@ -79,7 +172,7 @@ def test_the_trl_trainer_of_the_documents_runs_on_a_cpu(tmp_path, monkeypatch):
     assert names["args"].bf16 is False or torch.accelerator.is_available()
 
 
-def test_the_python_blocks_of_the_readme_run(monkeypatch, tmp_path):
+def test_the_python_blocks_of_readme_and_usage_run(monkeypatch):
     """On a tiny model in place of the built-in one."""
     import layerskip
     from layerskip.decode.language_model import LanguageModel
@@ -91,5 +184,5 @@ def test_the_python_blocks_of_the_readme_run(monkeypatch, tmp_path):
     monkeypatch.setattr(layerskip, "load", lambda name: lm, raising=False)
     inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "max_new_tokens": 8}
     names = {"hf_model": model, "tokenizer": tokenizer, "inputs": inputs}
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(compile(block, "README.md", "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "usage.md").read_text(), re.S):
+        exec(compile(block, "README.md or usage.md", "exec"), names)
