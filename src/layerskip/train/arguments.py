@@ -27,7 +27,7 @@ class LayerSkipFields:
         default="paper", metadata={"help": "paper, uniform, or a weight for each exit: {4: 2.0}."}
     )
     curriculum: str = field(
-        default="rotational", metadata={"help": "Which exits are on: rotational, gradual, all or fixed."}
+        default="rotational", metadata={"help": "Exits trained at a step: rotational, gradual, all or fixed."}
     )
     rotation: int | None = field(
         default=None, metadata={"help": "Every rotation-th exit is on; default: one exit a step."}
@@ -44,7 +44,7 @@ class LayerSkipFields:
         default=None,
         metadata={"help": "Rows that end early are scored against the data's N most frequent tokens."},
     )
-    exit_map: bool = field(default=False, metadata={"help": "Read the one exit through a learnt square map."})
+    exit_map: bool = field(default=False, metadata={"help": "Read the one exit through a trained square matrix."})
     freeze: str = field(
         default="nothing", metadata={"help": "nothing, embeddings (and head), above (the exits) or model."}
     )

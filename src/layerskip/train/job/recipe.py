@@ -59,7 +59,7 @@ class Lora(_Strict):
     layers: list[Count] | None = None
     """Layers to adapt, counted from 1; null is all."""
     ranks: dict[Count, Count] = {}
-    """Layers of another rank, {layer: rank}; their updates are scaled like the others."""
+    """Ranks of single layers, {layer: rank}; their updates are scaled like the others."""
 
 
 NESTED: dict[str, type[BaseModel]] = {"columns": ColumnNames, "lora": Lora}
@@ -80,7 +80,7 @@ class Recipe(_Strict):
     from_config: str | None = None
     """A config.json (or its folder) to start from random weights."""
     layers: Count | None = None
-    """Depth of the model this was written for, a model of fewer layers is refused; null is any."""
+    """Number of layers this recipe was written for; a model with fewer is refused; null is any."""
     output: str | None = None
     """Folder for checkpoints and the finished model."""
 
@@ -114,7 +114,7 @@ class Recipe(_Strict):
     drop_depth: Literal["exp", "linear", "uniform"] = "exp"
     """How the drop rate grows with depth: exp and linear from 0 at the first layer, uniform not at all."""
     drop_time: Literal["const", "exp", "linear_down"] = "const"
-    """How it changes over the run: const for trained models, exp from scratch."""
+    """How the drop rate changes over the run: const for trained models, exp from scratch."""
     residual_scale: Literal["none", "inverse"] = "none"
     """inverse divides a kept layer's output by its probability of being kept."""
 
@@ -124,32 +124,32 @@ class Recipe(_Strict):
     weighting: Literal["paper", "uniform"] | dict[int, Annotated[float, Field(ge=0)]] = "paper"
     """paper grows with the square of depth, uniform is equal, {exit: weight} is your own, 1 for exits not named."""
     curriculum: Literal["rotational", "gradual", "all", "fixed"] = "rotational"
-    """Which exits are on at a step: in turn, from the last down, all, or those in exits."""
+    """Exits trained at a step: in turn (rotational), from the last layer down (gradual), all, or those in exits."""
     rotation: Count | None = None
-    """R: each exit is on once in R steps (rotational curriculum only); null is one exit a step."""
+    """R: each exit is trained once in R steps (rotational curriculum only); null is one exit a step."""
     exits: list[Count] | Literal["auto"] | None = None
-    """Exit layers to train: null all, auto 1/8, 1/4, 3/8, 1/2 of the depth rounded down; paper leaves 1 out."""
+    """Exit layers to train: null is all, auto 1/8, 1/4, 3/8, 1/2 of the depth, rounded down; paper leaves 1 out."""
     last_every: Count = 1
-    """N: every N-th row runs through all layers and trains the last; others end at the deepest exit in use."""
+    """N: every N-th row runs all layers and trains the last one; the others stop at the deepest exit in use."""
     exit_vocab: Count | None = None
-    """Rows that end early tell only this many, the data's most frequent tokens apart, as a draft head does."""
+    """Rows that stop at the exit are scored against the N most frequent tokens only, as a draft head is."""
     exit_map: bool = False
-    """Read the one exit through a learnt square map, which drafting folds into rows of the head of its own."""
+    """Read the one exit through a trained square matrix, which the finished model folds into its draft head."""
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
-    """Exits learn the data (ce), the last layer's distribution (kl), or both; for the last layer see last_loss."""
+    """Exits learn the data (ce), the last layer's distribution (kl), or both; last_loss is for the last layer."""
 
     last_loss: Literal["ce", "kl", "anchor"] = "ce"
-    """The last layer learns the data, or stays what it was: kl on whole rows, anchor estimates it at the exit."""
+    """The last layer learns the data (ce) or keeps its distribution, by kl on whole rows or an anchor at the exit."""
 
     # optimisation
     freeze: Literal["nothing", "embeddings", "above", "model"] = "nothing"
-    """Left as it is: embeddings with head, all above the deepest exit too, or the whole model but for exit_map."""
+    """Not trained: embeddings and head; above: also all layers above the deepest exit; model: all but exit_map."""
     steps: Count | None = None
     """Optimiser steps; null goes by epochs."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data, unless steps is given."""
     batch_size: Count = 4
-    """Rows per device in a forward pass; where global_batch is set, fewer rows are more passes a step."""
+    """Rows per device in a forward pass; with global_batch set, fewer rows mean more passes per step."""
     accumulation: Count = 1
     """Forward passes per optimiser step."""
     global_batch: Count | None = None
@@ -189,7 +189,7 @@ class Recipe(_Strict):
     eval_every: Count | None = None
     """Steps between evaluations; null is every save_every, and at the end."""
     best_by: Literal["loss", "speedup", "none"] = "none"
-    """Finish with the checkpoint of least loss, of most predicted speed-up, or with the last."""
+    """The finished model is the checkpoint of least loss, of largest predicted speed-up, or the last one."""
     report_to: str | list[str] = "none"
     """tensorboard, wandb, ... as in Hugging Face's Trainer."""
 
