@@ -96,8 +96,8 @@ def test_links_and_named_files_exist(path):
                 file = (path.parent / name).resolve() if name else path
                 assert file.exists(), target
                 assert not anchor or anchor in [found for _, _, found in headings(parsed(file)[1])], target
-    for name in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", path.read_text()):
-        assert "*" in name or (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:\w+/)+[\w-]+\.\w+|(?:src|tests|docs|benchmarks)/[\w./-]+)`", path.read_text()):
+        assert (ROOT / name).exists() or (ROOT / "src" / "layerskip" / name).exists(), name
 
 
 def test_the_readme_is_a_first_page():

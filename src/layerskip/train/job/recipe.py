@@ -139,7 +139,7 @@ class Recipe(_Strict):
     """Exits learn the data (ce), the last layer's distribution (kl), or both; last_loss is for the last layer."""
 
     last_loss: Literal["ce", "kl", "anchor"] = "ce"
-    """The last layer learns the data (ce) or keeps its distribution, by kl on whole rows or an anchor at the exit."""
+    """The last layer learns the data (ce) or keeps its distribution: kl on whole rows, anchor at the exit."""
 
     # optimisation
     freeze: Literal["nothing", "embeddings", "above", "model"] = "nothing"
