@@ -96,7 +96,9 @@ def test_links_and_named_files_exist(path):
                 file = (path.parent / name).resolve() if name else path
                 assert file.exists(), target
                 assert not anchor or anchor in [found for _, _, found in headings(parsed(file)[1])], target
-    for name in re.findall(r"`((?:\w+/)+[\w-]+\.\w+|(?:src|tests|docs|benchmarks)/[\w./-]+)`", path.read_text()):
+    for name in re.findall(
+        r"`((?:\w+/)+[\w-]+\.\w+|(?:src|tests|docs|benchmarks)/[\w./-]+)`", path.read_text()
+    ):
         assert (ROOT / name).exists() or (ROOT / "src" / "layerskip" / name).exists(), name
 
 

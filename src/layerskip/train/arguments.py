@@ -44,7 +44,7 @@ class LayerSkipFields:
         default=None,
         metadata={"help": "Rows that end early are scored against the data's N most frequent tokens."},
     )
-    exit_map: bool = field(default=False, metadata={"help": "Read the one exit through a trained square matrix."})
+    exit_map: bool = field(default=False, metadata={"help": "Read the exit through a trained square matrix."})
     freeze: str = field(
         default="nothing", metadata={"help": "nothing, embeddings (and head), above (the exits) or model."}
     )
