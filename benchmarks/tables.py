@@ -26,8 +26,6 @@ def newest(pattern: str) -> Path | None:
 
 def overhead() -> str:
     path = newest("overhead_*.json")
-    if path is None:
-        return "(no result file yet)"
     report = json.loads(path.read_text())
     configuration = report["configuration"]
     names = {
@@ -40,11 +38,11 @@ def overhead() -> str:
         ("acceptance 100%", "ours self-speculative / hf assistant_early_exit"): "ours over Hugging Face's "
         "`assistant_early_exit`",
     }
-    lines = ["| speed ratio | median | 95% interval |", "| --- | --- | --- |"]
+    lines = _head("speed ratio", "median", "95% interval")
     for (part, key), name in names.items():
         figures = report[part]["speedup"][key]
         low, high = figures["ci95"]
-        lines.append(f"| {name} | {figures['median']:.2f} x | {low:.2f} - {high:.2f} |")
+        lines.append(_line(name, f"{figures['median']:.2f} x", f"{low:.2f} - {high:.2f}"))
     exit_layer, draft_length = configuration["exit_layer"], configuration["draft_length"]
     lines += [
         "",
@@ -72,10 +70,7 @@ def gain() -> str:
     """Five rows for the first page: what drafting gains on each kind of text."""
     result = json.loads(newest("builtin_*.json").read_text())
     told, drafting = result["configuration"], result["drafting"]
-    lines = [
-        _line("text", "outputs equal to plain decoding", "tokens per round", "speed-up"),
-        "| --- " * 4 + "|",
-    ]
+    lines = _head("text", "outputs equal to plain decoding", "tokens per round", "speed-up")
     for task, models in result["tasks"].items():
         row = models["model"]["methods"]["self-speculative"]
         equal = f"{row['equal']} of {row['prompts']}"
@@ -151,14 +146,14 @@ def bench() -> str:
         "setting", "outputs equal to plain", "plain over Hugging Face", "self-speculation over plain",
         "acceptance", "predicted", "plain step over its products", "of the roofline",
     )  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = _head(*heads)
     machines = set()
     for path in newest_of:
         report = json.loads(path.read_text())
         told = report["configuration"]
         threads = f", {report['card']['threads']} threads" if told["device"] == "cpu" else ""
         machines.add(told["device_name"] + threads)
-        lines.append("| " + " | ".join(_bench_cells(path, report)) + " |")
+        lines.append(_line(*_bench_cells(path, report)))
     note = (
         "Hugging Face is its greedy `generate` in float32. Where acceptance is simulated, every pass is computed "
         "and the verdict on each draft is drawn at random: no output is real, so none is compared. "
@@ -205,8 +200,6 @@ def _ratio(figures: dict | None) -> str:
 
 def topv2() -> str:
     path = newest("topv2_*.json")
-    if path is None:
-        return "(no result file yet)"
     result = json.loads(path.read_text())
     told = result["configuration"]
     vocabulary = result["draft_vocab"]
@@ -231,7 +224,7 @@ def topv2_table(result: dict) -> list[str]:
         "method", "exact match", "up to spaces", "equal to all layers", "acceptance", "tokens/round", "tokens/s",
         "speed-up", "predicted",
     )  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = _head(*heads)
     for name, row in result["methods"].items():
         kind = name.rpartition(" ")[0]
         if kind == "self-speculative":
@@ -245,7 +238,7 @@ def topv2_table(result: dict) -> list[str]:
         cells.append("" if per_round is None else f"{per_round:.2f}")
         cells += [f"{row['tokens_per_s']:.1f}", _ratio(row.get("speedup"))]
         cells.append(f"{row['predicted_speedup']:.2f} x" if "predicted_speedup" in row else "")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(_line(*cells))
     if (found := result.get("exact_match_difference")) is not None:
         low, high = (100 * end for end in found["ci95"])
         lines += [
@@ -259,7 +252,7 @@ def topv2_table(result: dict) -> list[str]:
 def tuning() -> str:
     """A row per model: what was predicted and what was measured, on other prompts."""
     heads = ("model", "choice", "predicted", "measured", "over the best of a 4 x 4 grid", "outputs equal")
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = _head(*heads)
     told = {}
     for path in _newest_of_each("tuning_*.json"):
         result = json.loads(path.read_text())
@@ -272,7 +265,7 @@ def tuning() -> str:
             cells = [f"[{told['model']}](benchmarks/results/{path.name})", setting]
             cells += [f"{row['predicted_speedup']:.2f} x", _ratio(row["speedup"])]
             cells += [_ratio(compared["ratio"]) if name == "tune" else "", f"{row['equal']} of {row['of']}"]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(_line(*cells))
     note = (
         "`doctor` and `tune` chose on one set of prompts; the speed-up was measured on another. It is the "
         "seconds of plain decoding over those of self-speculation, summed over prompts, with a 95% interval "
@@ -286,7 +279,7 @@ def tuning() -> str:
 def policies() -> str:
     """A row per model and policy, over plain decoding and over the best fixed (E, K) of a grid."""
     heads = ("model", "policy", "over plain decoding", "over the best fixed E and K")
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = _head(*heads)
     told = {}
     for path in _newest_of_each("policies_*.json"):
         result = json.loads(path.read_text())
@@ -299,7 +292,7 @@ def policies() -> str:
                 f"fixed, E {best['exit_layer']}, K {best['draft_length']}, best of the grid" if own else name
             )
             cells = [f"[{told['model']}](benchmarks/results/{path.name})", title, _ratio(row["over_plain"])]
-            lines.append("| " + " | ".join([*cells, "" if own else _ratio(row["over_best_fixed"])]) + " |")
+            lines.append(_line(*cells, "" if own else _ratio(row["over_best_fixed"])))
     note = (
         f"{told['max_new_tokens']} tokens a prompt; all outputs equal those of plain decoding. Fresh: the policy "
         "starts every prompt without what it learned; otherwise that is kept from prompt to prompt. Medians "
@@ -312,8 +305,6 @@ def policies() -> str:
 def builtin() -> str:
     """The built-in model and its base, task by task, and what training cost."""
     path = newest("builtin_*.json")
-    if path is None:
-        return "(no result file yet)"
     result = json.loads(path.read_text())
     told, drafting = result["configuration"], result["drafting"]
     note = (
@@ -347,7 +338,7 @@ def builtin_table(result: dict) -> list[str]:
         "task", "model", "outputs equal to plain", "acceptance", "tokens/round", "exit alone",
         "by draft head", "speed-up", "with the prompt",
     )  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = _head(*heads)
     for task, models in result["tasks"].items():
         for who, found in models.items():
             row, alone = found["methods"]["self-speculative"], found["exit"]
@@ -366,7 +357,7 @@ def builtin_table(result: dict) -> list[str]:
             "Hugging Face, trained exits", "prompts", "plain, equal to ours", "over our plain",
             "`assistant_early_exit`, equal to ours", "over its plain",
         )  # fmt: skip
-        lines += ["", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+        lines += ["", *_head(*heads)]
         for task, methods in theirs.items():
             plain, early = methods["hf"], methods["hf-early-exit"]
             equal = [f"{row['equal']} of {row['prompts']}" for row in (plain, early)]
@@ -377,7 +368,7 @@ def builtin_table(result: dict) -> list[str]:
 
 def builtin_cost_table(result: dict) -> list[str]:
     """What training the exits cost the full model: a row for the text, a row per task."""
-    lines = [_line("all layers", "trained exits", "base", "difference"), "| --- " * 4 + "|"]
+    lines = _head("all layers", "trained exits", "base", "difference")
     text, away = result["perplexity"], result["perplexity"].get("relative_difference")
     cells = [f"{text[who]['all_layers']:.2f}" if who in text else "" for who in ("model", "base")]
     title = f"WikiText-2 perplexity, {text['model']['tokens']:,} tokens"
@@ -395,6 +386,10 @@ def _away(found: dict | None, unit: str) -> str:
         return ""
     low, high = (100 * end for end in found["ci95"])
     return f"{100 * found['mean']:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_line(*cells), "| --- " * len(cells) + "|"]
 
 
 def _line(*cells: str) -> str:
