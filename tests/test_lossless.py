@@ -142,6 +142,6 @@ def test_early_exit_decoding_equals_a_model_cut_after_the_exit():
     small.load_state_dict(model.state_dict(), strict=False)
     ids = torch.tensor([PROMPTS[1]])
     wanted = small.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-    record = decode(stack_of("llama", torch.float32), PROMPTS[1:2], 20, exit_layer, believe=True)
+    record = decode(stack_of("llama", torch.float32), PROMPTS[1:2], 20, exit_layer, unverified=True)
     assert record.tokens[0] == wanted[0, len(PROMPTS[1]) :].tolist()
     assert {round.source for round in record.rounds[0]} == {"prefill", "early-exit"}

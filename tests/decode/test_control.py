@@ -269,4 +269,4 @@ def test_probes_tell_what_each_exit_would_have_said(family):
 
 def drafted(stack, prefix, exit_layer):
     """What an exit says after a prefix."""
-    return decode(stack, [prefix], 1, exit_layer, believe=True).tokens[0][0]
+    return decode(stack, [prefix], 1, exit_layer, unverified=True).tokens[0][0]

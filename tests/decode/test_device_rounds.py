@@ -103,7 +103,7 @@ def test_drafts_that_stop_at_low_confidence_stop_at_the_same_place(stacks, famil
 @pytest.mark.parametrize("sampled", [False, True])
 def test_early_exit_decoding_on_the_device_stops_at_the_exit(stacks, sampled):
     processing = WARM if sampled else Processing()
-    record = compared(stacks["llama"], PROMPTS, 16, 2, believe=True, processing=processing)
+    record = compared(stacks["llama"], PROMPTS, 16, 2, unverified=True, processing=processing)
     assert {round.source for rounds in record.rounds for round in rounds[1:]} == {"early-exit"}
     assert {round.layer_passes for rounds in record.rounds for round in rounds[1:]} == {2}
 

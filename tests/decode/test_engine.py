@@ -62,7 +62,7 @@ def test_plain_decoding_runs_every_layer_once_and_one_head_row(stack):
 
 
 def test_early_exit_decoding_never_touches_the_late_layers(stack):
-    engine = started(stack, Request(PROMPT, 64, 2, believe=True))
+    engine = started(stack, Request(PROMPT, 64, 2, unverified=True))
     [round] = engine.step()
     assert stack.counters.runs == {(0, 2, 1): 1}
     assert (round.source, round.layer_passes) == ("early-exit", 2)
@@ -175,7 +175,7 @@ def test_a_kept_row_is_reused_up_to_the_longest_common_prefix(stack):
 
 def test_a_row_cut_at_an_exit_is_prefilled_again_at_full_depth(stack):
     engine = Engine(stack, rows=1, capacity=128)
-    row = engine.add(Request(PROMPT, 6, 2, believe=True, keep=True))
+    row = engine.add(Request(PROMPT, 6, 2, unverified=True, keep=True))
     while engine.busy:
         engine.step()
     assert engine.cache.depths[row] == 2
@@ -215,7 +215,7 @@ def test_log_probabilities_are_those_of_the_full_model(llama):
         (Request(PROMPT, 4, 0, 3), "exit layer 0"),
         (Request(PROMPT, 4, L, 3), f"exit layer {L}"),
         (Request(PROMPT, 4, L + 1), f"exit layer {L + 1}"),
-        (Request(PROMPT, 4, L, believe=True), f"exit layer {L}"),
+        (Request(PROMPT, 4, L, unverified=True), f"exit layer {L}"),
         (Request(PROMPT, 4, 2, -1), "draft length -1"),
         (Request(PROMPT, 0), "max_new_tokens is 0"),
         (Request([], 4), "prompt is empty"),

@@ -42,7 +42,7 @@ class Call:
             draft_length=plan.draft_length,
             confidence=plan.confidence,
             controller=self.controller,
-            believe=plan.believe,
+            unverified=plan.unverified,
             eos=self.eos,
             processing=options.processing,
             seed=options.seed,

@@ -10,7 +10,7 @@
 
 One round function serves all modes. A row drafts K tokens with its first `exit_layer` layers and verifies them
 with the layers up to `depth`: plain decoding is K = 0 with E = depth = L, early-exit decoding K = 0 with
-E = depth < L (it believes its exit), self-speculation K > 0 with E < depth = L.
+E = depth < L (layer E's token is used without verification), self-speculation K > 0 with E < depth = L.
 
 Invariant, per row, between steps: the cache holds all tokens but the last, which is never cached.
 """
@@ -124,7 +124,7 @@ class Engine:
         """
         self.check(request)
         exit_layer = request.exit_layer or self.stack.num_layers
-        depth = exit_layer if request.believe else self.stack.num_layers
+        depth = exit_layer if request.unverified else self.stack.num_layers
         reused = 0
         if row is not None:
             before = self._known(row)
@@ -150,7 +150,7 @@ class Engine:
         """Raise UserError for a request this engine cannot honour."""
         layers, length = self.stack.num_layers, len(request.prompt)
         exit_layer = layers if request.exit_layer is None else request.exit_layer
-        early = request.believe or (request.draft_length > 0 and request.drafter == ExitDrafter.name)
+        early = request.unverified or (request.draft_length > 0 and request.drafter == ExitDrafter.name)
         if request.drafter not in DRAFTERS:
             raise UserError(f"unknown drafter {request.drafter!r}", nearest(request.drafter, DRAFTERS))
         if not 1 <= exit_layer <= (layers - 1 if early else layers):
@@ -329,7 +329,7 @@ class Engine:
         """Describe what a work item did for a row, and let go of the row when it is finished."""
         request = row.request
         row.waited, row.finished = self._step_id, reason is not None
-        plain = "early-exit" if request.believe else "plain"
+        plain = "early-exit" if request.unverified else "plain"
         drafting = row.exit_layer < row.depth or row.choice.draft_length > 0
         self._events.append(
             Round(

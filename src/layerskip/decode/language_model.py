@@ -132,7 +132,7 @@ class LanguageModel:
     def call(self, options: Options) -> Call:
         """Resolve options once, for all requests of a call. Raises: UserError when they cannot be honoured."""
         options, plan = seeded(options), self.plan(options)
-        if plan.believe and self.facts.owns_head(plan.exit_layer):
+        if plan.unverified and self.facts.owns_head(plan.exit_layer):
             warnings.warn(
                 f"exit {plan.exit_layer} was trained for a draft head of its own, but mode early-exit reads it by "
                 "the model's head, so the text is worse than its drafts; mode self-speculative reads its own",

@@ -236,5 +236,5 @@ class Plan:
         return self.policy == "adaptive" or self.guard
 
     @property
-    def believe(self) -> bool:
+    def unverified(self) -> bool:
         return self.mode == "early-exit"

@@ -27,7 +27,7 @@ class Request:
     confidence: float = 0.0  # stop drafting where the draft head's largest probability is below
     controller: Controller | None = None  # chooses anew each round, instead of these three
     drafter: str = "exit"  # who proposes drafts, a name in `drafters.DRAFTERS`
-    believe: bool = False  # early-exit decoding: stop at the exit layer and do not verify
+    unverified: bool = False  # early-exit decoding: stop at the exit layer and do not verify
     eos: frozenset[int] = frozenset()
     processing: Processing = Processing()
     seed: int = 0
