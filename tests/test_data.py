@@ -406,3 +406,110 @@ def test_the_probe_tells_which_models_keep_packed_examples_apart(family):
     model = tiny.random_model(family).train()
     assert packs(model) == (family not in CANNOT_PACK)
     assert model.training
+
+
+# -- tables, other chats, and what is refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'prompt,completion\n"one, two",1\n"line\nbreak",""\n'),
+        ("a.csv", '\ufeffprompt;completion\r\none, two;1\r\n"line\nbreak";\r\n'),
+        ("a.tsv", 'prompt\tcompletion\none, two\t1\n"line\nbreak"\t\n'),
+        ("a.csv.gz", 'prompt,completion\n"one, two",1\n"line\nbreak",\n'),
+    ],
+)
+def test_a_table_is_read_by_its_columns(tmp_path, name, content):
+    """CSV was trained on as running text, header, commas and all, without a word."""
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    found = [(one["prompt"], one["completion"]) for one in examples(file)]
+    assert found == [("one, two", "1"), ("line\nbreak", "")]
+    assert [one["prompt"] for one in examples(tmp_path)] == ["one, two", "line\nbreak"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt,completion\na,b,c\n", "row 1 has 3 cells for 2 columns"),
+        ("prompt,prompt\na,b\n", "its header"),
+        ("prompt,\na,b\n", "its header"),
+        ("question,answer\na,b\n", "columns 'question', 'answer'"),
+        ('prompt,completion\n"a,b\n', "cannot read"),
+        ("prompt,completion\na\0,b\n", "binary"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(examples(tmp_path / "a.csv"))
+
+
+def test_sharegpt_is_read_as_it_is(tmp_path):
+    said = [("system", "be brief"), ("human", "2+2?"), ("gpt", "4")]
+    turns = [{"from": speaker, "value": text} for speaker, text in said]
+    wanted = [("system", "be brief"), ("user", "2+2?"), ("assistant", "4")]
+    for columns in (None, Columns(messages="conversations")):
+        [one] = examples(jsonl(tmp_path / "a.jsonl", [{"id": "x", "conversations": turns}]), columns)
+        assert [(message["role"], message["content"]) for message in one["messages"]] == wanted
+    for wrong, message in (
+        ([{"from": "nobody", "value": "a"}], "nobody"),
+        ([{"from": "gpt"}], "no text under"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(examples(jsonl(tmp_path / "a.jsonl", [{"conversations": wrong}])))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a.xlsx", r"\.csv"),
+        ("a.pkl", "pickle"),
+        ("a.npz", "parquet"),
+        ("a.pdf", r"\.txt"),
+        ("a.strange", r"\.txt"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_by_name(tmp_path, name, hint):
+    (tmp_path / name).write_text("these bytes happen to be text")
+    with pytest.raises(UserError, match=rf"(?s){name}.*{hint}"):
+        list(examples(tmp_path / name))
+
+
+def test_binary_content_under_the_name_of_text_is_refused_or_left_out_of_a_folder(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"PK\x03\x04\0\0")
+    with pytest.raises(UserError, match="is binary"):
+        list(examples(tmp_path / "a.txt"))
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.warns(UserWarning, match="is binary"):
+        assert [one["text"] for one in examples(tmp_path)] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "completion": None}, "'completion' is null"),
+        ({"text": "half \ud83d"}, "half a character"),
+        ({"input_ids": [5, 6], "completion_mask": [0, 2]}, "completion_mask has '2'"),
+        ({"input_ids": [5, 6], "completion_mask": [1]}, "do not fit"),
+        ({"input_ids": [5, 6], "completion_mask": []}, "do not fit"),
+        ({"input_ids": [5, 6], "completion_mask": 1}, "not a list"),
+        ({"input_ids": [5, 2**40]}, "input_ids has"),
+        ({"input_ids": [5, -1]}, "input_ids has '-1'"),
+        ({"input_ids": [5, 300]}, "the tokenizer's last is 258"),
+        ({"input_ids": [5, True]}, "input_ids has 'True'"),
+        ({"input_ids": [5.0, 6]}, "input_ids has '5.0'"),
+        ({"input_ids": "56"}, "not a list"),
+    ],
+)
+def test_values_that_cannot_be_are_named(tmp_path, record, message):
+    with pytest.raises(UserError, match=message) as error:
+        encoded(examples(jsonl(tmp_path / "a.jsonl", [record])))
+    assert f"{tmp_path / 'a.jsonl'}, line 1" in error.value.message
+
+
+def test_half_a_character_is_named_in_examples_from_anywhere():
+    for record in ({"text": "\ud800"}, {"messages": [{"role": "user", "content": "\udfff"}, CHAT[1]]}):
+        with pytest.raises(UserError, match="example 1 has half a character"):
+            encoded([record])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from layerskip.errors import UserError, nearest
+from layerskip.reading import USER_BYTES, parsed, read_text
+
+ONE_A_LINE = "one JSON object per line"
 
 
 class Message(BaseModel):
@@ -35,6 +35,8 @@ class PromptLine(BaseModel):
     prompt: str | None = None
     messages: list[Message] | None = None
     task: str | None = None
+    id: Any = None
+    """What the user calls this prompt; answers carry it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -43,7 +45,8 @@ class PromptLine(BaseModel):
             return record
         match record:
             case {"turns": [str(first), *_]}:
-                return {"prompt": first, "task": record.get("task", record.get("category"))}
+                task = record.get("task", record.get("category"))
+                return {"prompt": first, "task": task, "id": record.get("id")}
         return record
 
     @model_validator(mode="after")
@@ -148,28 +151,24 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises: UserError naming the line that is not JSON.
     """
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        lines = content.decode("utf-8-sig").split("\n")  # splitlines cuts inside JSON strings too
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not JSON: {error}", "one JSON object per line"
-            ) from error
+    text = read_text(path, USER_BYTES, pipe=True)
+    if path.suffix in (".csv", ".xlsx", ".parquet") or "\0" in text:
+        raise UserError(f"{path} is not JSON lines", f"{ONE_A_LINE}; only training data may be tables")
+    if text.lstrip()[:1] == "[" and text.rstrip()[-1:] == "]":
+        hint = "one JSON object per line, not one list: jq -c '.[]' FILE turns it"
+        raise UserError(f"{path}, line 1: the file is a JSON list", hint)
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines cuts inside JSON strings too
+        if line.strip():
+            yield number, parsed(line, f"{path}, line {number}", ONE_A_LINE)
 
 
 def _named(record: Any, column: str, where: str) -> dict[str, Any]:
-    if not isinstance(record, dict) or column not in record:
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not an object", ONE_A_LINE)
+    if column not in record:
         raise UserError(f"{where} has no column {column!r}", nearest(column, record))
     value = record[column]
-    return {"messages" if isinstance(value, list) else "prompt": value}
+    return {"messages" if isinstance(value, list) else "prompt": value, "id": record.get("id")}
 
 
 def _first(error: ValidationError) -> str:

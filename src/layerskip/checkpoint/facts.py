@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from layerskip.checkpoint.files import write_json
+from layerskip.checkpoint.configuration import read_configuration
+from layerskip.checkpoint.files import inside, write_json
 from layerskip.errors import UserError, hint_of, nearest
 from layerskip.option import check_value, option, options_of
+from layerskip.reading import read_json, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -118,30 +119,44 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
     """
     if path is None or facts.draft_vocab is None:
         return None
-    file = path / facts.draft_vocab
-    try:
-        ranked = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read the draft vocabulary {file}: {error}") from error
-    if not isinstance(ranked, list) or not all(isinstance(token, int) for token in ranked):
-        raise UserError(f"{file} is not a JSON list of token ids")
+    again = "layerskip draft-vocab writes a new one, or use --draft-vocab off"
+    file = inside(path, facts.draft_vocab)
+    ranked: list[int] = read_json(file, list, again)
+    strange = [token for token in ranked if type(token) is not int or not 0 <= token < 2**31]
+    if strange or not ranked:
+        told = f"has {str(strange[0])[:80]!r}" if strange else "is empty"
+        raise UserError(f"{file} {told}: it is a JSON list of token ids", again)
+    if len({*ranked}) < len(ranked):
+        raise UserError(f"{file} names a token twice", again)
     return ranked
 
 
 def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
-    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head."""
+    """Read the draft head's own rows, [draft vocabulary, D]; None where it shares those of the head.
+
+    Raises: UserError for what is no such matrix of finite numbers.
+    """
     if path is None or facts.draft_head is None:
         return None
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    again = "copy or download the folder again"
+    file = inside(path, facts.draft_head)
     try:
-        weight: Tensor = load_file(path / facts.draft_head)["weight"]
-    except (OSError, SafetensorError, KeyError) as error:
+        weight: Tensor = load_file(file)["weight"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read the draft head {file}: {reason(error)}", again) from error
+    if weight.dim() != 2 or not weight.is_floating_point():
+        shape = f"{list(weight.shape)} of {weight.dtype}"
+        raise UserError(f"{file} holds {shape}: a draft head is [draft vocabulary, width] of floats", again)
+    if not weight.isfinite().all():
+        raise UserError(f"{file} has values that are not finite", again)
+    ranked = ranked_vocabulary(path, facts)
+    if ranked is not None and len(ranked) != len(weight):
         raise UserError(
-            f"cannot read the draft head {path / facts.draft_head}: {error}",
-            "copy or download the folder again",
-        ) from error
+            f"{file} has {len(weight)} rows for a draft vocabulary of {len(ranked)} tokens", again
+        )
     return weight
 
 
@@ -197,7 +212,7 @@ def write_entry(folder: Path, facts: Facts, **changes: Any) -> None:
     its default exit. The file is replaced whole. Raises: UserError when the folder cannot be written.
     """
     with _writing(folder):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_configuration(folder / "config.json")
         known = {
             "exits": list(facts.exits),
             "exit_layer": facts.exit_layer,

@@ -1,13 +1,48 @@
-"""Files that are replaced whole, and the cache folder."""
+"""Files of a checkpoint: those it names, those that are replaced whole; and the cache folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from layerskip.errors import UserError
+from layerskip.reading import reason
+
+
+def inside(folder: Path, name: Any, told: str = "config.json", *, missing: bool = False) -> Path:
+    """Find a file that a checkpoint names: a regular one of its folder, or a link there to a regular one.
+
+    Links are followed, for the cache of huggingface_hub is made of them; the name may not lead out of the folder.
+    Raises: UserError for a name that does, a device, a pipe, a folder, or (unless it may be `missing`) nothing.
+    """
+    parts = () if not isinstance(name, str) else (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
+    away = not parts or ".." in parts or PureWindowsPath(name).drive or "\0" in name
+    if away or any(kind(name).root for kind in (PurePosixPath, PureWindowsPath)):
+        raise UserError(
+            f"{told} in {folder} names the file {str(name)[:80]!r}, which is not inside the folder",
+            "a checkpoint names its own files only; take it from a place you trust",
+        )
+    file = folder / str(name)
+    if not missing or file.exists():
+        check_regular(file)
+    return file
+
+
+def check_regular(file: Path) -> None:
+    """Refuse what is no file with content of its own, without opening it. Raises: UserError."""
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {file}: {reason(error)}", "copy or download the folder again"
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file} is not a regular file", "copy or download the folder again")
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
@@ -37,8 +72,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def cache_folder() -> Path:
     """Name the folder that holds built-in models: LAYERSKIP_CACHE, or the platform's cache folder."""
-    if chosen := os.environ.get("LAYERSKIP_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "layerskip"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip"
+    try:
+        if chosen := os.environ.get("LAYERSKIP_CACHE"):
+            return Path(chosen).expanduser()
+        if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+            return Path(local) / "layerskip"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip"
+    except RuntimeError as error:  # ~nobody, or nobody's home
+        raise UserError(f"no cache folder: {reason(error)}", "set LAYERSKIP_CACHE to a folder") from error

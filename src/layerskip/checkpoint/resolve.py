@@ -6,15 +6,17 @@ folder: config.json, safetensors weights, tokenizer. Pickled weights are neither
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from layerskip.checkpoint.builtin import finished, make
 from layerskip.checkpoint.catalogue import BUILTINS, Builtin, shipped
-from layerskip.checkpoint.files import cache_folder
+from layerskip.checkpoint.configuration import check_ids, read_configuration
+from layerskip.checkpoint.files import cache_folder, check_regular
+from layerskip.checkpoint.weights import check_weights, shards_of
 from layerskip.errors import UserError, nearest
+from layerskip.reading import named_path, read_json, reason
 
 __all__ = ["Builtin", "builtins", "cache_folder", "cached", "check_folder", "resolve"]
 
@@ -22,6 +24,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*/*", "consolidated*.safetensors")
 """Other formats of the same weights: subfolders such as onnx/ and original/, Mistral's own layout."""
+_SAVED = "name the folder that `save_pretrained` wrote, which has config.json and *.safetensors"
+_CONVERT = {
+    ".gguf": "layerskip reads no GGUF: convert with AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)"
+    ".save_pretrained(new_folder), and its tokenizer likewise"
+}
 
 
 def resolve(name: str, *, progress: bool = True) -> Path:
@@ -35,10 +42,12 @@ def resolve(name: str, *, progress: bool = True) -> Path:
     for builtin in builtins():
         if name == builtin.name:
             return make(builtin, cache_folder(), progress=progress)
-    folder = Path(name).expanduser()
+    folder = named_path(name)
     if folder.is_dir():
         check_folder(folder)
         return folder
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; a model is a folder", _CONVERT.get(folder.suffix, _SAVED))
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
         return _from_hub(name, progress)
     raise UserError(
@@ -53,18 +62,25 @@ def check_folder(path: Path) -> None:
     Raises: UserError.
     """
     try:
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        files = sorted(path.iterdir())
+    except OSError as error:
         raise UserError(
-            f"{path} is not a checkpoint: it has no config.json",
-            "name the folder that `save_pretrained` wrote, which has config.json and *.safetensors",
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"{path / 'config.json'} is not valid JSON: {error}", "save or copy it again"
-        ) from None
+            f"cannot read {path}: {reason(error)}", "copy or download the folder again"
+        ) from error
+    if not (path / "config.json").exists():
+        gguf = next((_CONVERT[".gguf"] for file in files if file.suffix == ".gguf"), None)
+        raise UserError(f"{path} is not a checkpoint: it has no config.json", gguf or _SAVED)
+    read_configuration(path / "config.json")
+    for file in files:
+        if any(file.match(pattern) for pattern in WANTED):  # transformers opens these unasked
+            check_regular(file)
+        if file.suffix == ".safetensors":
+            check_weights(file)
+    if (path / "generation_config.json").exists():
+        generation = read_json(path / "generation_config.json", dict)
+        check_ids(generation.get("eos_token_id") or [], f"{path / 'generation_config.json'}: eos_token_id")
     if all(file.stem == "draft_head" for file in path.glob("*.safetensors")):
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+        pickles = [file.name for file in files if file.suffix in PICKLES]
         found = f"only pickled weights ({', '.join(pickles)})" if pickles else "no *.safetensors weights"
         raise UserError(
             f"{path} has {found}; a pickle can run code when it is read, so only safetensors are",
@@ -73,11 +89,8 @@ def check_folder(path: Path) -> None:
         )
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, LookupError, AttributeError):
-            raise UserError(f"{index} is not a valid index of shards", "save or copy it again") from None
-        if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
+        shards = shards_of(index)
+        if missing := [shard for shard in shards if not (path / shard).exists()]:
             raise UserError(
                 f"{path} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:3])}",
                 "copy or download the folder again",

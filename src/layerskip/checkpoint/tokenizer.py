@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from layerskip.errors import UserError
+from layerskip.reading import reason
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,8 +23,12 @@ def tokenizer_in(folder: Path) -> Any:
     if not any((folder / name).exists() for name in FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer.encode("a"))  # a setting of another type shows when it is used
+        return tokenizer
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # the tokenizers library panics in Rust, which is no Exception, on some files
         raise UserError(
-            f"cannot read the tokenizer of {folder}: {error}", "add its tokenizer.json"
+            f"cannot read the tokenizer of {folder}: {reason(error)}", "add its tokenizer.json"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -26,7 +25,6 @@ RETRY_PAUSES_S = (0.5, 2.0, 5.0, 10.0)
 """Waits between attempts that brought no byte; a byte received starts the row again."""
 
 READ_TIMEOUT_S = 60.0
-UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 def fetch(builtin: Builtin, downloads: Path, *, progress: bool = True) -> Path:

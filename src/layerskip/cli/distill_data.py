@@ -26,6 +26,7 @@ from layerskip.cli.prompts import PromptOptions, Separator, encoded, unescaped
 from layerskip.cli.show.terminal import Lines, err, note, notes, out, tell
 from layerskip.errors import UserError, hint_of
 from layerskip.option import Option
+from layerskip.reading import parsed
 
 if TYPE_CHECKING:
     from layerskip.decode.generation import Generation
@@ -60,8 +61,8 @@ def distill_data(
     options = merged(sampling, chat=False)  # wrapped here already; a slip costs no time
     if output.suffix != ".jsonl":
         raise UserError(f"{output} is not named .jsonl", "the data are JSON lines: --output own.jsonl")
-    lines = [line.content for path in prompts for line in read_prompts(path, column)][: first.limit]
-    given = [_to_continue(content, number) for number, content in enumerate(lines, 1)]
+    lines = [line for path in prompts for line in read_prompts(path, column)][: first.limit]
+    given = [_to_continue(line.content, number) for number, line in enumerate(lines, 1)]
     found = _found(output)
     lm = load(model, loading)
     if lm.tokenizer is None:
@@ -91,7 +92,9 @@ def distill_data(
             for index, tokens, result in zip(left, tokens_of, results, strict=True):
                 result.checked()
                 begins = not found and not record["written"]
-                file.write(_line(index, given[index], tokens, result, settings if begins else None) + "\n")
+                more = {} if lines[index].id is None else {"id": lines[index].id}
+                more |= {"settings": settings} if begins else {}
+                file.write(_line(index, given[index], tokens, result, more) + "\n")
                 file.flush()
                 record["written"] += 1
                 record["ended"] += result.finish_reason == "eos"
@@ -126,13 +129,12 @@ def _as_messages(prompt: Prompt) -> Prompt:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _line(
-    index: int, prompt: Prompt, tokens: list[int], result: Generation, settings: dict[str, Any] | None
-) -> str:
+def _line(index: int, prompt: Prompt, tokens: list[int], result: Generation, more: dict[str, Any]) -> str:
     """Phrase a training example: its text for people, and the very tokens seen and written.
 
     The text alone would not do: a model may write a text in other tokens than the tokenizer would, and whether it
-    ended with its end token, or its budget ended it, does not show. The first line tells the settings of all.
+    ended with its end token, or its budget ended it, does not show. `more` is the prompt's own id and, in
+    the first line, the settings of all.
     """
     if isinstance(prompt, str):
         told: dict[str, Any] = {"prompt": prompt, "completion": result.text}
@@ -144,8 +146,7 @@ def _line(
         "input_ids": tokens + result.tokens,
         "completion_mask": [0] * len(tokens) + [1] * len(result.tokens),
     }
-    told |= {} if settings is None else {"settings": settings}
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(told | more, ensure_ascii=False, separators=(",", ":"))
 
 
 # -- going on ------------------------------------------------------------------------------------------------
@@ -159,14 +160,14 @@ def _found(output: Path) -> dict[int, dict[str, Any]]:
             return {}
         content = output.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+        lines = [parsed(line, str(output)) for line in whole.decode("utf-8").split("\n")[:-1]]
         found = {line["index"]: line for line in lines}
         if len(whole) < len(content):
             with output.open("rb+") as file:
                 file.truncate(len(whole))
     except OSError as error:
         raise UserError(f"cannot use {output}: {error}", hint_of(error, "give another --output")) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{output} was not written by distill-data", "give another --output, or remove it"
         ) from error

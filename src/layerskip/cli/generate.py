@@ -15,6 +15,7 @@ from layerskip.cli.show.terminal import note, tell
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.option import Option
+from layerskip.reading import USER_BYTES, read_text
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
@@ -35,7 +36,7 @@ def generate(
 
     layerskip generate smollm2-135m "Why is the sky blue?" --mode self-speculative --exit-layer 6 --draft-length 4
     """
-    prompts = _prompts(prompt, prompt_file, batch_file)
+    prompts, ids = _prompts(prompt, prompt_file, batch_file)
     options = merged(drafting, sampling)  # a slip costs no time
     lm = load(model, loading)
     options["chat"] = lm.has_template if sampling.chat is None else sampling.chat
@@ -43,8 +44,9 @@ def generate(
         _stream(lm, prompts[0], options)
         return
     failed = False
-    for one in lm.each(prompts, **options):
-        told = {name: getattr(one, name) for name in ("text", "tokens", "finish_reason", "stats")}
+    for one, own in zip(lm.each(prompts, **options), ids, strict=False):
+        told = {} if own is None else {"id": own}
+        told |= {name: getattr(one, name) for name in ("text", "tokens", "finish_reason", "stats")}
         if one.error is not None:
             failed, told = True, {**told, "error": str(one.error)}
         tell(told, as_json, _show)
@@ -60,8 +62,10 @@ def _show(told: dict[str, Any]) -> None:
     )
 
 
-def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | None) -> list[Any]:
-    """Find the prompt: argument, file, batch file or standard input; exactly one of them."""
+def _prompts(
+    prompt: str | None, prompt_file: Path | None, batch_file: Path | None
+) -> tuple[list[Any], list[Any]]:
+    """Find the prompt: argument, file, batch file or standard input; exactly one of them; and the prompts' ids."""
     sources = {"PROMPT": prompt, "--prompt-file": prompt_file, "--batch-file": batch_file}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
@@ -69,12 +73,10 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | No
     if batch_file is not None:
         from layerskip.config import read_prompts
 
-        return [line.content for line in read_prompts(batch_file)]
+        lines = read_prompts(batch_file)
+        return [line.content for line in lines], [line.id for line in lines]
     if prompt_file is not None:
-        try:
-            prompt = prompt_file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {prompt_file}: {error}") from error
+        prompt = read_text(prompt_file, USER_BYTES, pipe=True)
     elif prompt is None or prompt == "-":
         if sys.stdin and sys.stdin.isatty():
             note("reading the prompt from standard input; end with Ctrl-D")
@@ -86,7 +88,7 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | No
         raise UserError(
             "the prompt is empty", 'layerskip generate MODEL "some text", --prompt-file, or a pipe'
         )
-    return [prompt]
+    return [prompt], [None]
 
 
 def _stream(lm: LanguageModel, prompt: str, options: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from layerskip.cli.results import progress
 from layerskip.cli.show.terminal import out, share, tell
 from layerskip.errors import UserError
 from layerskip.option import Option
+from layerskip.reading import read_json
 
 
 @verb
@@ -45,14 +45,7 @@ def pack_delta(
 
 
 def _told(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}", "--about names a file with one JSON object"
-        ) from error
-    if not isinstance(told, dict):
-        raise UserError(f"{path} is not a JSON object", "--about names a file with one JSON object")
+    told: dict[str, Any] = read_json(path, dict, "--about names a file with one JSON object")
     return told
 
 

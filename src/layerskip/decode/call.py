@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from layerskip.decode import text as texts
 from layerskip.decode.generation import Generation, statistics
 from layerskip.decode.request import Request
+from layerskip.errors import UserError
 from layerskip.model import cost
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Call:
         options, plan, simulated = self.options, self.plan, self.options.simulate_acceptance
         assert options.seed is not None, "the seed is drawn once per call"
         return Request(
-            prompt=encoded(self.tokenizer, prompt, options.chat),
+            prompt=encoded(self.tokenizer, prompt, options.chat, options.control_tokens),
             max_new_tokens=options.max_new_tokens,
             exit_layer=plan.exit_layer,
             draft_length=plan.draft_length,
@@ -64,10 +65,23 @@ class Call:
         return Generation(text, tokens, reason, rounds, stats, error)
 
 
-def encoded(tokenizer: Any, prompt: Any, chat: bool | None = None) -> list[int]:
-    """Turn text, messages or token ids into token ids. Raises: UserError."""
-    if isinstance(prompt, torch.Tensor):
+def encoded(tokenizer: Any, prompt: Any, chat: bool | None = None, control_tokens: bool = False) -> list[int]:
+    """Turn text, messages or token ids into token ids, see `encode_prompt`. Raises: UserError."""
+    if isinstance(prompt, (bytes, bytearray)):
+        raise UserError("the prompt is bytes", "give text: prompt.decode()")
+    if hasattr(prompt, "tolist"):  # of torch or numpy
         prompt = prompt.tolist()
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return list(prompt)
-    return texts.encode_prompt(tokenizer, prompt, chat)
+    if isinstance(prompt, str):
+        return texts.encode_prompt(tokenizer, prompt, chat, control_tokens)
+    if not isinstance(prompt, Sequence):
+        raise UserError(
+            f"cannot read a prompt of type {type(prompt).__name__}", "give text, messages or token ids"
+        )
+    if any(isinstance(one, Mapping) for one in prompt):
+        return texts.encode_prompt(tokenizer, prompt, chat, control_tokens)
+    strange = [one for one in prompt if type(one) is bool or not isinstance(one, Integral)]
+    if strange:
+        raise UserError(
+            f"the prompt has {strange[0]!r} among its token ids", "token ids are whole numbers, 0 or more"
+        )
+    return [int(token) for token in prompt]

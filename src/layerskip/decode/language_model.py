@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,9 +147,9 @@ class LanguageModel:
     def plan(self, options: Options) -> Plan:
         return options.plan(self.facts, self.stack.num_layers)
 
-    def encode(self, prompt: Any, chat: bool | None = None) -> list[int]:
-        """Turn text, messages or token ids into token ids."""
-        return encoded(self.tokenizer, prompt, chat)
+    def encode(self, prompt: Any, chat: bool | None = None, control_tokens: bool = False) -> list[int]:
+        """Turn text, messages or token ids into token ids; see `encode_prompt`."""
+        return encoded(self.tokenizer, prompt, chat, control_tokens)
 
     def eos_ids(self, options: Options) -> frozenset[int]:
         """All end-of-sequence ids: of the options, else the generation config, else config and tokenizer."""
@@ -249,7 +250,7 @@ def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     if isinstance(prompt, str):
         return [prompt], True
     if isinstance(prompt, Sequence):
-        if prompt and isinstance(prompt[0], (int, Mapping)):
+        if prompt and isinstance(prompt[0], (Integral, Mapping)):
             return [prompt], True
         if not prompt:
             raise UserError("the prompt is empty", "give text, messages, token ids, or a list of them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from layerskip.checkpoint.facts import Facts
@@ -29,6 +30,9 @@ def vocabulary_size(typed: str) -> int | str:
 class _Checked:
     def __post_init__(self) -> None:
         check(type(self), vars(self))
+        for name, value in vars(self).items():
+            if hasattr(value, "item") and isinstance(value, Integral):  # numpy's, which JSON does not take
+                object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class SamplingOptions(_Checked):
     stop: str | Sequence[str] = option((), "Stop before this text; may be repeated.", typed=list[str] | None)
     chat: bool | None = option(  # None: from Python, only lists of messages are wrapped
         None, "Wrap the prompt as a message.", shown="if it can"
+    )
+    control_tokens: bool = option(
+        False, "Read control tokens spelled in messages, such as <|im_end|>, as such."
     )
     eos_token_id: int | Sequence[int] | None = option(
         None, "Tokens that end an output; all of the generation config by default.", offered=False
@@ -205,6 +212,7 @@ class Keywords(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     chat: bool | None
+    control_tokens: bool
     eos_token_id: int | Sequence[int] | None
     logprobs: bool
     batch_size: int

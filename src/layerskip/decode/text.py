@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from layerskip.checkpoint.control_tokens import ControlTokens
 from layerskip.errors import UserError
+from layerskip.reading import check_unicode, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,37 +197,56 @@ def final_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: 
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase | None, prompt: str | Sequence[Mapping[str, str]], chat: bool | None
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | Sequence[Mapping[str, str]],
+    chat: bool | None,
+    control_tokens: bool = False,
 ) -> list[int]:
     """Encode a prompt: messages through the chat template, a string plainly unless `chat` is True.
 
-    A string with `chat=True` becomes one user message; a prompt without tokens becomes the start token.
+    A string with `chat=True` becomes one user message; a prompt without tokens becomes the start token. A message
+    that spells a control token says its text, unless `control_tokens`; a string encoded plainly, which may bring a
+    template of its own, is read as the tokenizer reads it.
 
-    Raises: `UserError` for malformed messages, and for whatever the tokenizer lacks.
+    Raises: `UserError` for malformed messages, half characters, and whatever the tokenizer lacks.
     """
     if tokenizer is None:
-        raise UserError("this folder has no tokenizer", "pass token ids or add tokenizer.json")
+        raise UserError(
+            "there is no tokenizer to read text with",
+            "a model in memory takes tokenizer=..., a folder needs tokenizer.json; or pass token ids",
+        )
     if not isinstance(prompt, str):
-        tokens = _templated(tokenizer, _checked_messages(prompt))
+        tokens = _templated(tokenizer, _checked_messages(prompt), control_tokens)
     elif chat:
-        tokens = _templated(tokenizer, [{"role": "user", "content": prompt}])
+        check_unicode(prompt, "the prompt")
+        tokens = _templated(tokenizer, [{"role": "user", "content": prompt}], control_tokens)
     else:
-        tokens = list(tokenizer.encode(prompt))
+        tokens = list(tokenizer.encode(check_unicode(prompt, "the prompt")))
     if not tokens and tokenizer.bos_token_id is None:
         raise UserError("the prompt is empty, and this tokenizer has no start token", "give some text")
     return tokens or [tokenizer.bos_token_id]
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], control_tokens: bool
+) -> list[int]:
     from jinja2 import TemplateError  # here, for `import layerskip` should not pay for it
 
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template", "use --no-chat or plain text")
+    control = None if control_tokens else ControlTokens(tokenizer)
+    marked = messages if control is None else control.marked(messages)
     try:
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except (TemplateError, ValueError) as error:  # templates refuse by raising, e.g. two user turns in a row
-        raise UserError(f"the chat template failed: {error}", "use --no-chat or plain text") from error
-    return list(tokens)
+        if control is None or marked is messages:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            return list(ids)
+        text = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        # Templates refuse by raising, e.g. two user turns in a row; what a bad one does is its own.
+        raise UserError(
+            f"the chat template failed: {reason(error)}", "use --no-chat or plain text"
+        ) from error
+    return control.encoded([str(text)])[0]
 
 
 def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -236,11 +257,14 @@ def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, s
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                 raise UserError(f"message {index} has no text under {key!r}", shape)
+            check_unicode(message[key], f"message {index}")
     return [dict(message) for message in messages]
 
 
 def _checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop)  # a lone string is one stop, not its letters
+    if not all(isinstance(string, str) for string in strings):
+        raise UserError(f"stop is {stop!r}", "a stop is text, or a list of texts; ids go to eos_token_id")
     if "" in strings:
         raise UserError("a stop string is empty: it would stop before the first token", "leave it out")
     return strings

@@ -16,6 +16,7 @@ from typing import Any
 
 from layerskip.checkpoint.files import cache_folder, write_json
 from layerskip.errors import UserError
+from layerskip.reading import USER_BYTES, parsed, read_bytes, read_json
 
 Record = dict[str, Any]
 
@@ -32,13 +33,13 @@ def work_folder(chosen: Path | None, name: str, setup: dict[str, Any]) -> Path:
     file = folder / "setup.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        before = read_json(file, dict) if file.exists() else None
         if before is None:
             write_json(file, setup, indent=1)
     except OSError as error:
         raise UserError(f"cannot keep results in {folder}: {error}", "--work names another folder") from error
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}", "remove it, or name another --work") from error
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error.message}", "remove it, or name another --work") from error
     if before is not None and before != setup:
         changed = sorted(key for key in {*before, *setup} if before.get(key) != setup.get(key))
         raise UserError(
@@ -56,15 +57,15 @@ class Records:
         self.file = folder / f"{name}.jsonl"
         self._key = key
         self.found: dict[Any, Record] = {}
-        content = self.file.read_bytes() if self.file.exists() else b""
+        content = read_bytes(self.file, USER_BYTES) if self.file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             with self.file.open("rb+") as file:
                 file.truncate(len(whole))
         try:
             for line in whole.splitlines():
-                self._add(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
+                self._add(parsed(line.decode(), str(self.file)))
+        except (UserError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.file} is damaged: {error!r}", "remove it, or name another --work"
             ) from error

@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from layerskip.errors import UserError, nearest
 from layerskip.model.families import refuse_unsupported
@@ -14,6 +13,7 @@ from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.native.linear import require_format
 from layerskip.model.native.load import FAMILIES as NATIVE_FAMILIES
 from layerskip.model.native.load import native_reason, native_stack
+from layerskip.reading import reason
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,12 +75,12 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str | torch.device, de
             **placement,
         )
         hf = hf.eval() if device_map is not None else hf.to(device).eval()
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
             f"not enough memory on {device} for the weights of {path}", "use a 16-bit --dtype"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load {path} as a causal language model: {error}") from error
+    except Exception as error:  # whatever transformers, torch and safetensors say of a file that cannot be
+        raise UserError(f"cannot load {path} as a causal language model: {reason(error)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(
             f"{path} lacks {len(missing)} weights of {type(hf).__name__}, the first is {missing[0]}",

@@ -114,6 +114,12 @@ class Stack(ABC):
                 f"a draft vocabulary of {size}: the draft head was trained with {len(ranked or ())} tokens",
                 "--draft-vocab auto takes them all",
             )
+        if rows.shape[1] != self.width or not 0 <= min(ranked) <= max(ranked) < self.vocab_size:
+            raise UserError(
+                f"the draft head is {list(rows.shape)} up to token {max(ranked)}, the model has width {self.width} "
+                f"and {self.vocab_size} tokens",
+                "copy or download the folder again, or use --draft-vocab off",
+            )
         places = sorted(range(size), key=ranked.__getitem__)
         return self.reduced_head([ranked[place] for place in places], rows[places])
 

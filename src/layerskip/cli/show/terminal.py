@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.segment import Segment
 from rich.text import Text
 
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False, soft_wrap=True)  # what is beside results and errors
+# What acts on a terminal instead of standing on it: C0 and C1 codes but tab, line break and its \r, delete, half
+# characters, and what turns the direction of writing.
+_CODES = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n|\\Z)"
+)
+
+
+def visible(text: str) -> str:
+    """Spell control characters, so that text from files or models cannot act on a terminal."""
+    return _CODES.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Console(Console):
+    """Print text of any origin as text; a model's own reaches a pipe or file as it is."""
+
+    def render(self, *arguments: Any, **keywords: Any) -> Iterable[Segment]:
+        for part in super().render(*arguments, **keywords):
+            raw = part.control or not (self.stderr or self.is_terminal)
+            yield part if raw else Segment(visible(part.text), part.style)
+
+
+out, err = _Console(highlight=False, soft_wrap=True), _Console(stderr=True, highlight=False, soft_wrap=True)
+notes = _Console(stderr=True, highlight=False, soft_wrap=True)  # what is beside results and errors
 BAR = 20  # characters
 LINE_EVERY_S = 10.0  # a line of progress, where no terminal shows a bar
 PARTS = " ▏▎▍▌▋▊▉█"

@@ -10,9 +10,7 @@ source. A prompt and the model's continuation of it are one text of two parts, s
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerskip import reading
 from layerskip.errors import UserError
 from layerskip.measure.exits.states import chunks
 
@@ -47,11 +46,7 @@ def read_text(path: Path) -> str:
     """Read a plain text file of any name, possibly .gz. Raises: UserError when it is missing, not text or empty."""
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         raise UserError(f"{path} is not plain text", "--prompts takes JSON lines")
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    text = reading.read_text(path, reading.USER_BYTES, pipe=True)
     if "\0" in text or not text.strip():
         raise UserError(f"{path} {'is not text' if text.strip() else 'is empty'}", "give a file with text")
     return text

@@ -7,7 +7,6 @@ Every tenth document is held out; the ranking comes from the others, the coverag
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from layerskip.errors import UserError
+from layerskip.reading import parsed
 
 HELD_OUT = 10  # every tenth document
 BATCH = 256  # documents per call of the tokenizer
@@ -68,10 +68,7 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
 
 def _written(line: str, column: str | None, where: str) -> Iterator[str]:
     """Find in a JSON line what a model would write."""
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}", "one JSON object per line") from error
+    item = parsed(line, where, "one JSON object per line")
     if not isinstance(item, dict):
         raise UserError(f"{where} is not an object", 'one JSON object per line: {"text": "..."}')
     names = ("text", *ANSWERS) if column is None else (column,)

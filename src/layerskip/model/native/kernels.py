@@ -1,10 +1,17 @@
 """`kernels.cpp`, compiled once with the machine's own C++ compiler and called through ctypes.
 
     found = kernels()                      # None without a compiler, or with LAYERSKIP_KERNELS=off
+    kernels_reason()                       # why not, or None
     out = found.norm(h, gain, eps)         # CPU tensors, float32 or bfloat16
 
 Between two matrix products a decoding step needs some forty small operations of torch a layer, each of which
 costs more than its arithmetic; here they are three calls. Everything works without them, only slower.
+
+A library that is loaded runs as whoever loads it, so one from the cache is loaded only if nobody else can have
+written it: the file and its folder belong to this user (or root) and no other may write to them, and the name holds
+the hash of the bytes, which tells a damaged file too. Checked is the opened file and what is loaded is that very
+file, so none can be put in its place in between. Where the cache does not serve, the library is compiled into a
+private folder that goes once it is loaded.
 """
 
 from __future__ import annotations
@@ -16,14 +23,20 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from layerskip.checkpoint.files import cache_folder
+from layerskip.errors import UserError
+from layerskip.reading import reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,40 +140,112 @@ class Kernels:
         return out
 
 
+_absent: list[str] = []  # why there are none, once `kernels` has looked
+
+
 @functools.cache
 def kernels() -> Kernels | None:
-    """Find the compiled regions in the cache folder, or compile them there; None where that cannot be."""
+    """Find the compiled regions in the cache folder, or compile them; None where that cannot be.
+
+    Warns, once a process, where a compiler is there and fails, or the cache is not to be trusted.
+    """
+    _absent.clear()
     if os.environ.get("LAYERSKIP_KERNELS", "on") == "off":
+        _absent.append("LAYERSKIP_KERNELS is off")
         return None
     given = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if given is None:
+        _absent.append("no C++ compiler was found")
         return None
-    compiler = shlex.split(given)  # it may be "ccache g++"
-    from layerskip.checkpoint.files import cache_folder
-
     began = time.perf_counter()
     try:
-        path = cache_folder() / "kernels" / f"{_fingerprint(compiler)}.so"
-        ready = path.exists()
-        if not ready:
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):  # a broken compiler or a full disk must not stop decoding
+        compiler = shlex.split(given)  # it may be "ccache g++"
+        library, ready = _library(compiler, _fingerprint(compiler))
+    except (OSError, ValueError, UserError, AttributeError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        lines = said.decode(errors="replace").splitlines() or [reason(error)]
+        _absent.append(f"the compiled regions cannot be had ({lines[0][:200]})")
+        warnings.warn(f"{_absent[0]}: decoding on the CPU is slower without", stacklevel=2)
         return None
     return Kernels(library, 0.0 if ready else time.perf_counter() - began)
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        for openmp in ("-fopenmp", "-fopenmp-simd"):  # Apple's clang has no OpenMP threads
-            command = [*compiler, *FLAGS, openmp, str(SOURCE), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, timeout=120, check=False)
-            if done.returncode == 0:
-                break
-        done.check_returncode()
-        built.replace(path)
+def kernels_reason() -> str | None:
+    """Why there are no compiled regions; None where there are."""
+    return None if kernels() is not None else _absent[0]
+
+
+def _library(compiler: list[str], fingerprint: str) -> tuple[Any, bool]:
+    """Load the library from the cache, else compile it; say whether it was ready."""
+    folder = None
+    try:
+        folder = cache_folder() / "kernels"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if hasattr(os, "geteuid") and folder.stat().st_uid == os.geteuid() and not folder.is_symlink():
+            folder.chmod(0o700)  # an older version made it as the umask said
+        if (distrust := _shared(folder.lstat(), folder)) is not None:
+            raise UserError(distrust)
+        for path in sorted(folder.glob(f"{fingerprint}-*.so")):
+            if (library := _loaded(path)) is not None:
+                return library, True
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = _compiled(compiler, Path(scratch))
+            path = folder / f"{fingerprint}-{_digest(built.read_bytes())}.so"
+            built.replace(path)
+        if (library := _loaded(path)) is not None:
+            return library, False
+        why = f"{path} was changed at once"
+    except (OSError, UserError) as error:
+        why = reason(error)
+    warnings.warn(
+        f"the compiled regions cannot be kept in the cache ({why}): each process compiles them anew; "
+        f"set LAYERSKIP_CACHE to a folder of your own",
+        stacklevel=4,
+    )
+    with tempfile.TemporaryDirectory() as scratch:  # of mode 700
+        return ctypes.CDLL(str(_compiled(compiler, Path(scratch)))), False
+
+
+def _loaded(path: Path) -> Any:
+    """Load a whole library that only this user can have written; None for any other."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        distrust = _shared(os.fstat(handle), path)
+        if distrust is None and _digest(file.read()) != path.stem.rpartition("-")[2]:
+            distrust = f"{path} is damaged"
+        if distrust is not None:
+            warnings.warn(f"{distrust}: the compiled regions are compiled anew", stacklevel=5)
+            path.unlink()
+            return None
+        same = Path(f"/proc/self/fd/{handle}")
+        return ctypes.CDLL(str(same if same.exists() else path))
+
+
+def _shared(found: os.stat_result, path: Path) -> str | None:
+    """Say how others could have written a file or folder; None where they could not."""
+    if stat.S_ISLNK(found.st_mode) or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        return f"{path} is neither a file nor a folder"
+    if not hasattr(os, "geteuid"):
+        return None
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{path} belongs to another user"
+    return f"{path} can be written by other users" if found.st_mode & 0o022 else None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _compiled(compiler: list[str], folder: Path) -> Path:
+    built = folder / "kernels.so"
+    for openmp in ("-fopenmp", "-fopenmp-simd"):  # Apple's clang has no OpenMP threads
+        command = [*compiler, *FLAGS, openmp, str(SOURCE), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+        if done.returncode == 0:
+            break
+    done.check_returncode()
+    built.chmod(0o700)  # whatever the umask
+    return built
 
 
 def _fingerprint(compiler: list[str]) -> str:

@@ -8,12 +8,12 @@ real one's logits are compared on eight tokens once its weights are packed.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layerskip.checkpoint.configuration import read_configuration
 from layerskip.errors import UserError
 from layerskip.model.families import device_of
 from layerskip.model.native.layer import ACTIVATIONS, activation_of
@@ -26,8 +26,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
 
 def native_family(path: Path) -> bool:
     """Whether a checkpoint's configuration names a family that may run natively."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return config.get("model_type") in FAMILIES
+    return read_configuration(path / "config.json").get("model_type") in FAMILIES
 
 
 _verdicts: dict[str, str | None] = {}  # by configuration, for this process

@@ -9,11 +9,14 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerskip.checkpoint.control_tokens import ControlTokens
 from layerskip.errors import UserError, nearest
+from layerskip.reading import check_unicode, reason
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +50,7 @@ class DataOptions:
     loss_on: str = "completions"  # running text is trained on everywhere
     pack: bool = True
     long: str = "error"  # an example over `length`; running text is cut into windows anyway
+    control_tokens: bool = False  # read those that the data spell, such as <|im_end|>, as such; else as text
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -109,6 +113,12 @@ def encode(
             found.append(one)
         if watch is not None:
             watch("encoding examples", num_examples, 0)
+    if coder.spelled:
+        warnings.warn(
+            f"control tokens such as {coder.spelled[0]} are spelled in {len(coder.spelled)} of {num_examples} "
+            "examples: they are read as text, or, with control_tokens=true, as tokens",
+            stacklevel=2,
+        )
     _report_long(over, num_dropped, num_examples, options)
     if not found:
         raise UserError("no example is left to train on", "give more data, or a greater length")
@@ -150,6 +160,8 @@ class _Coder:
     def __init__(self, tokenizer: Any, options: DataOptions, ends: Iterable[int]) -> None:
         self.tokenizer = tokenizer
         self.options = options
+        self.control = ControlTokens(tokenizer)
+        self.spelled: list[str] = []  # one control token per example that spells any
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         if options.template == "on" and not self.has_template:
             raise UserError(
@@ -163,16 +175,18 @@ class _Coder:
 
     def ids(self, texts: list[str], special: bool = False) -> list[list[int]]:
         """Tokenise texts; `special` adds what the tokenizer puts around a text, such as a start token."""
-        if not texts:
-            return []
-        options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-        return list(self.tokenizer(texts, **options)["input_ids"])
+        return self.control.encoded(texts, around=special, as_text=not self.options.control_tokens)
+
+    def chat_ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokenise rendered chats, whose template writes control tokens; those of messages are marked."""
+        return self.control.encoded(texts)
 
     def encoded(self, chunk: list[Example]) -> Iterator[tuple[str, bool, Pieces]]:
         """Yield (where, whether it is running text, pieces) in the order of the chunk."""
         made: list[Pieces] = [[] for _ in chunk]
         kinds: dict[str, list[int]] = {"text": [], "pair": [], "chat": []}
         for index, example in enumerate(chunk):
+            self._check_text(example, index)
             if (known := self._known(example)) is not None:
                 made[index] = known
             elif "messages" in example:
@@ -194,21 +208,39 @@ class _Coder:
                 pieces = pieces if learnt - self.ends else []
             yield example.get("where", f"example {index + 1}"), index in running, pieces
 
+    def _check_text(self, example: Example, index: int) -> None:
+        """Refuse half characters, and note an example that spells a control token."""
+        where = example.get("where", f"example {index + 1}")
+        messages = example.get("messages") or ()
+        texts = [example[key] for key in ("text", "prompt", "completion") if key in example]
+        for text in [*texts, *(value for message in messages for value in message.values())]:
+            if isinstance(text, str):
+                check_unicode(text, where)
+        if not self.options.control_tokens and "input_ids" not in example:
+            self.spelled += filter(None, [self.control.spelled([*texts, *messages])])
+
     def _known(self, example: Example) -> Pieces | None:
         """Take the token ids that come with an example, if they are this tokenizer's own for its text."""
-        tokens = example.get("input_ids")
+        tokens, where = example.get("input_ids"), example.get("where")
         if tokens is None:
             return None
-        mask = example.get("completion_mask") or [1] * len(tokens)
-        if len(mask) != len(tokens) or not all(type(token) is int for token in tokens):
-            raise UserError(
-                f"{example.get('where')}: input_ids and completion_mask do not fit", "give as many of both"
-            )
+        mask = example.get("completion_mask")
+        tokens, mask = (
+            ids_of(tokens, where, "input_ids", 2**31 - 1),
+            ([1] * len(tokens) if mask is None else ids_of(mask, where, "completion_mask", 1)),
+        )
+        if len(mask) != len(tokens):
+            raise UserError(f"{where}: input_ids and completion_mask do not fit", "give as many of both")
         written = [token for token, learnt in zip(tokens, mask, strict=True) if learnt]
         messages = example.get("messages")
         text = messages[-1]["content"] if messages else example.get("completion", example.get("text"))
         if text is not None and self._text(written) != text:
             return None  # another tokenizer's
+        if (worst := max(tokens, default=0)) >= len(self.tokenizer):
+            raise UserError(
+                f"{where}: input_ids has {worst}, the tokenizer's last is {len(self.tokenizer) - 1}",
+                "use the tokenizer that they were made with",
+            )
         every = self.options.loss_on == "all"
         runs = itertools.groupby(zip(tokens, mask, strict=True), lambda pair: bool(pair[1]))
         return [([token for token, _ in run], every or learnt) for learnt, run in runs]
@@ -247,7 +279,7 @@ class _Coder:
                 "add chat_template.jinja to the model, or use prompt and completion",
             )
         turns = [self._turns(example) for example in chunk]
-        encoded = iter(self.ids([text for parts in turns for text, _ in parts]))
+        encoded = iter(self.chat_ids([text for parts in turns for text, _ in parts]))
         for example, parts in zip(chunk, turns, strict=True):
             so_far: list[int] = []
             shown, pieces = "", []
@@ -255,7 +287,7 @@ class _Coder:
                 tokens = next(encoded)
                 new = tokens[len(so_far) :]
                 if tokens[: len(so_far)] != so_far:  # merged across the boundary, where a model writes anew
-                    new = self.ids([text[len(shown) :]])[0]
+                    new = self.chat_ids([text[len(shown) :]])[0]
                 so_far, shown = so_far + new, text
                 pieces += self._turn(new, learnt, ended=number < len(parts) or _ended(example))
             yield pieces
@@ -277,6 +309,8 @@ class _Coder:
             {"role": "user", "content": example["prompt"]},
             {"role": "assistant", "content": example["completion"]},
         ]
+        if not self.options.control_tokens:
+            messages = self.control.marked(messages)
         given = example.get("num_given", 0)
         stops = []
         for number, message in enumerate(messages):
@@ -300,9 +334,23 @@ class _Coder:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answering
             )
-        except (TemplateError, ValueError) as error:  # templates refuse by raising
-            raise UserError(f"{example.get('where')}: the chat template failed: {error}") from error
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            # Templates refuse by raising; what a bad one does is its own.
+            raise UserError(f"{example.get('where')}: the chat template failed: {reason(error)}") from error
         return str(text)
+
+
+def ids_of(value: Any, where: Any, name: str, most: int) -> list[int]:
+    """Read whole numbers from 0 to `most`; booleans only where they mean 0 and 1. Raises: UserError."""
+    found = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(found, Sequence) or isinstance(found, (str, bytes)):
+        raise UserError(f"{where}: {name} is not a list", f"{name} is a list of whole numbers")
+    for one in found:
+        fits = isinstance(one, Integral) and (most == 1 or not isinstance(one, bool))
+        if not (fits and 0 <= one <= most):
+            allowed = "0 (given) or 1 (learnt)" if most == 1 else "a token id: a whole number, 0 or more"
+            raise UserError(f"{where}: {name} has {str(one)[:40]!r}", f"each is {allowed}")
+    return [int(one) for one in found]
 
 
 def _ended(example: Example) -> bool:

@@ -5,24 +5,45 @@ for example in examples("train.jsonl.gz", Columns(completion="response")): ...
 
 from __future__ import annotations
 
+import csv
 import gzip
-import json
+import itertools
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerskip.errors import UserError, nearest
+from layerskip.reading import named_path, parsed, reason
 
-DATA = {".jsonl", ".ndjson", ".json", ".parquet"}
+TABLES = {".csv": ",", ".tsv": "\t"}
+DATA = {".jsonl", ".ndjson", ".json", ".parquet", *TABLES}
 TEXT = set(
     ".txt .md .rst .tex .py .pyi .pyx .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .scala .js .mjs .jsx .ts "  # noqa: SIM905
     ".tsx .cs .rb .php .pl .lua .r .jl .swift .hs .ml .ex .clj .lisp .el .sh .sql .css .scss .html .xml .xhtml "
-    ".yaml .yml .toml .cmake .proto".split()
+    ".yaml .yml .toml .cmake .proto .log .text .markdown .org .adoc".split()
 )
+REFUSED = {  # what these hold is not text, whatever their bytes decode to
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as .csv"),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".pt", ".pth"), "a pickle can run code when it is read: save as .jsonl"
+    ),
+    **dict.fromkeys(
+        (".npy", ".npz", ".arrow", ".feather", ".orc", ".avro", ".h5", ".db"), "save as .parquet"
+    ),
+    **dict.fromkeys(
+        (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it; .gz is read as it is"
+    ),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".rtf"), "save its text as .txt"),
+}
+_SPEAKERS = {  # ShareGPT's names, by those of chat templates
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "bard", "bing"), "assistant"),
+    "system": "system",
+}
 # Usual names of what our columns hold, for the hint when a column is missing.
 _ALIASES = {
     "completion": ("response", "answer", "output", "target", "solution", "chosen", "summary", "label"),
@@ -51,8 +72,8 @@ class Columns:
 def examples(source: str | Path, columns: Columns | None = None) -> Iterator[Example]:
     """Yield the examples of a source in a fixed order.
 
-    A source is a .jsonl, .json, .parquet, text or source code file (all but parquet also as .gz), a folder of such
-    files, or the name of a `datasets` data set: `org/name`, `org/name:config`, `org/name:config:split`.
+    A source is a .jsonl, .json, .csv, .parquet, text or source code file (all but parquet also as .gz), a folder of
+    such files, or the name of a `datasets` data set: `org/name`, `org/name:config`, `org/name:config:split`.
     An example has `messages`, `prompt` and `completion`, or `text`, under these names whatever the columns are
     called; token ids of data written by a model (`input_ids`); and `where` it stands, for errors.
 
@@ -71,7 +92,7 @@ def examples(source: str | Path, columns: Columns | None = None) -> Iterator[Exa
 
 
 def _records(source: str) -> Iterator[tuple[str, Any]]:
-    path = Path(source).expanduser()
+    path = named_path(source)
     if path.is_dir():
         for file in _files(path):
             yield from _read(file, in_folder=True)
@@ -112,13 +133,20 @@ def _read(path: Path, in_folder: bool = False) -> Iterator[tuple[str, Any]]:
     if kind == ".parquet":
         yield from _parquet(path)
         return
+    if kind and kind not in DATA | TEXT:
+        hint = REFUSED.get(kind, "if it is plain text, call it .txt; else give .jsonl, .csv or .parquet")
+        raise UserError(f"{path}: files that end in {kind} are not read as training data", hint)
     opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+        with opened(path, "rt", encoding="utf-8-sig", newline="" if kind in TABLES else "\n") as lines:
+            if kind in TABLES:
+                yield from _table(path, lines, TABLES[kind])
+                return
             if kind in (".jsonl", ".ndjson"):
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
+                        where = f"{path}, line {number}"
+                        yield where, parsed(line, where, "one JSON object per line in .jsonl")
                 return
             text = lines.read()
     except UnicodeDecodeError as error:
@@ -126,10 +154,15 @@ def _read(path: Path, in_folder: bool = False) -> Iterator[tuple[str, Any]]:
             warnings.warn(f"{path} is not UTF-8 text and was left out", stacklevel=2)
             return
         raise UserError(f"{path} is not UTF-8 text: {error}", "convert it, or leave it out") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    if "\0" in text:
+        if in_folder and kind not in DATA:
+            warnings.warn(f"{path} is binary and was left out", stacklevel=2)
+            return
+        raise UserError(f"{path} is binary: it has NUL bytes", "convert it to text, or leave it out")
     if kind == ".json":
-        loaded = _json(text, str(path))
+        loaded = parsed(text, str(path), "one JSON object per line in .jsonl")
         if not isinstance(loaded, list):
             raise UserError(
                 f"{path} is not a list of examples", "a .json file holds one list; else use .jsonl"
@@ -139,11 +172,27 @@ def _read(path: Path, in_folder: bool = False) -> Iterator[tuple[str, Any]]:
         yield str(path), text
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}", "one JSON object per line in .jsonl") from error
+def _table(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows below a header as records; an empty cell is an empty text."""
+    csv.field_size_limit(2**31 - 1)  # by default a cell of 128 KB is an error
+    lines = iter(lines)
+    first = next(lines, "")
+    if delimiter not in first:  # spreadsheets of many countries write ;
+        delimiter = next((other for other in ";\t" if other in first), delimiter)
+    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    header = next(rows, [])
+    if not all(map(str.strip, header)) or len({*header}) < len(header):
+        raise UserError(
+            f"{path}: its header is {header!r}", "the first row names the columns, each by another name"
+        )
+    for number, row in enumerate(rows, 1):
+        if len(row) > len(header) or any("\0" in cell for cell in row):
+            told = (
+                f"has {len(row)} cells for {len(header)} columns" if len(row) > len(header) else "is binary"
+            )
+            raise UserError(f"{path}, row {number} {told}", "quote cells that hold commas or line breaks")
+        if row:
+            yield f"{path}, row {number}", dict(zip(header, row, strict=False))
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -157,15 +206,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", record
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError, ArithmeticError, NotImplementedError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _hub(source: str) -> Iterator[tuple[str, Any]]:
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     path = Path(source)
-    if _kind(path) in DATA | TEXT or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if _kind(path) in DATA | TEXT | {*REFUSED} or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = f"in that folder: {nearest(path.name, beside)}" if beside else "check the path"
         raise UserError(f"no file or folder {source}", hint)
@@ -198,6 +247,8 @@ def _example(where: str, record: Any, columns: Columns) -> Example:
     kept = {key: record[key] for key in _KEPT if key in has}
     if columns.messages in has:
         return {"messages": _messages(record[columns.messages], where), **kept}
+    if _spoken(record.get("conversations")):
+        return {"messages": _messages(record["conversations"], where), **kept}
     if {columns.prompt, columns.completion} <= has:
         return {**_pair(record[columns.prompt], record[columns.completion], where, columns), **kept}
     if columns.text in has:
@@ -206,6 +257,9 @@ def _example(where: str, record: Any, columns: Columns) -> Example:
         return {"text": record[columns.text], **kept}
     if "input_ids" in has:
         return kept
+    wanting = columns.messages, columns.prompt, columns.completion, columns.text
+    if null := [name for name in wanting if name in record and name not in has]:
+        raise UserError(f"{where}: {null[0]!r} is null", "leave the line out, or name another column")
     names = ", ".join(map(repr, record)) or "none"
     wanted = f"{columns.messages!r}, {columns.prompt!r} with {columns.completion!r}, or {columns.text!r}"
     raise UserError(f"{where} has the columns {names}; needed: {wanted}", _hint(record, columns))
@@ -226,11 +280,27 @@ def _pair(prompt: Any, completion: Any, where: str, columns: Columns) -> Example
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: the chat has no messages", _SHAPE)
+    if _spoken(value):
+        value = [_turn(message, where) for message in value]
     for index, message in enumerate(value, 1):
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                 raise UserError(f"{where}: message {index} has no text under {key!r}", _SHAPE)
     return [dict(message) for message in value]
+
+
+def _spoken(value: Any) -> bool:
+    """Whether a chat is ShareGPT's: turns of `from` and `value`."""
+    return isinstance(value, list) and any(isinstance(one, Mapping) and "from" in one for one in value)
+
+
+def _turn(message: Any, where: str) -> Any:
+    if not isinstance(message, Mapping) or "from" not in message:
+        return message
+    speaker = str(message["from"])
+    if speaker.lower() not in _SPEAKERS:
+        raise UserError(f"{where}: nobody is known as {speaker[:40]!r}", f"known: {', '.join(_SPEAKERS)}")
+    return {"role": _SPEAKERS[speaker.lower()], "content": message.get("value")}
 
 
 def _hint(record: Mapping[str, Any], columns: Columns) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip.checkpoint.configuration import read_configuration
 from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.errors import UserError
+from layerskip.reading import named_path, reason
 
 if TYPE_CHECKING:
     from layerskip.train.data.encoding import Encoded
@@ -30,16 +32,18 @@ def configuration_of(recipe: Recipe) -> tuple[Path, Any]:
     folder = None if recipe.model is None else hub.resolve(recipe.model)
     path = folder
     if recipe.from_config is not None:
-        path = Path(recipe.from_config).expanduser()
+        path = named_path(recipe.from_config)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"no configuration {path}", "from_config names a config.json or its folder")
         folder = folder or path.parent
     assert folder is not None
+    assert path is not None
+    read_configuration(path / "config.json" if path.is_dir() else path)
     try:
         return folder, AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the model's configuration {path}: {error}") from error
+    except Exception as error:  # whatever transformers says of values that cannot be
+        raise UserError(f"cannot read the model's configuration {path}: {reason(error)}") from error
 
 
 def check_length(recipe: Recipe, config: Any) -> None:
@@ -89,6 +93,7 @@ def rows_of(
         loss_on=recipe.loss_on,
         pack=recipe.pack,
         long=recipe.long,
+        control_tokens=recipe.control_tokens,
     )
     pad = tokenizer.pad_token_id
 
@@ -132,7 +137,10 @@ def model_for(recipe: Recipe, folder: Path, config: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(recipe.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as error:
+            raise UserError(f"cannot make a model of {recipe.from_config}: {reason(error)}") from error
         model.name_or_path = ""  # PEFT would look for a checkpoint there, then on the hub
     generation = model.generation_config
     try:

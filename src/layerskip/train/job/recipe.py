@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerskip.errors import UserError, nearest
+from layerskip.reading import named_path, read_text
 from layerskip.train.objective.objective import Objective
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -86,7 +87,7 @@ class Recipe(_Strict):
 
     # data
     data: str | list[str] | None = None
-    """Training data: .jsonl(.gz), .json, .parquet, .txt(.gz), a folder of these, or a `datasets` name."""
+    """Training data: .jsonl(.gz), .json, .csv, .parquet, .txt(.gz), a folder of these, or a `datasets` name."""
     eval_data: str | list[str] | None = None
     """Data to evaluate on, never trained on; null evaluates nothing."""
     eval_limit: Count | None = 200
@@ -101,6 +102,8 @@ class Recipe(_Strict):
     """Between prompt and completion where no template is used."""
     loss_on: Literal["completions", "all"] = "completions"
     """Tokens that are learned: completions (assistant turns), or all; text is always learned whole."""
+    control_tokens: bool = False
+    """Read control tokens that the data spell, such as <|im_end|>, as such: data that bring their own template."""
     length: int = Field(default=1024, ge=2)
     """Tokens in a row; not more than the model's context."""
     pack: bool = True
@@ -235,8 +238,8 @@ def recipe_path(name_or_path: str) -> Path:
     """Find a recipe's file. Raises: UserError with the nearest built-in name."""
     if name_or_path in recipe_names():
         return FOLDER / f"{name_or_path}.yaml"
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    path = named_path(name_or_path)
+    if path.is_file() or path.is_fifo():
         return path
     raise UserError(
         f"no recipe {name_or_path!r}: not a built-in name, nor a YAML file here",
@@ -251,8 +254,8 @@ def read_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = recipe_path(name_or_path)
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _loader())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = yaml.load(read_text(path, pipe=True), _loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"the recipe {path} is not a list of `key: value` lines")
@@ -319,7 +322,7 @@ def _lay_over(settings: dict[str, Any], override: str) -> None:
         raise UserError(f"{override!r} is not a setting", "write key=value, for example steps=200")
     try:
         value = yaml.load(text, _loader())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(
             f"the value of {key} is not YAML: {' '.join(str(error).split())}",
             f"quote text with special characters: {key}='\"...\"'",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from layerskip.checkpoint.facts import Facts
 from layerskip.checkpoint.files import write_text
 from layerskip.errors import UserError, hint_of
+from layerskip.reading import named_path, read_json
 from layerskip.train import checkpoints
 from layerskip.train.job.export import export
 from layerskip.train.job.loading import (
@@ -256,7 +257,7 @@ def checked_output(recipe: Recipe, resume: bool) -> Path:
     """Say where to write. Raises: UserError when something else is there, or another recipe's run."""
     if recipe.output is None:
         raise UserError("the recipe has no output", "output=FOLDER says where checkpoints and the model go")
-    output = Path(recipe.output).expanduser()
+    output = named_path(recipe.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "name a folder")
     before = output / RECIPE_FILE
@@ -288,10 +289,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _check_unchanged(run: Run) -> None:
     """Raises: UserError when a resumed run would train on other rows than the one it goes on with."""
     file, now = run.output / FACTS_FILE, _facts(run)
-    try:
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}", "choose another output") from error
+    before = read_json(file, dict, "choose another output") if file.is_file() else now
     changed = ["the data" if key == "data" else f"{key} ({before.get(key)} before, now {value})"
                for key, value in now.items() if before.get(key, value) != value]  # fmt: skip
     if changed:
