@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     text = read_text(path, USER_BYTES, pipe=True)
     if path.suffix in (".csv", ".xlsx", ".parquet") or "\0" in text:
         raise UserError(f"{path} is not JSON lines", f"{ONE_A_LINE}; only training data may be tables")
-    if text.lstrip()[:1] == "[" and text.rstrip()[-1:] == "]":
+    if re.match(r"\s*\[\s*\{", text) and text.rstrip()[-1:] == "]":
         hint = "one JSON object per line, not one list: jq -c '.[]' FILE turns it"
         raise UserError(f"{path}, line 1: the file is a JSON list", hint)
     for number, line in enumerate(text.split("\n"), 1):  # splitlines cuts inside JSON strings too

@@ -345,6 +345,8 @@ def ids_of(value: Any, where: Any, name: str, most: int) -> list[int]:
     found = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(found, Sequence) or isinstance(found, (str, bytes)):
         raise UserError(f"{where}: {name} is not a list", f"{name} is a list of whole numbers")
+    if all(type(one) is int for one in found) and 0 <= min(found, default=0) <= max(found, default=0) <= most:
+        return list(found)
     for one in found:
         fits = isinstance(one, Integral) and (most == 1 or not isinstance(one, bool))
         if not (fits and 0 <= one <= most):
