@@ -23,7 +23,8 @@ USER_BYTES = 4 * 2**30  # of one a user names: what /dev/zero and a bomb of zero
 MOST_DEPTH = 100
 MOST_DIGITS = 18  # of a whole number: what is longer fits no 64 bits
 
-_LONG = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
+_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)  # a run of digits is found ten times faster as one of zeros
+_LONG = b"0" * (MOST_DIGITS + 1)
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRACKETS = re.compile(r"[\[\]{}]")
 
@@ -90,7 +91,8 @@ def parsed(text: str, where: str, hint: str = "", valid: str = "") -> Any:
     try:
         if text.count("[") + text.count("{") > MOST_DEPTH and _depth(text) > MOST_DEPTH:
             raise UserError(f"{where} is nested more than {MOST_DEPTH} deep", hint)
-        found = json.loads(text, parse_int=_whole if _LONG.search(text) else None)
+        long = _LONG in text.encode(errors="replace").translate(_ZEROS)
+        found = json.loads(text, parse_int=_whole if long else None)
         if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
