@@ -459,7 +459,8 @@ def test_plain_decoding_samples_from_the_models_law(model):
 def test_believing_the_exit_is_seen(model):
     """Control: unverified early exits sample from another law, and this many requests suffice to tell."""
     assert (
-        p_value(first_tokens(model, 2, 80, exit_layer=2, unverified=True), exact_first_tokens(model, 2)) < FAILS
+        p_value(first_tokens(model, 2, 80, exit_layer=2, unverified=True), exact_first_tokens(model, 2))
+        < FAILS
     )
 
 

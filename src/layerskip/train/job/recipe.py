@@ -103,7 +103,7 @@ class Recipe(_Strict):
     loss_on: Literal["completions", "all"] = "completions"
     """Tokens that are learned: completions (assistant turns), or all; text is always learned whole."""
     control_tokens: bool = False
-    """Read control tokens that the data spell, such as <|im_end|>, as such: data that bring their own template."""
+    """Read control tokens that the data spell as such: data that bring their own template."""
     length: int = Field(default=1024, ge=2)
     """Tokens in a row; not more than the model's context."""
     pack: bool = True
