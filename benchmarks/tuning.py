@@ -26,7 +26,7 @@ from layerskip.cli.prompts import encoded, unescaped
 from layerskip.cli.results import progress
 from layerskip.config import read_prompts
 from layerskip.decode.load import resolve_device
-from layerskip.measure.advice.doctor import equality_promised, examine
+from layerskip.measure.advice.doctor import examine
 from layerskip.measure.advice.prediction import (
     LENGTHS,
     Analysis,
@@ -39,6 +39,7 @@ from layerskip.measure.advice.prediction import (
 from layerskip.measure.advice.tune import Race, Trial, finalists, halving, tuned
 from layerskip.measure.exits.draw import BAND
 from layerskip.measure.intervals import ratio_of_sums
+from layerskip.measure.proof.equality import equality_promised
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel

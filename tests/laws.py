@@ -10,6 +10,8 @@ import tiny
 from layerskip.decode.engine import Engine
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
+from layerskip.measure.proof.laws import chi_square_tail as chi_square_tail
+from layerskip.measure.proof.laws import p_value as p_value
 from layerskip.model.huggingface import HuggingFaceStack
 
 # Seeds are fixed, so a right sampler either always passes or never; 70 tests at 1e-4 leave 0.7 % for an unlucky
@@ -17,26 +19,6 @@ from layerskip.model.huggingface import HuggingFaceStack
 PASSES, FAILS = 1e-4, 1e-6
 PLAIN = Processing(Sampling(temperature=1.0))
 ENGINE_VOCAB, PROMPT = 4, [1, 3]
-
-
-def chi_square_tail(statistic: float, degrees: int) -> float:
-    half = torch.tensor([degrees, statistic], dtype=torch.float64) / 2
-    return float(torch.special.gammaincc(half[0], half[1])) if degrees else 1.0
-
-
-def p_value(counts: torch.Tensor, law: torch.Tensor) -> float:
-    """Pearson's test of counts against a law over the same cells; cells expected below 5 times are pooled."""
-    expected = law.double().flatten() / law.double().sum() * counts.sum()
-    counts = counts.double().flatten()
-    if counts[expected == 0].sum() > 0:
-        return 0.0  # the impossible happened
-    expected, order = expected.sort()
-    counts, smaller = counts[order], expected.cumsum(0) - expected
-    rare = (expected < 5) | ((smaller > 0) & (smaller < 5))  # the pool itself reaches 5 too
-    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    return chi_square_tail(float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1)
 
 
 def small_model():

@@ -174,6 +174,7 @@ MEANT = {  # defaults in which a verb differs on purpose; all others are the dat
     ("eval", "max_new_tokens"): None,  # a task's own
     ("bench", "draft_vocab"): None,  # the checkpoint's: auto asks the cost model there
     ("tune", "batch_size"): 1,
+    ("verify", "max_new_tokens"): 32,
 }
 
 

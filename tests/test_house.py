@@ -26,7 +26,7 @@ FLOORS = (  # from the ground up; a room may import the rooms below its floor, a
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 WINGS = {  # inside a room, from the ground up; "" is what lies in the room itself
     "train": ("data", "objective", "", "job"),
-    "measure": ("", "exits", "speed", "advice", "tasks"),
+    "measure": ("", "exits", "speed", "proof", "advice", "tasks"),
     "cli": ("show", ""),
 }
 LONGEST_FILE, MOST_PARAMETERS = 420, 12

@@ -11,6 +11,7 @@ from layerskip.decode.language_model import LanguageModel
 from layerskip.measure.advice import doctor
 from layerskip.measure.advice.prediction import Cell, Predicted, analyse
 from layerskip.measure.exits.replay import replay
+from layerskip.measure.proof.equality import DIFFERS, HOLDS, Finding
 from layerskip.measure.speed import round_times
 
 PROMPTS = [[65, 66, 67], [70, 71]]
@@ -123,8 +124,12 @@ def test_outputs_that_end_by_themselves_are_counted(lm):
 
 
 def test_a_difference_is_found_with_its_place(lm, analysis, monkeypatch):
-    outputs = iter([[1, 2, 3], [1, 2, 3], [1, 2, 4]])
-    monkeypatch.setattr(lm, "generate", lambda *given, **more: SimpleNamespace(tokens=next(outputs)))
+    gaps = [{"prompt": 0, "position": at, "relative": 0.5} for at in (7, 2)]
+    found = [
+        Finding("the same twice", HOLDS, ""),
+        Finding("greedy", DIFFERS, "", numbers={"gaps": gaps, "settings": 1}),
+    ]
+    monkeypatch.setattr(doctor, "shortly", lambda *given: found)
     told = doctor.sameness(lm, analysis)
     assert told["deterministic"]
     assert not told["self_speculative_equal"]

@@ -34,9 +34,10 @@ def tune(
     """
     lines = asked.lines()
     lm, load_s = loaded(model, loading)
-    from layerskip.measure.advice.doctor import cell_text, equality_promised
+    from layerskip.measure.advice.doctor import cell_text
     from layerskip.measure.advice.prediction import analyse, default_cell
     from layerskip.measure.advice.tune import finalists, halving, save_choice, tuned
+    from layerskip.measure.proof.equality import equality_promised
 
     budget, (_, items) = asked.max_new_tokens, asked.encoded(lm, lines)
     with progress() as watch:

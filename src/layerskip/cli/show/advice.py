@@ -36,10 +36,12 @@ def sameness_line(checks: dict[str, Any]) -> Text:
             "decoding the same prompt twice gave two outputs: nothing here is comparable", style="bold red"
         )
     if checks["self_speculative_equal"]:
-        return Text("equality: decoded twice, and by self-speculation: the same tokens", style="green")
+        how = f"by self-speculation with {checks['settings']} settings"
+        return Text(f"equality: decoded twice, and {how}: the same tokens", style="green")
     where = f"self-speculation differs from plain decoding from token {checks['first_difference'] + 1} on"
     if checks["equality_promised"]:
-        return Text(f"not lossless: {where}, in {dtype} it must not", style="bold red")
+        lost = f"not lossless: {where}, in {dtype} it must not; layerskip verify finds the smallest case"
+        return Text(lost, style="bold red")
     ties = f"{share(checks['near_ties'])} of the positions are ties up to one unit in the last place"
     return Text(
         f"{where}: {ties}, and in {dtype} they may turn over here; --dtype float32 is exact", "yellow"

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from layerskip.decode.options import Options
 from layerskip.measure.advice.prediction import Analysis, Cell, default_cell
+from layerskip.measure.proof.cases import Case
+from layerskip.measure.proof.certificate import shortly
+from layerskip.measure.proof.equality import HOLDS, equality_promised
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
 
 TRAINED_AGREEMENT = 0.5  # of an exit in the lower half: SmolLM2's untrained ones reach a tenth
 MARK = "qzx"  # stands for an answer, to see what a template puts behind it
-EXACT = (torch.float32, torch.float64)
+VERIFIED, VERIFIED_TOKENS = 3, 32  # prompts, and their new tokens
 
 
 def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str, also: str = "") -> dict[str, Any]:
@@ -158,18 +159,18 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
-    """Decode a prompt twice plainly, then by self-speculation, and tell how near the two best logits come."""
-    one = max(analysis.continuations, key=lambda one: len(one.tokens))
-    plain: dict[str, Any] = {"mode": "ar", "max_new_tokens": analysis.budget}
-    first, again = (lm.generate(one.prompt, **plain).tokens for _ in range(2))
-    drafted = lm.generate(one.prompt, **{**plain, **analysis.best.cell.options}).tokens
-    shorter, seen = min(len(first), len(drafted)), analysis.seen
-    parted = next((i for i in range(shorter) if first[i] != drafted[i]), shorter)
-    equal = first == drafted
+    """Run the short form of `layerskip verify`, and tell how near the two best logits come."""
+    cell, seen = analysis.best.cell, analysis.seen
+    ordered = sorted(analysis.continuations, key=lambda one: -len(one.tokens))
+    prompts = [one.prompt for one in ordered[:VERIFIED]]
+    best = Case(cell.exit_layer, cell.draft_length, cell.draft_vocab or "off")
+    twice, equality = shortly(lm, prompts, min(analysis.budget, VERIFIED_TOKENS), best)
+    gaps = equality.numbers["gaps"]
     return {
-        "deterministic": first == again,
-        "self_speculative_equal": equal,
-        "first_difference": None if equal else parted,
+        "deterministic": twice.verdict == HOLDS,
+        "self_speculative_equal": not gaps,
+        "first_difference": min((gap["position"] for gap in gaps), default=None),
+        "settings": equality.numbers["settings"],
         "equality_promised": equality_promised(lm),
         "row_exact": lm.stack.row_exact,
         "dtype": str(lm.stack.dtype).removeprefix("torch."),
@@ -178,11 +179,6 @@ def sameness(lm: LanguageModel, analysis: Analysis) -> dict[str, Any]:
         "near_ties": seen.near_ties,
         "pass_equals_decoding": seen.equal,
     }
-
-
-def equality_promised(lm: LanguageModel) -> bool:
-    """Whether self-speculation must give plain decoding's tokens here: else near ties may turn over."""
-    return lm.stack.row_exact or lm.stack.dtype in EXACT
 
 
 def memory(lm: LanguageModel, cell: Cell) -> dict[str, int]:
