@@ -226,19 +226,21 @@ def test_numbers_that_do_not_repeat_and_rows_that_mix_are_found(lm, monkeypatch)
 # -- sampling ------------------------------------------------------------------------------------------------
 
 
-def law_check(lm, *cases, draws=320):
-    return laws.sampled(
-        lm, PROMPTS, cases or (Case(2, 2), Case(1, 2, on_device=True)), draws, FOREVER, silent
-    )
+def law_check(lm, usual=CASE, draws=320):
+    others = [Case(1, 2, on_device=True), Case(3, 2, on_device=True)]
+    return laws.sampled(lm, PROMPTS, usual, others, draws, FOREVER, silent)
 
 
 def test_sampled_drafts_obey_the_models_law_and_wrong_laws_are_told_apart(lm):
     found = law_check(lm)
     assert found.verdict == HOLDS, found
-    for one in found.numbers["settings"]:
+    seen = found.numbers["settings"]
+    assert [one["on_device"] for one in seen] == [False, True]
+    for one in seen:
         assert one["p"] > laws.PASSES
         assert one["outside"] == 0
-    assert max(one["wrong_laws"]["always kept"] for one in found.numbers["settings"]) < laws.POWER
+    for name in ("always kept", "drawn again from p"):
+        assert min(one["wrong_laws"][name] for one in seen) < laws.POWER
 
 
 def swapped(draft, q, p, uniforms, counts=None):
@@ -282,6 +284,7 @@ def test_drafts_that_are_always_right_show_nothing(lm, monkeypatch):
     right = {(1, 2): 0.5, (1, 3): 0.5}
     monkeypatch.setattr(laws, "exact_law", lambda *given: {(*pair, 0): mass for pair, mass in right.items()})
     monkeypatch.setattr(laws, "wrong_laws", lambda *given: {"always kept": right})
+    monkeypatch.setattr(laws, "telling", lambda lm, prompt, cases: dict.fromkeys(cases, 1.0))
     monkeypatch.setattr(laws, "drawn", lambda *given: Counter({(1, 2, 0): 130, (1, 3, 0): 126}))
     assert law_check(lm).verdict == NO_POWER
 

@@ -21,7 +21,7 @@ from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.load import load
 from layerskip.errors import UserError, nearest
 from layerskip.measure.proof import laws, stability
-from layerskip.measure.proof.cases import Case, Clock, cases, draft_vocabulary
+from layerskip.measure.proof.cases import Case, Clock, cases, draft_vocabulary, exit_layers
 from layerskip.measure.proof.equality import (
     DIFFERS,
     HOLDS,
@@ -49,7 +49,7 @@ CHECKS = {  # name: share of the time that is over when the check must end; what
     "float32": 0.9,
     "formats": 1.0,
 }
-FEW = 4  # prompts that are read in all ways, and that transformers continues
+READ, FEW = 2, 4  # prompts that are read in all ways; that transformers continues
 DRAWS = 768  # of a setting, at most
 
 
@@ -77,13 +77,13 @@ def certify(
     clock = Clock(scope.seconds)
     equality = Equality(lm, prompts, scope.max_new_tokens, watch)
     usual = usual_case(lm)
-    other = replace(usual, exit_layer=max(1, lm.stack.num_layers // 4), draft_vocab="off", on_device=True)
+    others = [Case(exit_layer, 2, on_device=True) for exit_layer in exit_layers(lm)]
     families: dict[str, Callable[[Clock], list[Finding]]] = {
-        "bits": lambda due: [stability.bits(lm, prompts[:FEW], usual.exit_layer, due, watch)],
+        "bits": lambda due: [stability.bits(lm, prompts[:READ], usual.exit_layer, due, watch)],
         "twice": lambda due: [stability.twice(equality, usual)],
         "beside": lambda due: [stability.company(equality, replace(usual, rows=3))],
         "greedy": lambda due: [equality.check(cases(lm), due)],
-        "sampling": lambda due: [laws.sampled(lm, prompts, [usual, other], DRAWS, due, watch)],
+        "sampling": lambda due: [laws.sampled(lm, prompts, usual, others, DRAWS, due, watch)],
         "float32": lambda due: in_float32(equality, due),
         "formats": lambda due: [found for name in FORMATS for found in in_format(equality, name, due)],
     }

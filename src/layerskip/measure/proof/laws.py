@@ -1,6 +1,6 @@
 """Sampling: the first tokens drawn from drafts obey the model's own law, and the test would see one that does not.
 
-    found = sampled(lm, prompts, [Case(2, 2), Case(7, 2, on_device=True)], draws=1024, clock=Clock(60), watch=watch)
+    found = sampled(lm, prompts, Case(2, 2), [Case(7, 2, on_device=True)], draws=768, clock=Clock(60), watch=watch)
 
 The law of the first three new tokens is enumerated: top-k leaves k cells for each. Two wrong laws stand beside
 it, those of the mistakes made most: drafts that are always kept, and a rejected draft that is drawn again from p
@@ -40,7 +40,7 @@ PASSES, POWER = 1e-4, 1e-4  # p-values: of the right law above, of a wrong one b
 TOKENS = 3  # the first is the prompt's own, the second a draft or its correction, the third what follows
 LAW = Sampling(temperature=0.8, top_k=4)
 ROWS = 32
-TRIED, LONGEST = 6, 64  # prompts, and their tokens
+TRIED, LONGEST = 4, 64  # prompts, and their tokens
 FEWEST, SURE = 256, 60  # draws; the chi-square of a wrong law that they are to reach
 STRAY = (
     0.02  # of the draws outside the law's cells: where logits may differ by rounding, the k-th best is unsure
@@ -51,19 +51,22 @@ Law = dict[tuple[int, ...], float]
 def sampled(
     lm: LanguageModel,
     prompts: Sequence[list[int]],
-    cases: Sequence[Case],
+    usual: Case,
+    others: Sequence[Case],
     draws: int,
     clock: Clock,
     watch: Watch,
 ) -> Finding:
-    """Draw many first tokens with each case and test them against the exact law and two wrong ones.
+    """Draw many first tokens with the usual case and one of the others; test them against exact and wrong laws.
 
-    The prompt is taken at which the wrong laws are farthest from the exact one; `draws` is the most there may be.
+    Prompt and other case are those that tell the wrong laws apart by the least work; `draws` is the most of a case.
     """
     watch("sampling: the law", 0, 0)
     tried = [prompt[:LONGEST] for prompt in prompts[:TRIED]]
-    tells, prompt = max((telling(lm, one, cases[0]), one) for one in tried)
-    draws = min(draws, max(FEWEST, int(SURE / max(tells, 1e-9))))
+    found = [(tells, prompt, case) for prompt in tried for case, tells in telling(lm, prompt, others).items()]
+    layers = lm.stack.num_layers
+    tells, prompt, other = max(found, key=lambda one: one[0] / (layers + one[2].work))
+    cases, draws = (usual, other), min(draws, max(FEWEST, int(SURE / max(tells, 1e-9))))
     p = exact_law(lm, prompt)
     told: list[str] = []
     numbers: list[dict[str, Any]] = []
@@ -88,7 +91,8 @@ def sampled(
         if fair <= PASSES:
             lost, failure = True, {"prompt": prompt, **seen}
             break
-    powerful = any(max(one["wrong_laws"].values()) < POWER for one in numbers)
+    laws = [one["wrong_laws"] for one in numbers]
+    powerful = all(min(law[name] for law in laws) < POWER for name in laws[0])
     return Finding(
         "sampling, chi-square",
         DIFFERS if lost else HOLDS if powerful else NO_POWER,
@@ -184,14 +188,16 @@ def wrong_laws(lm: LanguageModel, prompt: list[int], p: Law, case: Case) -> dict
     return laws
 
 
-def telling(lm: LanguageModel, prompt: list[int], case: Case) -> float:
-    """Say how fast draws tell the nearer of the wrong laws from the exact one: chi-square per draw."""
+def telling(lm: LanguageModel, prompt: list[int], cases: Sequence[Case]) -> dict[Case, float]:
+    """Say how fast draws tell the nearer of the wrong laws from the exact one: chi-square per draw, by case."""
     p = exact_law(lm, prompt, 2)
-    laws = wrong_laws(lm, prompt, p, case).values()
-    return min(
-        sum((mass - law.get(cell, 0.0)) ** 2 / max(law.get(cell, 0.0), 0.01) for cell, mass in p.items())
-        for law in laws
-    )
+
+    def distance(law: Law) -> float:
+        return sum(
+            (mass - law.get(cell, 0.0)) ** 2 / max(law.get(cell, 0.0), 0.01) for cell, mass in p.items()
+        )
+
+    return {case: min(map(distance, wrong_laws(lm, prompt, p, case).values())) for case in cases}
 
 
 def _p(counts: Mapping[tuple[int, ...], int], law: Law) -> float:
