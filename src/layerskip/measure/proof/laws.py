@@ -40,7 +40,7 @@ PASSES, POWER = 1e-4, 1e-4  # p-values: of the right law above, of a wrong one b
 TOKENS = 3  # the first is the prompt's own, the second a draft or its correction, the third what follows
 LAW = Sampling(temperature=0.8, top_k=4)
 ROWS = 32
-TRIED, LONGEST = 4, 64  # prompts, and their tokens
+TRIED, LONGEST = 8, 64  # prompts, and their tokens
 FEWEST, SURE = 256, 60  # draws; the chi-square of a wrong law that they are to reach
 STRAY = (
     0.02  # of the draws outside the law's cells: where logits may differ by rounding, the k-th best is unsure
@@ -65,7 +65,7 @@ def sampled(
     tried = [prompt[:LONGEST] for prompt in prompts[:TRIED]]
     found = [(tells, prompt, case) for prompt in tried for case, tells in telling(lm, prompt, others).items()]
     layers = lm.stack.num_layers
-    tells, prompt, other = max(found, key=lambda one: one[0] / (layers + one[2].work))
+    tells, prompt, other = max(found, key=lambda one: one[0] / (2 * layers + one[2].work))
     cases, draws = (usual, other), min(draws, max(FEWEST, int(SURE / max(tells, 1e-9))))
     p = exact_law(lm, prompt)
     told: list[str] = []
