@@ -63,7 +63,7 @@ def facts(result: dict[str, Any]) -> Iterator[str]:
     yield f"weights {result['fingerprint']}, {result['layers']} layers, trained exits: {exits}"
     yield f"{told['dtype']}, {result['stack']} stack ({row}), {told['device_name']}, {told['threads']} threads"
     yield f"{told['num_prompts']} prompts, up to {told['max_new_tokens']} new tokens, {result['seconds']:.0f} s"
-    yield versions
+    yield f"versions: {versions}"
 
 
 def markdown(result: dict[str, Any]) -> str:
