@@ -36,12 +36,12 @@ from policies import fresh
 
 import layerskip
 from layerskip.checkpoint.facts import fingerprint
-from layerskip.config import json_lines
 from layerskip.decode.load import resolve_device
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.exits.continuations import Continuation, observed
 from layerskip.measure.intervals import mean_of_ratios, ratio_of_sums
+from layerskip.measure.lines import json_lines
 from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.results import named
 from layerskip.measure.speed import methods as ways

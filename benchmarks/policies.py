@@ -23,11 +23,11 @@ import torch
 
 import layerskip
 from layerskip.cli.prompts import encoded, unescaped
-from layerskip.config import read_prompts
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure import prompt_file
 from layerskip.measure.intervals import interval, ratios
+from layerskip.measure.lines import read_prompts
 from layerskip.measure.speed import methods as ways
 from layerskip.measure.speed.bench import schedule
 from layerskip.measure.speed.methods import Method, Run

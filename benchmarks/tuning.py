@@ -24,7 +24,6 @@ import torch
 import layerskip
 from layerskip.cli.prompts import encoded, unescaped
 from layerskip.cli.results import progress
-from layerskip.config import read_prompts
 from layerskip.decode.load import resolve_device
 from layerskip.measure.advice.doctor import examine
 from layerskip.measure.advice.prediction import (
@@ -39,6 +38,7 @@ from layerskip.measure.advice.prediction import (
 from layerskip.measure.advice.tune import Race, Trial, finalists, halving, tuned
 from layerskip.measure.exits.draw import BAND
 from layerskip.measure.intervals import ratio_of_sums
+from layerskip.measure.lines import read_prompts
 from layerskip.measure.proof.equality import equality_promised
 
 if TYPE_CHECKING:

@@ -265,6 +265,7 @@ def test_a_shorter_output_differs_where_it_ends(monkeypatch):
 # -- figures -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lens_and_timeline_are_drawn_again_from_a_result_file(
     script, run, folder, tmp_path, monkeypatch, capsys
 ):
@@ -314,6 +315,7 @@ def test_every_figure_has_its_result_file(script, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     script, folder, tmp_path, monkeypatch, capsys
 ):

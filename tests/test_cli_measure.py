@@ -10,8 +10,8 @@ import pytest
 import layerskip
 import tiny
 from layerskip.checkpoint.facts import ranked_vocabulary
-from layerskip.config import read_prompts
 from layerskip.measure import prompt_file
+from layerskip.measure.lines import read_prompts
 from layerskip.measure.speed import bench as benches
 from layerskip.measure.speed import card as cards
 

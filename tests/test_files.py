@@ -16,9 +16,9 @@ from layerskip.checkpoint.configuration import read_configuration
 from layerskip.checkpoint.facts import Facts, draft_rows, ranked_vocabulary
 from layerskip.checkpoint.files import inside
 from layerskip.checkpoint.resolve import check_folder, resolve
-from layerskip.config import read_prompts
 from layerskip.decode.call import encoded
 from layerskip.errors import UserError
+from layerskip.measure.lines import read_prompts
 from layerskip.reading import named_path, parsed, read_bytes, read_json, read_text
 
 

@@ -21,9 +21,9 @@ import tiny
 from conftest import FULL
 from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.cli.main import main
-from layerskip.config import read_likelihoods, read_prompts
 from layerskip.decode.text import encode_prompt, final_text
 from layerskip.errors import UserError
+from layerskip.measure.lines import read_likelihoods, read_prompts
 from layerskip.train.data.encoding import DataOptions, encode
 from layerskip.train.data.sources import Columns, examples
 from layerskip.train.job.recipe import as_yaml, read_recipe

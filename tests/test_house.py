@@ -14,8 +14,7 @@ SOURCE = ROOT / "src" / "layerskip"
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (  # from the ground up; a room may import the rooms below its floor, and itself
     ("errors", "watch"),
-    ("reading",),
-    ("config", "option"),
+    ("option", "reading"),
     ("checkpoint",),
     ("model",),
     ("decode", "train"),

@@ -56,7 +56,7 @@ def refused(recipe):
 def test_rows_of_a_global_batch_set_the_accumulation_and_the_plan_tells_it(recipe):
     prepared = runs.prepare(recipe("batch_size=2", "global_batch=6"))
     assert prepared.arguments.gradient_accumulation_steps == 3
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=1000)  # paths of tests are long
     print_plan(console, prepared.plan, prepared.warnings)
     assert "4 steps of 6 rows (2 x 3 passes)" in console.file.getvalue()
 
@@ -117,7 +117,7 @@ def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monk
     asked = Options(mode="self-speculative").plan(facts, 5)
     assert (asked.mode, asked.exit_layer) == ("self-speculative", 1)
     assert Options().plan(replace(facts, exit_layer=2), 5).mode == "self-speculative"
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=1000)  # paths of tests are long
     print_result(console, result)
     assert "drafting does not pay yet, 0.80 x" in console.file.getvalue()
 
@@ -130,7 +130,7 @@ def test_figures_of_training_batches_choose_no_default_exit(recipe):
     assert (result["exit_layer"], result["predicted_speedup"], result["draft_vocab"]) == (None, None, None)
     facts = facts_of(AutoConfig.from_pretrained(result["output"]))
     assert (facts.exits, facts.exit_layer, facts.draft_vocab) == ((2, 3), None, None)
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=1000)  # paths of tests are long
     print_result(console, result)
     told = console.file.getvalue()
     assert "measured on the last training batches, so no default exit was chosen" in told

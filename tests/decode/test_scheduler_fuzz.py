@@ -19,7 +19,7 @@ from layerskip.decode.scheduler import Scheduler, Status
 from rounds import decode
 
 ROWS, CAPACITY, NEW = 3, 40, 10
-STEPS = 5_400 if FULL else 300
+STEPS = 5_400 if FULL else 120
 PROMPTS = [[5, 6, 7], [9, 8], [3, 3, 3, 3], [11], [2, 4, 6, 8, 10]]
 
 

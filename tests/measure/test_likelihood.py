@@ -8,8 +8,8 @@ import torch
 
 import layerskip
 import tiny
-from layerskip.config import LikelihoodLine, read_likelihoods
 from layerskip.errors import UserError
+from layerskip.measure.lines import LikelihoodLine, read_likelihoods
 from layerskip.measure.tasks.likelihood import pairs_of, scored, summary
 
 L = tiny.NUM_LAYERS

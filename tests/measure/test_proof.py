@@ -261,7 +261,7 @@ accept = sampling.accept
 
 
 @pytest.mark.parametrize("wrong", [swapped, turned])
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("on_device", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_wrong_acceptance_is_found_by_its_law(lm, monkeypatch, wrong, on_device):
     monkeypatch.setattr(sampling, "accept", wrong)
     found = law_check(lm, Case(2, 2, on_device=on_device))

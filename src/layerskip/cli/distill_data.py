@@ -56,7 +56,7 @@ def distill_data(
     layerskip distill-data smollm2-135m --prompts prompts.jsonl --output own.jsonl --max-new-tokens 256
     """
     from layerskip.checkpoint.facts import fingerprint
-    from layerskip.config import read_prompts
+    from layerskip.measure.lines import read_prompts
 
     options = merged(sampling, chat=False)  # wrapped here already; a slip costs no time
     if output.suffix != ".jsonl":

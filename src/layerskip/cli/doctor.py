@@ -17,8 +17,8 @@ from layerskip.errors import UserError
 from layerskip.option import option
 
 if TYPE_CHECKING:
-    from layerskip.config import PromptLine
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.measure.lines import PromptLine
 
 
 @dataclass(frozen=True)

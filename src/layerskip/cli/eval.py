@@ -22,9 +22,9 @@ from layerskip.option import option
 from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
-    from layerskip.config import LikelihoodLine
     from layerskip.decode.language_model import LanguageModel
     from layerskip.decode.options import Keywords
+    from layerskip.measure.lines import LikelihoodLine
     from layerskip.measure.records import Record, Records
 
 WINDOW, CONTINUATION = 1024, 128  # tokens, by default
@@ -133,8 +133,8 @@ def eval(
 
 def _read(asked: Asked) -> dict[str, Any]:
     """Read what is asked for. Raises: UserError for a file that cannot be read."""
-    from layerskip.config import read_likelihoods, read_prompts
     from layerskip.measure.exits.evaluation import read_text
+    from layerskip.measure.lines import read_likelihoods, read_prompts
     from layerskip.measure.tasks import generation as tasks
 
     found: dict[str, Any] = {}

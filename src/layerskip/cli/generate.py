@@ -71,7 +71,7 @@ def _prompts(
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other", "give one source of prompts")
     if batch_file is not None:
-        from layerskip.config import read_prompts
+        from layerskip.measure.lines import read_prompts
 
         lines = read_prompts(batch_file)
         return [line.content for line in lines], [line.id for line in lines]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from layerskip.option import Option, option
 
 if TYPE_CHECKING:
-    from layerskip.config import PromptLine
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.measure.lines import PromptLine
 
 Separator = Annotated[str, Option("What follows a text prompt that is not wrapped; \\n is a line break.")]
 
@@ -23,8 +23,8 @@ class PromptOptions:
     limit: int | None = option(None, "Use the first prompts only.", least=1, shown="all")
 
     def lines(self) -> list[PromptLine]:
-        from layerskip.config import read_prompts
         from layerskip.measure import prompt_file
+        from layerskip.measure.lines import read_prompts
 
         return read_prompts(self.prompts or prompt_file())[: self.limit]
 

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerskip.config import json_lines
 from layerskip.decode.options import MODES, Options
 from layerskip.errors import UserError, nearest
 from layerskip.measure.intervals import resampled
+from layerskip.measure.lines import json_lines
 from layerskip.measure.speed.card import synchronise
 from layerskip.measure.speed.methods import AR, EARLY_EXIT, SELF_SPECULATIVE
 from layerskip.measure.tasks import sandbox

@@ -23,9 +23,9 @@ from layerskip.measure.exits.states import chunks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layerskip.config import LikelihoodLine
     from layerskip.decode.language_model import LanguageModel
     from layerskip.measure.exits.states import Chunk
+    from layerskip.measure.lines import LikelihoodLine
     from layerskip.model.stack import Stack
 
 # Context and continuation in tokens, and how many of them are scored, from the end.

@@ -1,4 +1,4 @@
-"""What a user writes in files: validated with pydantic, errors that name file and line."""
+"""Lines of files that a user writes, prompts and task items: validated with pydantic, errors that name file and line."""
 
 from __future__ import annotations
 
