@@ -1,4 +1,4 @@
-"""Lines of files that a user writes, prompts and task items: validated with pydantic, errors that name file and line."""
+"""Lines of files that a user writes, prompts and task items: read with pydantic, errors that name file and line."""
 
 from __future__ import annotations
 
