@@ -13,6 +13,7 @@ import torch
 def environment() -> dict[str, Any]:
     """Collect the facts a bug report needs."""
     from layerskip.checkpoint.files import cache_folder
+    from layerskip.model.native.kernels import kernels_reason
 
     def installed(package: str) -> str:
         try:
@@ -43,6 +44,7 @@ def environment() -> dict[str, Any]:
         "devices": devices,
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cpu threads": torch.get_num_threads(),
+        "compiled kernels": kernels_reason() or "ready",
         "cpu dtypes, fast": native,
         "cpu dtypes, emulated": [name for name in ("bfloat16", "float16") if name not in native],
         "cuda bfloat16": bool(cuda and torch.cuda.is_bf16_supported()),
