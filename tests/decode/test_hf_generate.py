@@ -787,3 +787,39 @@ def test_the_engine_of_a_conversation_and_of_custom_generate_serves_later_calls(
         assert not engine.busy
     finally:
         texts.engines.keep, texts.engines.last = False, None
+
+
+def test_an_answer_of_a_conversation_that_was_reset_does_not_come_back(texts):
+    chat = texts.chat(max_new_tokens=6)
+    old = chat.send("hello")
+    next(old)
+    chat.reset()
+    said(chat, "again")
+    messages = list(chat.messages)
+    old.close()
+    assert chat.messages == messages
+
+
+def test_a_closed_conversation_lends_its_engine_once(texts):
+    """Closed twice, it was lent to two streams, each of which dropped the other's tokens."""
+    texts.engines.keep = True
+    try:
+        chat = texts.chat(max_new_tokens=4)
+        chat.close()
+        taken = texts.engines.take(1, 8, None)
+        chat.close()
+        assert texts.engines.last is not taken
+        with pytest.raises(UserError, match="the conversation is closed"):
+            next(chat.send("hello"))
+    finally:
+        texts.engines.keep, texts.engines.last = False, None
+
+
+def test_the_context_of_a_conversation_holds_where_engines_are_rounded_up(texts):
+    texts.engines.keep = True
+    try:
+        chat = texts.chat(context=41, max_new_tokens=400)
+        said(chat, "hello")
+        assert chat.last.stats["prompt_tokens"] + chat.last.stats["new_tokens"] <= 42
+    finally:
+        texts.engines.keep, texts.engines.last = False, None

@@ -21,7 +21,6 @@ from layerskip.decode.sampling import (
     Processing,
     Sampling,
     Uniforms,
-    check_finite,
     draw,
     penalised,
     warp,
@@ -259,20 +258,21 @@ def test_uniforms_are_uniform_and_independent_of_their_neighbours():
 
 @pytest.mark.parametrize("place", [0, 3, 7])
 def test_nan_logits_are_refused_wherever_they_stand(place):
-    logits = torch.zeros(2, VOCAB)
-    logits[1, place] = torch.nan
+    logits = torch.zeros(VOCAB)
+    logits[place] = torch.nan
     with pytest.raises(UserError, match="NaN"):
-        check_finite(logits.max(-1).values)
+        Processing().law_logits(logits, [1], ())
 
 
 def test_forbidden_tokens_are_not_mistaken_for_nan():
-    check_finite(torch.tensor([[0.0, -torch.inf], [-torch.inf, 1.0]]).max(-1).values)
+    logits = torch.tensor([-torch.inf, 1.0])
+    assert Processing().law_logits(logits, [1], ())[0] is logits
 
 
 def test_a_model_that_allows_nothing_or_overflows_is_an_error():
-    for logits in ([-torch.inf, -torch.inf], [torch.inf, 0.0]):
-        with pytest.raises(UserError, match="infinite"):
-            check_finite(torch.tensor(logits).max(-1).values)
+    for logits, match in (([-torch.inf, -torch.inf], "forbid every token"), ([torch.inf, 0.0], "infinite")):
+        with pytest.raises(UserError, match=match):
+            Processing().law_logits(torch.tensor(logits), [1], ())
 
 
 # -- processors ----------------------------------------------------------------------------------------------

@@ -369,3 +369,87 @@ def test_a_nan_behind_a_rejected_draft_is_not_noticed_as_in_plain_decoding(stack
     assert poisonings, "some draft was rejected before the last position"
     assert errors == [None]
     assert said == [alone[1]]
+
+
+def test_a_processor_that_gives_nan_ends_its_row_and_no_token_is_made_up(stack, alone):
+    """The first NaN passed as the argmax: token 0 was committed without a word."""
+
+    class NotANumber:
+        def __call__(self, ids, scores):
+            return torch.full_like(scores, torch.nan) if ids.shape[1] > 5 else scores
+
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        scheduler = scheduler_of(stack)
+        mine = Processing(sampling, (NotANumber(),))
+        said, errors = finish(scheduler, [scheduler.submit(request(0, processing=mine))])
+        assert isinstance(errors[0], UserError)
+        assert len(said[0]) <= 3
+
+
+def test_an_error_over_a_drafted_prefix_that_plain_decoding_never_meets_ends_nothing(stack, alone):
+    """An exit drafted a prefix outside of a grammar kept as a table: KeyError ended a row that was right."""
+    reached = {tuple(PROMPTS[1] + alone[1][:n]) for n in range(13)}
+
+    class Table:
+        def __call__(self, ids, scores):
+            if tuple(ids[0].tolist()) not in reached:
+                raise KeyError("no such prefix")
+            return scores
+
+    scheduler = scheduler_of(stack)
+    mine = Processing(Sampling(), (Table(),))
+    said, errors = finish(scheduler, [scheduler.submit(request(1, processing=mine))])
+    assert (said, errors) == ([alone[1]], [None])
+
+
+def test_a_stop_function_is_asked_once_about_a_token_though_its_round_is_repeated(stack, alone):
+    asked, interrupts = [], iter([False, False, False, True])
+
+    def first(token):
+        asked.append(token)
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        return False
+
+    scheduler = scheduler_of(stack, 1)
+    ticket = scheduler.submit(request(0, stop=first))
+    said = []
+    while scheduler.busy:
+        try:
+            said += [token for _, event in scheduler.step() for token in event.tokens]
+        except KeyboardInterrupt:
+            asked.pop()  # it did not come to its answer
+    assert ticket.status is Status.DONE
+    assert said == asked == alone[0]
+
+
+def test_a_request_that_cannot_be_added_leaves_every_row_free(stack):
+    engine = Engine(stack, rows=1, capacity=32)
+    with pytest.raises(TypeError):
+        engine.add(request(0, seed=None))
+    engine.add(request(0))
+
+
+def test_an_interrupt_while_a_row_is_cleaned_loses_no_row(stack, monkeypatch):
+    scheduler = scheduler_of(stack, 1)
+    finish(scheduler, [scheduler.submit(request(0))])
+    zero, calls = torch.Tensor.zero_, []
+
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return zero(self)
+
+    monkeypatch.setattr(torch.Tensor, "zero_", interrupted)
+    ticket = scheduler.submit(request(1))
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step()
+    monkeypatch.undo()
+    finish(scheduler, [ticket])
+    assert ticket.status is Status.DONE
+
+
+def test_a_controller_and_another_drafter_exclude_each_other():
+    with pytest.raises(UserError, match="a controller chooses among exits"):
+        request(0, controller=object(), drafter="parrot")

@@ -94,3 +94,22 @@ def test_an_allocation_that_fails_is_the_same_user_error(monkeypatch):
 
 def test_the_size_is_that_of_the_tensors(cache):
     assert cache.num_bytes == 3 * 4 * 9 * SHAPE.token_bytes
+
+
+def test_growth_that_fails_half_way_leaves_a_cache_that_works(cache, monkeypatch):
+    """The capacity was the new one while some layers had the old size: writes went past their end."""
+    capacity, store, calls = cache.capacity, caches._store, []
+
+    def failing(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return store(*given)
+
+    monkeypatch.setattr(caches, "_store", failing)
+    with pytest.raises(UserError, match="not enough memory"):
+        cache.grow(40)
+    assert cache.capacity == capacity
+    monkeypatch.undo()
+    cache.grow(40)
+    assert {key.shape[2] for key in cache.keys} == {cache.keys[0].shape[2]}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layerskip.decode.pool import rounded_capacity
 from layerskip.decode.scheduler import Scheduler, Status, Ticket
+from layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from layerskip.decode.call import Call
+    from layerskip.decode.engine import Engine
     from layerskip.decode.generation import Generation
     from layerskip.decode.pool import EnginePool
-    from layerskip.decode.request import Round
+    from layerskip.decode.request import Request, Round
 
 FIRST = 1024  # tokens that the cache of a conversation holds before it grows
 
@@ -26,7 +29,7 @@ class Chat:
     def __init__(self, call: Call, engines: EnginePool, limit: int, system: str | None = None) -> None:
         self.call, self.limit = call, limit
         self._engines = engines
-        self._engine = engines.take(1, min(limit, FIRST), call.head)
+        self._engine: Engine | None = engines.take(1, min(limit, FIRST), call.head)
         self.scheduler = Scheduler(self._engine)
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._system)
@@ -41,7 +44,7 @@ class Chat:
         """
         messages = [*self.messages, {"role": "user", "content": content}]
         request = self.call.request(messages, self._turn, keep=True)
-        self._make_room(len(request.prompt) + request.max_new_tokens - 1)
+        request = self._fitted(request)
         before = self._ticket
         if before is not None and before.status in (Status.FAILED, Status.CANCELLED):
             before = None
@@ -57,9 +60,10 @@ class Chat:
                     yield event
         finally:
             self.scheduler.pause(ticket)
-            self.last = self.call.generation(rounds, len(request.prompt))
-            if self.last.tokens:  # an answer abandoned before its first token leaves no turn
-                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+            if self._ticket is ticket:  # else the conversation was reset meanwhile
+                self.last = self.call.generation(rounds, len(request.prompt))
+                if self.last.tokens:  # an answer abandoned before its first token leaves no turn
+                    self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
     def reset(self) -> None:
         """Forget the conversation but not the system message."""
@@ -70,12 +74,26 @@ class Chat:
             self._ticket = None
 
     def close(self) -> None:
-        """End the conversation; its engine serves other calls."""
+        """End the conversation; its engine serves other calls. Again does nothing."""
         self.reset()
-        self._engines.give_back(self._engine)
+        if self._engine is not None:
+            self._engines.give_back(self._engine)
+            self._engine = None
 
-    def _make_room(self, wanted: int) -> None:
-        """Let the cache hold so many tokens, or as many as the limit allows."""
-        capacity = min(self.limit, rounded_capacity(wanted, self.limit))
-        if capacity > self._engine.cache.capacity:
-            self._engine.grow(capacity)
+    def _fitted(self, request: Request) -> Request:
+        """Keep a turn within the limit of the conversation, and let the cache hold it. Raises: UserError."""
+        if self._engine is None:
+            raise UserError("the conversation is closed", "lm.chat() opens another")
+        length = len(request.prompt)
+        if length > self.limit:
+            raise UserError(
+                f"the prompt has {length} tokens, the context is {self.limit}", "shorten the prompt"
+            )
+        request = replace(request, max_new_tokens=min(request.max_new_tokens, self.limit + 1 - length))
+        wanted = length + request.max_new_tokens - 1
+        if wanted > self._engine.cache.capacity:
+            try:
+                self._engine.grow(rounded_capacity(wanted, self.limit))
+            except UserError:  # a power of two may be more than there is memory for
+                self._engine.grow(wanted)
+        return request

@@ -85,20 +85,26 @@ class Engine:
 
     def grow(self, capacity: int) -> None:
         """Make room for more tokens in every row. Raises: UserError when the memory is not there."""
-        with torch.inference_mode():
-            self.cache.grow(capacity)
-        if self.device_rounds:
-            self.device_rounds.graphs.clear()  # they read and write the tensors that were there before
+        try:
+            with torch.inference_mode():
+                self.cache.grow(capacity)
+        finally:
+            if self.device_rounds:
+                self.device_rounds.graphs.clear()  # they read and write the tensors that were there before
 
     @property
     def busy(self) -> bool:
         """Whether any row still has tokens to come."""
-        return bool(self._events) or any(not row.finished for row in self._rows.values())
+        return bool(self._events) or any(not row.finished for row in [*self._rows.values()])
 
     @property
     def untold(self) -> bool:
         """Whether a step that was interrupted has left events for the next one to tell."""
         return bool(self._events)
+
+    def holds(self, row: int) -> bool:
+        """Whether a request has this row."""
+        return row in self._rows
 
     @property
     def has_room(self) -> bool:
@@ -125,6 +131,8 @@ class Engine:
         self.check(request)
         exit_layer = request.exit_layer or self.stack.num_layers
         depth = exit_layer if request.unverified else self.stack.num_layers
+        choice = Choice(exit_layer, request.draft_length, request.confidence, drafter=request.drafter)
+        tokens, uniforms = list(request.prompt), Uniforms(request.seed)
         reused = 0
         if row is not None:
             before = self._known(row)
@@ -139,8 +147,6 @@ class Engine:
                     "all rows of the engine are taken", "wait for one to finish, or make more rows"
                 )
         self.cache.set_length(row, reused, depth)
-        choice = Choice(exit_layer, request.draft_length, request.confidence, drafter=request.drafter)
-        tokens, uniforms = list(request.prompt), Uniforms(request.seed)
         self._arrivals += 1
         state = request.processing.processors
         self._rows[row] = Row(row, request, depth, choice, tokens, uniforms, state, self._arrivals)
@@ -211,7 +217,7 @@ class Engine:
         rounds = [row for row in waiting if not self._prefilling(row)]
         if not waiting:
             return
-        _choose(rounds)
+        self._choose(rounds)
         self._step_id += 1
         self._prefilled_last = bool(prompts) and not (rounds and self._prefilled_last)
         if self._prefilled_last:
@@ -219,6 +225,19 @@ class Engine:
         else:
             oldest = self._kind(min(rounds, key=lambda row: row.waited))
             self._round([row for row in rounds if self._kind(row) == oldest])
+
+    def _choose(self, rows: list[Row]) -> None:
+        """Let every controller choose for the rows it serves together: those of one law, on the device."""
+        groups: dict[Any, list[Row]] = {}
+        for row in rows:
+            if row.request.controller is not None:
+                law = device_law(row.request) if self.device_rounds else None
+                groups.setdefault((id(row.request.controller), law), []).append(row)
+        for group in groups.values():
+            assert group[0].request.controller is not None
+            choice = group[0].request.controller.choice(len(group))
+            for row in group:
+                row.choice = choice
 
     def _kind(self, row: Row) -> tuple[Any, ...]:
         """What rows must have in common to be served by one step."""
@@ -259,10 +278,10 @@ class Engine:
         only the row that fails alone has failed.
         """
         began, choice, controller = time.perf_counter(), rows[0].choice, rows[0].request.controller
-        on_device = self.device_rounds and device_law(rows[0].request) is not None and not choice.probes
+        device = None if choice.probes or choice.drafter != ExitDrafter.name else self.device_rounds
         try:
-            if self.device_rounds and on_device and choice.drafter == ExitDrafter.name:
-                outcomes = self.device_rounds.round(rows)
+            if device is not None and device_law(rows[0].request) is not None:
+                outcomes = device.round(rows)
             else:
                 outcomes = self.host_rounds.round(rows)
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends the row it belongs to and no other
@@ -276,8 +295,9 @@ class Engine:
         seen = []
         for row, outcome in zip(rows, outcomes, strict=True):
             committed = self._commit(row, outcome, seconds)
-            seen.append(Drafted(len(outcome.draft), outcome.kept, committed, outcome.agreements))
-        if controller is not None:
+            if committed:  # else its stop function raised, or the row was cancelled meanwhile
+                seen.append(Drafted(len(outcome.draft), outcome.kept, committed, outcome.agreements))
+        if controller is not None and seen:
             controller.learn(choice, seconds, seen)
 
     def _commit(self, row: Row, outcome: Outcome, seconds: float, prompt_tokens: int = 0) -> int:
@@ -295,22 +315,24 @@ class Engine:
                 tokens.append(token)
                 if token in row.request.eos:
                     reason = "eos"
-                elif row.request.stop is not None and row.request.stop(token):
+                elif row.stops_at(len(tokens) - 1, token):
                     reason = "stop"
                 elif len(row.tokens) + len(tokens) >= limit:
                     reason = "length"
                 if reason:
                     break
+            logprobs = _logprobs(outcome.logits, tokens) if row.request.logprobs else None
         except Exception as error:  # noqa: BLE001 - the caller's own function may raise anything
             self._fail(row, error)
             return 0
         if self._rows.get(row.slot) is row:
             row.tokens += tokens
             assert outcome.verdict is not None
-            row.state = outcome.verdict.state
+            row.state, row.answers = outcome.verdict.state, []
             self.cache.set_length(row.slot, len(row.tokens) - 1, row.depth)
-            self._report(row, outcome, tokens, reason, seconds, prompt_tokens)
-        return len(tokens)
+            self._report(row, outcome, tokens, reason, seconds, prompt_tokens, logprobs)
+            return len(tokens)
+        return 0
 
     def _fail(self, row: Row, error: Exception) -> None:
         if self._rows.get(row.slot) is row:
@@ -325,6 +347,7 @@ class Engine:
         reason: str | None,
         step_s: float,
         prompt_tokens: int,
+        logprobs: list[float] | None = None,
     ) -> None:
         """Describe what a work item did for a row, and let go of the row when it is finished."""
         request = row.request
@@ -345,21 +368,11 @@ class Engine:
                 layer_passes=outcome.layer_passes,
                 prompt_tokens=prompt_tokens,
                 finish_reason=reason,
-                logprobs=_logprobs(outcome.logits, tokens) if request.logprobs and tokens else None,
+                logprobs=logprobs,
             )
         )
         if row.finished and not request.keep:
             self.cancel(row.slot)
-
-
-def _choose(rows: list[Row]) -> None:
-    """Let every controller choose for the rows it serves."""
-    controllers = {id(row.request.controller): row.request.controller for row in rows}
-    for controller in filter(None, controllers.values()):
-        own = [row for row in rows if row.request.controller is controller]
-        choice = controller.choice(len(own))
-        for row in own:
-            row.choice = choice
 
 
 def _logprobs(logits: Tensor | None, tokens: list[int]) -> list[float]:

@@ -16,13 +16,14 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.load import stack_of
 from layerskip.decode.options import Options
-from layerskip.decode.pool import pool_of
+from layerskip.decode.pool import EnginePool
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.decode.scheduler import Scheduler
@@ -31,6 +32,8 @@ from layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from layerskip.model.stack import Stack
 
 # What `generate` may be asked for and this loop does not do: (attribute, value that means "not asked").
 _UNSUPPORTED = {
@@ -178,7 +181,8 @@ def _generate(
             f"prompt and new tokens may take {capacity} positions, the model's context is {lm.stack.context}",
             "lower max_new_tokens (or max_length), or shorten the prompt",
         )
-    engine = pool_of(lm.stack).take(len(requests), capacity, None)
+    engines = _engines(model, lm.stack)
+    engine = engines.take(len(requests), capacity, None)
     new: list[list[int]] = [[] for _ in requests]
     if streamer is not None and stream_prompt:
         streamer.put(input_ids.cpu())
@@ -190,10 +194,21 @@ def _generate(
             if streamer is not None and event.tokens:
                 streamer.put(torch.tensor(event.tokens))
     finally:
-        pool_of(lm.stack).give_back(engine)
+        engines.give_back(engine)
     if streamer is not None:
         streamer.end()
     return _result(config, input_ids, new, ends.eos)
+
+
+_pools: WeakKeyDictionary[Any, EnginePool] = WeakKeyDictionary()
+
+
+def _engines(model: Any, stack: Stack) -> EnginePool:
+    """Find the engines of a model, which is wrapped anew at each call; a pool goes when its model does."""
+    pool = _pools.get(model)
+    if pool is None or pool.stack is not stack:
+        pool = _pools[model] = EnginePool(stack)
+    return pool
 
 
 class _Ends:

@@ -220,6 +220,7 @@ class LanguageModel:
             try:
                 engine.check(request)
             except UserError as error:
+                self.engines.give_back(engine)
                 many = len(requests) > 1
                 where = f"prompt {request.index + 1} of {requests[-1].index + 1}: " if many else ""
                 raise UserError(where + error.message, error.hint) from None

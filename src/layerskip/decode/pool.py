@@ -50,9 +50,3 @@ class EnginePool:
 def rounded_capacity(capacity: int, context: int | None) -> int:
     """Round up to a power of two, within the model's context: few capacities make few graphs."""
     return min(max(LEAST, 1 << (capacity - 1).bit_length()), context or 1 << 62)
-
-
-def pool_of(stack: Stack) -> EnginePool:
-    """Find the pool that lives with a stack: for callers who wrap a model in memory anew at each call."""
-    pool: EnginePool = stack.__dict__.setdefault("_engine_pool", EnginePool(stack))
-    return pool

@@ -38,6 +38,10 @@ class Request:
     keep: bool = False  # leave the row's cache in place when it finishes, for a next turn
 
     def __post_init__(self) -> None:
+        if self.controller is not None and self.drafter != "exit":
+            raise UserError(
+                "a controller chooses among exits only", 'leave out the policy, or use drafter="exit"'
+            )
         if self.simulated is not None and not self.processing.plain_greedy:
             raise UserError(
                 "an acceptance can be simulated for plain greedy drafts only", "no sampling, no processors"

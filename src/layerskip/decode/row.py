@@ -34,6 +34,7 @@ class Row:
     arrived: int = 0  # its place among all requests the engine has taken
     waited: int = 0  # step id of the last service
     finished: bool = False
+    answers: list[tuple[int, bool]] = field(default_factory=list)  # of the stop function, not committed yet
 
     @property
     def exit_layer(self) -> int:
@@ -56,6 +57,16 @@ class Row:
         return next(
             (i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), min(cached, len(prompt) - 1)
         )
+
+    def stops_at(self, place: int, token: int) -> bool:
+        """Ask the stop function about a token not committed yet, and once only: a round may be repeated."""
+        if self.request.stop is None:
+            return False
+        if place == len(self.answers):
+            self.answers.append((token, self.request.stop(token)))
+        elif self.answers[place][0] != token:  # a controller chose otherwise in the repeated round
+            self.answers[place:] = [(token, self.request.stop(token))]
+        return self.answers[place][1]
 
     def numbers(self, *addresses: tuple[int, ...], device: torch.device) -> Tensor:
         """Look up the row's uniform numbers at (position, purpose[, beginning of the round, for drafts]).
@@ -95,7 +106,7 @@ class Outcome(NamedTuple):
 
     draft: list[int]
     verdict: Verdict | None  # None: a part of a prompt, after which nothing is said yet
-    layer_passes: int  # layers x positions that went through them, padding included
+    layer_passes: int  # layers x positions that went through them; on the device padding included
     logits: Tensor | None  # [N, V] of the target; None where they stayed on the device
     agreements: Mapping[int, tuple[float, int]] = {}
 

@@ -239,10 +239,15 @@ class Processing:
             for processor in state:
                 scores = processor(ids, scores)
             logits = scores[0].float()
-        if logits.max() == -torch.inf:
+        largest = logits.max()  # NaN where any is
+        if largest == -torch.inf:
             raise UserError(
                 "the logits processors forbid every token", "loosen the constraint, or end the output"
             )
+        if not largest.isfinite() and state:
+            raise UserError("a logits processor gave NaN or infinite scores", "mend it, or leave it out")
+        if not largest.isfinite():
+            raise not_finite()
         return logits, state
 
 
@@ -258,15 +263,6 @@ def _flattened(processors: Iterable[Any]) -> Iterator[Any]:
 def _pure(processor: Any) -> bool:
     kind = type(processor)
     return kind.__module__.startswith("transformers.") and kind.__name__ not in _STATEFUL
-
-
-def check_finite(largest: Tensor) -> None:
-    """Raise UserError when a position's largest logit is NaN or infinite: it would pass as the argmax.
-
-    Shapes: [...]; `max` returns NaN when any of its inputs is.
-    """
-    if not largest.isfinite().all():
-        raise not_finite()
 
 
 def not_finite() -> UserError:

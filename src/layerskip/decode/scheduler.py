@@ -60,6 +60,7 @@ class Scheduler:
         self.engine = engine
         self._waiting: deque[tuple[Ticket, int | None]] = deque()  # and the row it goes on in
         self._by_row: dict[int, Ticket] = {}
+        self._refused: list[tuple[Ticket, Round | Exception]] = []  # at admission, to be told by a step
         self._wishes: deque[tuple[Ticket, Status]] = deque()  # of others, while somebody drives
         self._lock = threading.Lock()  # of the three above, held for moments
         self._driver = threading.Lock()  # held by whoever is in `step`
@@ -69,7 +70,7 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether any ticket waits or runs, or an event has not been told yet."""
         with self._lock:
-            return bool(self._waiting or self._wishes) or self.engine.busy
+            return bool(self._waiting or self._wishes or self._refused) or self.engine.busy
 
     def submit(self, request: Request, after: Ticket | None = None) -> Ticket:
         """Queue a request; it gets a row in turn. With `after` it takes that ticket's kept row and cache over.
@@ -100,7 +101,7 @@ class Scheduler:
         self._wish(ticket, Status.CANCELLED)
 
     def pause(self, ticket: Ticket) -> None:
-        """Stop generating, but keep the row for a next turn."""
+        """Stop generating, but keep the row for a next turn; a ticket that has no row yet is cancelled."""
         self._wish(ticket, Status.KEPT)
 
     def step(self) -> list[tuple[Ticket, Round | Exception]]:
@@ -112,7 +113,12 @@ class Scheduler:
             raise UserError("two threads drive one scheduler", "one steps; others submit and cancel")
         try:
             with self._rows:
-                return self._admit() + [told for event in self.engine.step() if (told := self._told(event))]
+                with self._lock:
+                    self._fulfil_all()
+                self._admit()
+                events = [told for event in self.engine.step() if (told := self._told(event))]
+                refused, self._refused = self._refused, []
+                return refused + events
         finally:
             self._driver.release()
             self._settle()
@@ -131,7 +137,10 @@ class Scheduler:
             return ticket, event
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Round | Exception]]:
-        """Serve requests to their ends; yield (place, round or error). Abandoning the iterator frees their rows."""
+        """Serve requests to their ends; yield (place, round or error). Abandoning the iterator frees their rows.
+
+        Events of other tickets are not told meanwhile: one loop drives a scheduler.
+        """
         tickets: dict[Ticket, int] = {}
         try:
             for place, request in enumerate(requests):
@@ -146,36 +155,35 @@ class Scheduler:
 
     # -- rows, while driving ---------------------------------------------------------------------------------
 
-    def _admit(self) -> list[tuple[Ticket, Round | Exception]]:
-        """Give rows to those who wait, in order; who goes on in a kept row needs no other. Tells who could not.
+    def _admit(self) -> None:
+        """Give rows to those who wait, in order; who goes on in a kept row needs no other.
 
         Raises: UserError where nobody can ever get one.
         """
-        failed: list[tuple[Ticket, Round | Exception]] = []
         if self.engine.untold:  # by a step that was interrupted: its rows are not given away before
-            return failed
+            return
         with self._lock:
-            left: deque[tuple[Ticket, int | None]] = deque()
-            for ticket, row in self._waiting:
+            for ticket, row in [*self._waiting]:
+                if ticket.status is not Status.WAITING:  # an interrupt came between its admission and this
+                    self._waiting.remove((ticket, row))
+                    continue
                 if row is None and not self.engine.has_room:
-                    left.append((ticket, row))
                     continue
                 try:
                     ticket.row = self.engine.add(ticket.request, row)
                 except Exception as error:  # noqa: BLE001 - it ends this ticket and no other
                     ticket.status, ticket.error = Status.FAILED, error
-                    failed.append((ticket, error))
+                    self._refused.append((ticket, error))
                     if row is not None:
                         self.engine.cancel(row)
-                    continue
-                ticket.status = Status.RUNNING
-                self._by_row[ticket.row] = ticket
-            self._waiting = left
-        if left and not failed and not self.engine.busy:
+                else:
+                    ticket.status = Status.RUNNING
+                    self._by_row[ticket.row] = ticket
+                self._waiting.remove((ticket, row))
+        if self._waiting and not self._refused and not self.engine.busy:
             raise UserError(
                 "every row is kept for a next turn", "cancel one of those tickets, or make more rows"
             )
-        return failed
 
     def _end(self, ticket: Ticket, status: Status, error: Exception | None = None) -> None:
         ticket.status, ticket.error = status, error
@@ -195,10 +203,13 @@ class Scheduler:
         while self._wishes and self._rows.acquire(blocking=False):
             try:
                 with self._lock:
-                    while self._wishes:
-                        self._fulfil(*self._wishes.popleft())
+                    self._fulfil_all()
             finally:
                 self._rows.release()
+
+    def _fulfil_all(self) -> None:
+        while self._wishes:
+            self._fulfil(*self._wishes.popleft())
 
     def _fulfil(self, ticket: Ticket, status: Status) -> None:
         if ticket.status is Status.WAITING:
@@ -208,8 +219,9 @@ class Scheduler:
             if row is not None:
                 self.engine.cancel(row)
         elif ticket.row is not None and status is Status.KEPT:
-            self.engine.pause(ticket.row)
-            ticket.status = Status.KEPT
+            if self.engine.holds(ticket.row):  # else its end has not been told yet
+                self.engine.pause(ticket.row)
+                ticket.status = Status.KEPT
         elif ticket.row is not None:
             self.engine.cancel(ticket.row)
             self._end(ticket, Status.CANCELLED)

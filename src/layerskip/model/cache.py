@@ -60,30 +60,32 @@ class Cache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for shape in shapes:
-            both, key, value = self._store(shape)
+            both, key, value = self._store(shape, capacity)
             self.both.append(both)
             self.keys.append(key)
             self.values.append(value)
 
-    def _store(self, shape: KVShape) -> tuple[Tensor | None, Tensor, Tensor]:
-        slots = -(-(self.capacity + 1) // self.multiple) * self.multiple
+    def _store(self, shape: KVShape, capacity: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        slots = -(-(capacity + 1) // self.multiple) * self.multiple
         try:
             return _store(shape, len(self.lengths), slots)
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU
-            raise _no_memory(self.shapes, len(self.lengths), self.capacity) from error
+            raise _no_memory(self.shapes, len(self.lengths), capacity) from error
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens a row, layer by layer; what the rows hold stays. Other tensors take its place.
+        """Make room for more tokens a row, layer by layer, in new tensors; what the rows hold stays.
 
-        Raises: UserError when the memory is not there, before anything changes.
+        Stopped half-way, by an interrupt or for want of memory, it leaves the capacity as it was and some layers
+        larger than they need be. Raises: UserError when the memory is not there.
         """
         require_memory(self.shapes, len(self.lengths), capacity - self.capacity)
-        held, self.capacity = self.capacity, capacity
+        held = self.capacity
         for layer, shape in enumerate(self.shapes):
-            both, key, value = self._store(shape)
+            both, key, value = self._store(shape, capacity)
             key[:, :, :held] = self.keys[layer][:, :, :held]
             value[:, :, :held] = self.values[layer][:, :, :held]
             self.both[layer], self.keys[layer], self.values[layer] = both, key, value
+        self.capacity = capacity
 
     @property
     def num_bytes(self) -> int:
@@ -100,12 +102,12 @@ class Cache:
         """Take the lowest free row (so that busy rows stay adjacent), zeroed, or None when all are taken."""
         if not self._free:
             return None
-        row = heapq.heappop(self._free)
+        row = self._free[0]
         for tensor in (*self.keys, *self.values):
             tensor[row, :, : self._touched[row]].zero_()
             tensor[row, :, self.capacity :].zero_()  # the spill slot: masked, but a NaN there would count
         self._touched[row] = self.lengths[row] = 0
-        return row
+        return heapq.heappop(self._free)  # once it is clean: an interrupt must not lose it
 
     def free(self, row: int) -> None:
         """Give a row back. It is cleaned when it is given out again, so that no step waits for it."""

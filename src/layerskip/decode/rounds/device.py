@@ -151,7 +151,8 @@ class DeviceRounds:
             allowed = min(confident, row.drafts_allowed(self.cache.capacity))
             draft = _until_end(draft[:allowed], row.request.eos)
             kept = min(kept, len(draft))
-            if sound <= kept:
+            ended = kept > 0 and draft[kept - 1] in row.request.eos  # what follows is not committed
+            if sound < kept + (not ended):
                 raise sampling.not_finite()
             outcomes.append(Outcome(draft, Verdict(kept, following, row.state), passes, None))
         return outcomes

@@ -102,7 +102,9 @@ class HostRounds:
                 verdicts.append(Verdict(kept, own[kept], row.state))
             else:
                 verdicts.append(self._judged_law(row, draft, row_logits, sound[first : first + count]))
-            if not all(sound[first : first + verdicts[-1].kept + 1]):
+            kept = verdicts[-1].kept
+            ended = kept > 0 and draft.tokens[kept - 1] in row.request.eos  # what follows is not committed
+            if not all(sound[first : first + kept + (not ended)]):
                 raise sampling.not_finite()
             first += count
         return verdicts
