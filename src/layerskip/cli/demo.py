@@ -23,7 +23,7 @@ def demo(
     model: Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")] = "smollm2-135m",
     as_json: AsJson = False,
 ) -> None:
-    """Decode three real prompts plainly and self-speculatively: equality first, then speed.
+    """Decode four real prompts plainly and self-speculatively: equality first, then speed.
 
     layerskip demo
     """
