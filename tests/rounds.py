@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from layerskip.decode.engine import Engine
 from layerskip.decode.request import Request
-from layerskip.decode.scheduler import Scheduler
+from layerskip.decode.scheduler import Scheduler, raising
 
 ENGINE_OPTIONS = ("draft_head", "prefill_chunk", "device_rounds")
 
@@ -43,9 +43,7 @@ def decode(stack, prompts, new=48, exit_layer=None, draft_length=0, rows=None, c
         for index, prompt in enumerate(prompts)
     ]
     record = Record([[] for _ in prompts], [[] for _ in prompts], engine)
-    for place, event in Scheduler(engine).run(requests):
-        if isinstance(event, Exception):
-            raise event
+    for place, event in raising(Scheduler(engine).run(requests)):
         record.tokens[place] += event.tokens
         record.rounds[place].append(event)
         _note(record, event, requests[place].eos)

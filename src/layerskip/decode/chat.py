@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layerskip.decode.pool import rounded_capacity
-from layerskip.decode.scheduler import Scheduler, Status, Ticket
+from layerskip.decode.scheduler import Scheduler, Status, Ticket, raising
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,11 +53,9 @@ class Chat:
         rounds: list[Round] = []
         try:
             while ticket.status in (Status.WAITING, Status.RUNNING):
-                for _, event in self.scheduler.step():
-                    if isinstance(event, Exception):
-                        raise event
-                    rounds.append(event)
-                    yield event
+                for _, round in raising(self.scheduler.step()):
+                    rounds.append(round)
+                    yield round
         finally:
             self.scheduler.pause(ticket)
             if self._ticket is ticket:  # else the conversation was reset meanwhile

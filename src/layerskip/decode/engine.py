@@ -95,7 +95,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any row still has tokens to come."""
-        return bool(self._events) or any(not row.finished for row in [*self._rows.values()])
+        return self.untold or any(not row.finished for row in [*self._rows.values()])
 
     @property
     def untold(self) -> bool:
@@ -204,7 +204,7 @@ class Engine:
         if not self._driving.acquire(blocking=False):
             raise UserError("two threads step one engine", "one drives; others submit to its `Scheduler`")
         try:
-            if not self._events:
+            if not self.untold:
                 self._work()
             events, self._events = self._events, []
             return events

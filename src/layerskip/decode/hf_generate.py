@@ -26,7 +26,7 @@ from layerskip.decode.options import Options
 from layerskip.decode.pool import EnginePool
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
-from layerskip.decode.scheduler import Scheduler
+from layerskip.decode.scheduler import Scheduler, raising
 from layerskip.decode.text import StopStrings, split_stops
 from layerskip.errors import UserError
 
@@ -187,12 +187,10 @@ def _generate(
     if streamer is not None and stream_prompt:
         streamer.put(input_ids.cpu())
     try:
-        for place, event in Scheduler(engine).run(requests):
-            if isinstance(event, Exception):
-                raise event
-            new[place] += event.tokens
-            if streamer is not None and event.tokens:
-                streamer.put(torch.tensor(event.tokens))
+        for place, round in raising(Scheduler(engine).run(requests)):
+            new[place] += round.tokens
+            if streamer is not None and round.tokens:
+                streamer.put(torch.tensor(round.tokens))
     finally:
         engines.give_back(engine)
     if streamer is not None:

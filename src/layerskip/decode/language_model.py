@@ -8,7 +8,7 @@ for round in lm.stream([{"role": "user", "content": "Hello"}]): ...
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from layerskip.decode.chat import Chat
 from layerskip.decode.control import Controller
 from layerskip.decode.options import Options, Plan, seeded
 from layerskip.decode.pool import EnginePool
-from layerskip.decode.scheduler import Scheduler
+from layerskip.decode.scheduler import Scheduler, raising
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ class LanguageModel:
         prompts, single = _as_batch(prompt)
         if not single:
             raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
-        return _raising(self._rounds(call, [call.request(prompts[0])], rows=1))
+        events = self._rounds(call, [call.request(prompts[0])], rows=1)
+        return (round for _, round in raising(events))
 
     def stream_text(self, prompt: Any, **keywords: Unpack[Keywords]) -> Iterator[str]:
         """Yield the text that continues one prompt in pieces, as it comes; see `stream`.
@@ -235,13 +236,6 @@ class LanguageModel:
 
 def _ended(rounds: Sequence[Round]) -> bool:
     return bool(rounds and rounds[-1].finish_reason)
-
-
-def _raising(events: Iterable[tuple[int, Round | Exception]]) -> Iterator[Round]:
-    for _, event in events:
-        if isinstance(event, Exception):
-            raise event
-        yield event
 
 
 def _as_batch(prompt: Any) -> tuple[list[Any], bool]:

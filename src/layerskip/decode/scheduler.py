@@ -16,16 +16,18 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from layerskip.decode.request import Failure
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from layerskip.decode.engine import Engine
     from layerskip.decode.request import Request, Round
+
+Who = TypeVar("Who")
 
 
 class Status(Enum):
@@ -49,6 +51,14 @@ class Ticket:
     error: Exception | None = None
 
 
+def raising(events: Iterable[tuple[Who, Round | Exception]]) -> Iterator[tuple[Who, Round]]:
+    """Yield rounds with whose they are; raise the first error."""
+    for who, event in events:
+        if isinstance(event, Exception):
+            raise event
+        yield who, event
+
+
 class Scheduler:
     """Fill the engine's rows in the order of requests, and tell each request's rounds apart.
 
@@ -58,11 +68,12 @@ class Scheduler:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._waiting: deque[tuple[Ticket, int | None]] = deque()  # and the row it goes on in
+        self._waiting: deque[Ticket] = deque()  # for a free row
+        self._turns: deque[tuple[Ticket, int]] = deque()  # and the kept row each goes on in
         self._by_row: dict[int, Ticket] = {}
         self._refused: list[tuple[Ticket, Round | Exception]] = []  # at admission, to be told by a step
         self._wishes: deque[tuple[Ticket, Status]] = deque()  # of others, while somebody drives
-        self._lock = threading.Lock()  # of the three above, held for moments
+        self._lock = threading.Lock()  # of all above, held for moments
         self._driver = threading.Lock()  # held by whoever is in `step`
         self._rows = threading.Lock()  # of the engine: held for a step, or while wishes are fulfilled
 
@@ -70,7 +81,7 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether any ticket waits or runs, or an event has not been told yet."""
         with self._lock:
-            return bool(self._waiting or self._wishes or self._refused) or self.engine.busy
+            return bool(self._waiting or self._turns or self._wishes or self._refused) or self.engine.busy
 
     def submit(self, request: Request, after: Ticket | None = None) -> Ticket:
         """Queue a request; it gets a row in turn. With `after` it takes that ticket's kept row and cache over.
@@ -81,7 +92,7 @@ class Scheduler:
         ticket = Ticket(request)
         with self._lock:
             if after is None:
-                self._waiting.append((ticket, None))
+                self._waiting.append(ticket)
                 return ticket
             if after.status in (Status.WAITING, Status.RUNNING):
                 raise UserError(
@@ -93,7 +104,7 @@ class Scheduler:
                 )
             after.status, row, after.row = Status.DONE, after.row, None
             del self._by_row[row]
-            self._waiting.append((ticket, row))
+            self._turns.append((ticket, row))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -163,27 +174,31 @@ class Scheduler:
         if self.engine.untold:  # by a step that was interrupted: its rows are not given away before
             return
         with self._lock:
-            for ticket, row in [*self._waiting]:
-                if ticket.status is not Status.WAITING:  # an interrupt came between its admission and this
-                    self._waiting.remove((ticket, row))
-                    continue
-                if row is None and not self.engine.has_room:
-                    continue
-                try:
-                    ticket.row = self.engine.add(ticket.request, row)
-                except Exception as error:  # noqa: BLE001 - it ends this ticket and no other
-                    ticket.status, ticket.error = Status.FAILED, error
-                    self._refused.append((ticket, error))
-                    if row is not None:
-                        self.engine.cancel(row)
-                else:
-                    ticket.status = Status.RUNNING
-                    self._by_row[ticket.row] = ticket
-                self._waiting.remove((ticket, row))
+            while self._turns:
+                self._take(*self._turns[0])
+                self._turns.popleft()  # behind it: an interrupt must not lose a ticket
+            while self._waiting and self.engine.has_room:
+                self._take(self._waiting[0])
+                self._waiting.popleft()
         if self._waiting and not self._refused and not self.engine.busy:
             raise UserError(
                 "every row is kept for a next turn", "cancel one of those tickets, or make more rows"
             )
+
+    def _take(self, ticket: Ticket, row: int | None = None) -> None:
+        """Give a ticket a free row, or the one it goes on in; note an error, which ends it and no other."""
+        if ticket.status is not Status.WAITING:  # an interrupt came between this and its leaving the queue
+            return
+        try:
+            ticket.row = self.engine.add(ticket.request, row)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            ticket.status, ticket.error = Status.FAILED, error
+            self._refused.append((ticket, error))
+            if row is not None:
+                self.engine.cancel(row)
+        else:
+            ticket.status = Status.RUNNING
+            self._by_row[ticket.row] = ticket
 
     def _end(self, ticket: Ticket, status: Status, error: Exception | None = None) -> None:
         ticket.status, ticket.error = status, error
@@ -213,11 +228,13 @@ class Scheduler:
 
     def _fulfil(self, ticket: Ticket, status: Status) -> None:
         if ticket.status is Status.WAITING:
-            [row] = [row for other, row in self._waiting if other is ticket]
-            self._waiting = deque(pair for pair in self._waiting if pair[0] is not ticket)
             ticket.status = Status.CANCELLED
-            if row is not None:
-                self.engine.cancel(row)
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+                return
+            [row] = [row for other, row in self._turns if other is ticket]
+            self._turns.remove((ticket, row))
+            self.engine.cancel(row)
         elif ticket.row is not None and status is Status.KEPT:
             if self.engine.holds(ticket.row):  # else its end has not been told yet
                 self.engine.pause(ticket.row)

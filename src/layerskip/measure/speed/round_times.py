@@ -19,7 +19,7 @@ import numpy as np
 
 from layerskip.decode.engine import PREFILL_CHUNK, Engine
 from layerskip.decode.options import Options
-from layerskip.decode.scheduler import Scheduler
+from layerskip.decode.scheduler import Scheduler, raising
 from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
@@ -171,12 +171,7 @@ class _RepeatedRounds:
         return seconds
 
     def _step(self) -> list[tuple[Ticket, Round]]:
-        rounds = []
-        for ticket, event in self.scheduler.step():
-            if isinstance(event, Exception):
-                raise event
-            rounds.append((ticket, event))
-        return rounds
+        return list(raising(self.scheduler.step()))
 
 
 def _weights(places: np.ndarray, nodes: Sequence[int]) -> np.ndarray:
