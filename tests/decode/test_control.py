@@ -221,15 +221,17 @@ PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 class Restless:
     """Choose another E, K and threshold every round, plain steps and probes among them."""
 
+    copying, timed = None, True
+
     def __init__(self):
         self.turn, self.seen = 0, []
 
-    def choice(self, num_rows):
+    def choose(self, chances):
         kinds = [
             Choice(2, 3), Choice(L, 0, probes=(1, 2)), Choice(1, 5, 0.3), Choice(4, 2, probes=(1, 2)),
             Choice(2, 0), Choice(3, 8, probes=(1, 2, 4)),
         ]  # fmt: skip
-        return kinds[self.turn % len(kinds)]
+        return [kinds[self.turn % len(kinds)]] * len(chances)
 
     def learn(self, choice, seconds, rows):
         self.turn += 1

@@ -23,11 +23,13 @@ def model():
 class Superstitious:
     """Draft again only after a long draft, kept or not: the choice depends on discarded drafts."""
 
+    copying, timed = None, True
+
     def __init__(self):
         self.long = True
 
-    def choice(self, num_rows):
-        return Choice(2, 3, SURE) if self.long else Choice(3, 0)
+    def choose(self, chances):
+        return [Choice(2, 3, SURE) if self.long else Choice(3, 0)] * len(chances)
 
     def learn(self, choice, seconds, rows):
         self.long = rows[0].drafted == 3

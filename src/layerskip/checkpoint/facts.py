@@ -48,6 +48,13 @@ class Facts:
     policy: str | None = option(
         None, "Who chooses E and K each round: fixed, confidence or adaptive.", choices=POLICIES
     )
+    drafter: str | None = option(
+        None,
+        "Where drafts come from: the exit, lookup in the text so far, auto (both where the exit pays), or off.",
+        choices=("auto", "exit", "lookup", "off"),
+    )
+    match_min: int | None = option(None, "Copy behind matches of at least so many tokens.", least=1, most=32)
+    copy_length: int | None = option(None, "Copy so many tokens a round at most.", least=1, most=64)
     confidence: float | None = option(
         None, "Stop drafting where the exit's largest probability is below this.", least=0, most=1
     )

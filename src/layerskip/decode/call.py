@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ class Call:
     plan: Plan
     tokenizer: Any
     head: Head | None  # to draft with; None: the full one
-    controller: Controller | None
+    controller: Callable[[], Controller] | None  # of a request
     eos: frozenset[int]  # special tokens among the stop strings included
     stops: tuple[str, ...]  # the other stop strings
 
@@ -42,7 +42,7 @@ class Call:
             exit_layer=plan.exit_layer,
             draft_length=plan.draft_length,
             confidence=plan.confidence,
-            controller=self.controller,
+            controller=None if self.controller is None else self.controller(),
             unverified=plan.unverified,
             eos=self.eos,
             processing=options.processing,

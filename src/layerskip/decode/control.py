@@ -1,7 +1,7 @@
-"""Who chooses E and K of each round: fixed, by confidence, adaptive; and when plain steps would be faster.
+"""Who chooses what a round does: which exit drafts and how much, or a copy, or nothing where that is faster.
 
-    controller = Controller(prices, arms, trained=True, guard=True)
-    choice = controller.choice(num_rows)       # what the next round does
+    controller = Controller(prices, arms, copying=Copying(), trained=True, guard=True)
+    choices = controller.choose(chances)       # what the next round does, row by row
     controller.learn(choice, seconds, rows)    # what it gave
 
 A controller sees counts and seconds of rounds that are over. The next token's law does not depend on how it was
@@ -10,7 +10,11 @@ the token is drawn: acceptance is exact for any q (arXiv 2211.17192), while drop
 
 Tokens a round are expected from the agreement of each exit with the full model, which judged drafts tell and, for
 exits not in use, probes: states that pass by anyway, read by the draft head now and then (DEL, arXiv 2504.05598).
-Seconds a round are its price in layers times the measured pace, the median of the last few rounds.
+Seconds a round are its price in layers times the measured pace, the median of the last few rounds. A controller
+that is not timed goes by prices alone: its choices are a function of the tokens committed, so a seed repeats.
+
+What a copy would be worth is known of every row at every token (`History`), so it is chosen row by row and never
+tried out: it is made where its expected tokens per price are more than those of the choice for all rows.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from layerskip.model.cost import Cost, expected_tokens
+from layerskip.model.cost import FLAT_ROW_COSTS, Cost, RowCosts, expected_tokens
 
 if TYPE_CHECKING:
     from layerskip.model.head import Head
@@ -30,13 +34,15 @@ if TYPE_CHECKING:
 
 WINDOW = 96  # tokens after which an observation counts 1/e: a paragraph or two
 PRIOR = 4.0  # judged positions, or tokens, that a first guess weighs
-TRAINED, UNTRAINED = 0.8, 0.05  # agreement guessed before anything was seen
+TRAINED, UNTRAINED = 0.5, 0.05  # agreement guessed before anything was seen
 MARGIN = 1.03  # another way must look this much faster to be taken
 PROBE_SHARE = 0.005  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
+PLAIN_FIRST = 16  # the same while that is not known yet: 2% of the time at most goes into looking
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
 LONGEST = 16  # tokens drafted at most by a controller's own choice
+EXIT, LOOKUP = "exit", "lookup"  # the two drafters that a controller knows
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,21 @@ class Choice:
     draft_length: int
     confidence: float = 0.0  # stop before drawing where the draft head's largest probability is below
     probes: tuple[int, ...] = ()  # exits whose agreement is looked at on the way
-    drafter: str = "exit"  # a name in `drafters.DRAFTERS`
+    drafter: str = EXIT  # a name in `drafters.DRAFTERS`
+
+    @property
+    def source(self) -> str:
+        """Who drafts: a plain step is a copy of no token, so it shares rounds with rows that copy."""
+        return self.drafter if self.draft_length else LOOKUP
+
+
+@dataclass(frozen=True)
+class Copying:
+    """When a row copies from its own text: behind matches of at least `shortest` tokens, `longest` at most."""
+
+    shortest: int = 1
+    longest: int = LONGEST
+    costs: RowCosts = FLAT_ROW_COSTS
 
 
 class Drafted(NamedTuple):
@@ -61,27 +81,38 @@ class Drafted(NamedTuple):
 
 @dataclass(frozen=True)
 class Prices:
-    """What a step costs before anything was timed, in layers: bytes of heads over bytes of a layer."""
+    """What a step costs before anything was timed, in layers: bytes of heads over bytes of a layer.
+
+    `rows` prices the positions that are verified together; None: as one.
+    """
 
     layers: int
     head: float
     draft_head: float
+    rows: RowCosts | None = None
 
     @classmethod
-    def of(cls, stack: Stack, draft_head: Head | None) -> Prices:
+    def of(cls, stack: Stack, draft_head: Head | None, rows: RowCosts | None = None) -> Prices:
         head = stack.head_bytes / stack.layer_bytes
         share = 1.0 if draft_head is None else draft_head.size / stack.vocab_size
-        return cls(stack.num_layers, head, head * share)
+        return cls(stack.num_layers, head, head * share, rows)
 
     @property
     def plain(self) -> float:
         return self.layers + self.head
 
-    def cost(self, exit_layer: int) -> Cost:
-        return Cost(self.layers, exit_layer, self.head, self.draft_head)
+    def cost(self, exit_layer: int, draft_length: int = 0) -> Cost:
+        several = 1.0 if self.rows is None else self.rows(draft_length + 1)
+        late, head = several * (self.layers - exit_layer), several * self.head
+        return Cost(self.layers, exit_layer, self.head, self.draft_head, late, head)
 
     def round(self, exit_layer: int, draft_length: int) -> float:
-        return self.plain if exit_layer == self.layers else self.cost(exit_layer).round(draft_length)
+        """Price a round of an exit; with all layers it is a plain step."""
+        return (
+            self.plain
+            if exit_layer == self.layers
+            else self.cost(exit_layer, draft_length).round(draft_length)
+        )
 
 
 def arms(
@@ -121,19 +152,20 @@ class _Book:
     def __init__(self) -> None:
         self.known: set[Choice] = set()
         self.paces: dict[Choice, deque[float]] = defaultdict(lambda: deque(maxlen=7))
-        self.drafting: deque[float] = deque(maxlen=16)  # of all arms that draft
+        # Of all arms of a drafter.
+        self.drafting: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=16))
 
-    def add(self, arm: Choice, pace: float, drafts: bool) -> None:
+    def add(self, arm: Choice, pace: float) -> None:
         if arm in self.known:  # the first round of a kind may capture a graph, or pack weights
             self.paces[arm].append(pace)
-            if drafts:
-                self.drafting.append(pace)
+            if arm.draft_length:
+                self.drafting[arm.drafter].append(pace)
         self.known.add(arm)
 
     def pace(self, arm: Choice, plain: Choice) -> float | None:
         """The arm's own, else that of arms like it, else of plain steps; None when nothing was timed."""
         own = self.paces[arm] if len(self.paces[arm]) >= FEWEST else None
-        known = own or (arm != plain and self.drafting) or self.paces[plain]
+        known = own or (arm != plain and self.drafting[arm.drafter]) or self.paces[plain]
         return statistics.median(known) if known else None
 
     def forget_drafting(self, plain: Choice) -> None:
@@ -145,15 +177,25 @@ class _Book:
 class Controller:
     """Choose what a round does, by tokens per measured second. One controller serves all rows of its kind.
 
-    `guard` makes plain steps one more choice, taken while they are faster; without it a controller always drafts.
+    `guard` makes plain steps one more choice, taken while they are faster; without it and with arms a controller
+    always drafts. Without arms a row that does not copy takes plain steps. One that is not `timed` serves a single
+    row, where it has arms: what it learns of their agreement must be that row's.
     """
 
     def __init__(
-        self, prices: Prices, arms: Sequence[Choice], *, trained: bool = False, guard: bool = True
+        self,
+        prices: Prices,
+        arms: Sequence[Choice],
+        *,
+        copying: Copying | None = None,
+        trained: bool = False,
+        guard: bool = True,
+        timed: bool = True,
     ) -> None:
-        assert arms
         self.prices, self.arms, self.guard = prices, tuple(arms), guard
+        self.copying, self.timed = copying, timed
         self.plain = Choice(prices.layers, 0)
+        self.copies = Choice(prices.layers, 1, drafter=LOOKUP)  # of all lengths: they are timed together
         self.exits = tuple(sorted({arm.exit_layer for arm in arms}))
         self.prior = TRAINED if trained else UNTRAINED
         self._agreement = {exit_layer: _Fading() for exit_layer in self.exits}
@@ -185,10 +227,22 @@ class Controller:
 
     # -- choosing --------------------------------------------------------------------------------------------
 
+    def choose(self, chances: Sequence[Sequence[float]]) -> list[Choice]:
+        """Choose for the next round of each row, given the chances of its copied tokens (`History.chances`).
+
+        Changes nothing: `learn` does.
+        """
+        num_rows = len(chances)
+        choice = self.choice(num_rows)
+        if self.copying is None or choice.probes or self._plain_is_due(num_rows):
+            return [choice] * num_rows
+        bar = self.tokens_per_s(choice, num_rows) / self.tokens_per_s(self.plain, num_rows)
+        lengths = [self._copy_length(own, bar, num_rows) for own in chances]
+        return [Choice(self.prices.layers, k, drafter=LOOKUP) if k else choice for k in lengths]
+
     def choice(self, num_rows: int = 1) -> Choice:
-        """Choose for the next round of `num_rows` rows. Changes nothing: `learn` does."""
-        paces = self._books[_bucket(num_rows)].paces
-        if self.guard and len(paces[self.plain]) < FEWEST:
+        """Choose among exits and a plain step, for all rows alike."""
+        if not self.arms or self._plain_is_due(num_rows):
             return self.plain
         rates = {arm: self.tokens_per_s(arm, num_rows) for arm in self.arms}
         best = max(self.arms, key=lambda arm: rates[arm] * (MARGIN if arm == self._current else 1.0))
@@ -198,12 +252,34 @@ class Controller:
             if rates[best] < bar:
                 due = self._since_probe >= min(4 * self._num_probes, self._probe_every(self.plain))
                 return replace(self.plain, probes=self.exits) if due else self.plain
-            if self._since_plain >= PLAIN_EVERY:
-                return self.plain
         others = tuple(exit_layer for exit_layer in self.exits if exit_layer != best.exit_layer)
         if others and self._since_probe >= max(8, self._probe_every(best)):
             return replace(best, probes=others)
         return best
+
+    def _plain_is_due(self, num_rows: int) -> bool:
+        """Whether it is time to see how long a plain step takes."""
+        if not (self.guard and self.timed):
+            return False
+        known = len(self._books[_bucket(num_rows)].paces[self.plain]) >= FEWEST
+        return self._since_plain >= (PLAIN_EVERY if known else PLAIN_FIRST)
+
+    def _copy_length(self, chances: Sequence[float], bar: float, num_rows: int) -> int:
+        """Find the number of copied tokens that brings most tokens per price; 0 where none is above the bar.
+
+        Prices are in plain steps of all rows: a row pays its share of one, and its copy the positions it adds.
+        """
+        assert self.copying is not None
+        costs, book = self.copying.costs, self._books[_bucket(num_rows)]
+        step, expected, right, best = costs(num_rows), 1.0, 1.0, (bar * num_rows, 0)
+        plain, copying = book.pace(self.plain, self.plain), book.pace(self.copies, self.plain)
+        slower = 1.0 if plain is None or copying is None else copying / plain
+        for length, chance in enumerate(chances, 1):
+            right *= chance
+            expected += right
+            price = (costs(num_rows + length) - step + step / num_rows) / step * slower
+            best = max(best, (expected / price, length))
+        return best[1]
 
     def _probe_every(self, arm: Choice) -> int:
         """Rounds between probes: each reads the draft head once."""
@@ -213,14 +289,22 @@ class Controller:
     # -- learning --------------------------------------------------------------------------------------------
 
     def learn(self, choice: Choice, seconds: float, rows: Sequence[Drafted]) -> None:
-        """Take in what a round gave and how long it took."""
+        """Take in what a round gave and how long it took; of rows that copy, the choice of the longest copy."""
         arm, book = replace(choice, probes=()), self._books[_bucket(len(rows))]
         drafted = max(row.drafted for row in rows)
         price = self.prices.round(arm.exit_layer, drafted)
         plain = arm == self.plain
-        if not choice.probes:  # a probe's time is not the arm's
-            book.add(arm, seconds / price, drafts=not plain)
-        measured_only = plain and self._since_plain >= PLAIN_EVERY  # drafting goes on after it
+        if arm.source == LOOKUP and not plain:
+            assert self.copying is not None
+            costs, positions = self.copying.costs, len(rows) + sum(row.drafted for row in rows)
+            arm, price = self.copies, price * costs(positions) / costs(len(rows))
+        if self.timed and not choice.probes:  # a probe's time is not the arm's
+            book.add(arm, seconds / price)
+        if arm.source == LOOKUP and not plain:
+            self._since_plain += 1
+            self._since_probe += 1
+            return
+        measured_only = plain and self._plain_is_due(len(rows))  # drafting goes on after it
         self._current = self._current if measured_only else arm
         self._since_plain = 0 if plain else self._since_plain + 1
         self._since_probe = 0 if choice.probes else self._since_probe + 1

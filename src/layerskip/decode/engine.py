@@ -8,9 +8,9 @@
 
 `scheduler.py` puts a queue in front of it.
 
-One round function serves all modes. A row drafts K tokens with its first `exit_layer` layers and verifies them
-with the layers up to `depth`: plain decoding is K = 0 with E = depth = L, early-exit decoding K = 0 with
-E = depth < L (layer E's token is used without verification), self-speculation K > 0 with E < depth = L.
+One round function serves all modes. A row drafts K tokens, with its first `exit_layer` layers or by another
+drafter, and verifies them with the layers up to `depth`: plain decoding is K = 0 with E = depth = L, early-exit
+decoding K = 0 with E = depth < L (layer E's token is used without verification).
 
 Invariant, per row, between steps: the cache holds all tokens but the last, which is never cached.
 """
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.decode.control import Choice, Drafted
+from layerskip.decode.control import EXIT, LOOKUP, Choice, Controller, Drafted
 from layerskip.decode.drafters import DRAFTERS
-from layerskip.decode.drafters.exit import ExitDrafter
+from layerskip.decode.history import History
 from layerskip.decode.request import Failure, Request, Round
 from layerskip.decode.rounds.device import DeviceRounds, device_law
 from layerskip.decode.rounds.host import HostRounds
@@ -133,13 +133,15 @@ class Engine:
         depth = exit_layer if request.unverified else self.stack.num_layers
         choice = Choice(exit_layer, request.draft_length, request.confidence, drafter=request.drafter)
         tokens, uniforms = list(request.prompt), Uniforms(request.seed)
-        reused = 0
+        reused, history = 0, History()
         if row is not None:
             before = self._known(row)
             if not before.finished:
                 raise UserError(f"row {row} is still generating", "cancel it first, or wait for its end")
             if self.cache.depths[row] == depth:
                 reused = before.reusable(request.prompt, self.cache.lengths[row])
+            if tokens[: len(before.tokens)] == before.tokens:
+                history = before.history  # a next turn goes on with what was learnt
         else:
             row = self.cache.allocate()
             if row is None:
@@ -148,15 +150,16 @@ class Engine:
                 )
         self.cache.set_length(row, reused, depth)
         self._arrivals += 1
+        history.counted_from = len(tokens)
         state = request.processing.processors
-        self._rows[row] = Row(row, request, depth, choice, tokens, uniforms, state, self._arrivals)
+        self._rows[row] = Row(row, request, depth, choice, tokens, uniforms, state, history, self._arrivals)
         return row
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request this engine cannot honour."""
         layers, length = self.stack.num_layers, len(request.prompt)
         exit_layer = layers if request.exit_layer is None else request.exit_layer
-        early = request.unverified or (request.draft_length > 0 and request.drafter == ExitDrafter.name)
+        early = request.unverified or (request.draft_length > 0 and request.drafter == EXIT)
         if request.drafter not in DRAFTERS:
             raise UserError(f"unknown drafter {request.drafter!r}", nearest(request.drafter, DRAFTERS))
         if not 1 <= exit_layer <= (layers - 1 if early else layers):
@@ -234,17 +237,26 @@ class Engine:
                 law = device_law(row.request) if self.device_rounds else None
                 groups.setdefault((id(row.request.controller), law), []).append(row)
         for group in groups.values():
-            assert group[0].request.controller is not None
-            choice = group[0].request.controller.choice(len(group))
-            for row in group:
+            controller = group[0].request.controller
+            assert controller is not None
+            chances = [self._chances(row, controller) for row in group]
+            for row, choice in zip(group, controller.choose(chances), strict=True):
                 row.choice = choice
+
+    def _chances(self, row: Row, controller: Controller) -> list[float]:
+        """Say how likely each token is that the row could copy now."""
+        if controller.copying is None:
+            return []
+        most = min(controller.copying.longest, row.room(self.cache.capacity))
+        return row.history.chances(row.tokens, most, controller.copying.shortest)
 
     def _kind(self, row: Row) -> tuple[Any, ...]:
         """What rows must have in common to be served by one step."""
         choice, law = row.choice, device_law(row.request) if self.device_rounds else None
-        controller = id(row.request.controller)  # its rows are counted and timed together
-        shared = choice.drafter, choice.exit_layer, choice.confidence, choice.probes
-        return *shared, row.depth, controller, law
+        controller = row.request.controller
+        timed = id(controller) if controller is not None and controller.timed else None  # counted together
+        shared = (choice.exit_layer, choice.confidence) if choice.source == EXIT else ()
+        return choice.source, *shared, choice.probes, row.depth, timed, law
 
     def _prefilling(self, row: Row) -> bool:
         return self.cache.lengths[row.slot] < len(row.request.prompt)
@@ -277,8 +289,8 @@ class Engine:
         A round that fails has committed nothing. It is done again row by row, which gives the same numbers, and
         only the row that fails alone has failed.
         """
-        began, choice, controller = time.perf_counter(), rows[0].choice, rows[0].request.controller
-        device = None if choice.probes or choice.drafter != ExitDrafter.name else self.device_rounds
+        began, choice = time.perf_counter(), rows[0].choice
+        device = self.device_rounds if choice.source in (EXIT, LOOKUP) and not choice.probes else None
         try:
             if device is not None and device_law(rows[0].request) is not None:
                 outcomes = device.round(rows)
@@ -292,12 +304,17 @@ class Engine:
                 self._round([row])
             return
         seconds = time.perf_counter() - began
-        seen = []
+        learnt: dict[int, tuple[Controller, Choice, list[Drafted]]] = {}
         for row, outcome in zip(rows, outcomes, strict=True):
+            choice, controller = row.choice, row.request.controller
             committed = self._commit(row, outcome, seconds)
-            if committed:  # else its stop function raised, or the row was cancelled meanwhile
-                seen.append(Drafted(len(outcome.draft), outcome.kept, committed, outcome.agreements))
-        if controller is not None and seen:
+            if controller is None or not committed:  # its stop function raised, or it was cancelled meanwhile
+                continue
+            _, longest, seen = learnt.setdefault(id(controller), (controller, choice, []))
+            seen.append(Drafted(len(outcome.draft), outcome.kept, committed, outcome.agreements))
+            if choice.draft_length > longest.draft_length:
+                learnt[id(controller)] = controller, choice, seen
+        for controller, choice, seen in learnt.values():
             controller.learn(choice, seconds, seen)
 
     def _commit(self, row: Row, outcome: Outcome, seconds: float, prompt_tokens: int = 0) -> int:
@@ -353,7 +370,6 @@ class Engine:
         request = row.request
         row.waited, row.finished = self._step_id, reason is not None
         plain = "early-exit" if request.unverified else "plain"
-        drafting = row.exit_layer < row.depth or row.choice.draft_length > 0
         self._events.append(
             Round(
                 row=row.slot,
@@ -362,7 +378,11 @@ class Engine:
                 accepted=min(outcome.kept, len(tokens)),
                 exit_layer=row.exit_layer,
                 draft_length=row.choice.draft_length,
-                source="prefill" if prompt_tokens else "self-speculative" if drafting else plain,
+                source="prefill"
+                if prompt_tokens
+                else row.choice.drafter
+                if row.choice.draft_length
+                else plain,
                 step_id=self._step_id,
                 step_s=step_s,
                 layer_passes=outcome.layer_passes,

@@ -37,6 +37,7 @@ def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[
     drafted, accepted = sum(r.drafted for r in decode), sum(r.accepted for r in decode)
     return {
         "mode": plan.mode,
+        "drafter": plan.drafter,
         "exit_layer": plan.exit_layer,
         "draft_length": plan.draft_length,
         "policy": plan.policy,
@@ -46,9 +47,23 @@ def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[
         "decode_s": decode_s,
         "decode_tokens_per_s": decoded / decode_s if decode_s else None,
         "rounds": len(decode),
+        "plain_rounds": sum(not round.draft for round in decode),
+        "by_source": _by_source(decode),
         "drafted": drafted,
         "accepted": accepted,
         "acceptance": accepted / drafted if drafted else None,
         "tokens_per_round": decoded / len(decode) if decode else None,
         "layer_passes": sum(round.layer_passes for round in decode),
     }
+
+
+def _by_source(rounds: Sequence[Round]) -> dict[str, dict[str, int]]:
+    """Count rounds that drafted, their drafts and those accepted, by who drafted."""
+    counts: dict[str, dict[str, int]] = {}
+    for round in rounds:
+        if round.draft:
+            own = counts.setdefault(round.source, {"rounds": 0, "drafted": 0, "accepted": 0})
+            own["rounds"] += 1
+            own["drafted"] += round.drafted
+            own["accepted"] += round.accepted
+    return counts

@@ -8,7 +8,8 @@ for round in lm.stream([{"role": "user", "content": "Hello"}]): ...
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from layerskip.decode.options import Options, Plan, seeded
 from layerskip.decode.pool import EnginePool
 from layerskip.decode.scheduler import Scheduler, raising
 from layerskip.errors import UserError
+from layerskip.model.cost import RowCosts, row_costs
+from layerskip.model.row_costs import measured_row_costs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,7 +145,7 @@ class LanguageModel:
             )
         strings, ends = texts.split_stops(self.tokenizer, options.stops)
         head, eos = self._draft_head(options, plan), self.eos_ids(options) | ends
-        controller = self._controller(plan, head) if plan.controlled else None
+        controller = self._controllers(plan, head) if plan.controlled else None
         return Call(options, plan, self.tokenizer, head, controller, eos, strings)
 
     def plan(self, options: Options) -> Plan:
@@ -194,20 +197,48 @@ class LanguageModel:
             return size or 0 if self.facts.draft_vocab is None else 0
         return len(set(ranked[:size]))
 
-    def _controller(self, plan: Plan, head: Head | None) -> Controller:
-        """Find the controller of a plan: what it has learnt serves later calls too."""
+    def _controllers(self, plan: Plan, head: Head | None) -> Callable[[], Controller]:
+        """Say whose controller a request gets: that of its plan, whose experience serves later calls too.
+
+        What is not timed must not depend on other requests: there each one has its own.
+        """
+        exits = self.facts.exits or range(1, self.stack.num_layers)
+        arms = (
+            control.arms(
+                plan.exit_layer, plan.draft_length, plan.confidence, exits, plan.policy == "adaptive"
+            )
+            if plan.draft_length
+            else ()
+        )
+
+        def made() -> Controller:
+            costs = self.row_costs(measured=plan.timed)
+            return Controller(
+                control.Prices.of(self.stack, head, costs),
+                arms,
+                copying=plan.copying and replace(plan.copying, costs=costs),
+                trained=plan.exit_layer in self.facts.exits,
+                guard=plan.guard or not plan.timed,
+                timed=plan.timed,
+            )
+
+        if not plan.timed:
+            return made
         key = (plan, None if head is None else head.size)
         if key not in self.controllers:
-            exits = self.facts.exits or range(1, self.stack.num_layers)
-            self.controllers[key] = Controller(
-                control.Prices.of(self.stack, head),
-                control.arms(
-                    plan.exit_layer, plan.draft_length, plan.confidence, exits, plan.policy == "adaptive"
-                ),
-                trained=plan.exit_layer in self.facts.exits,
-                guard=plan.guard,
-            )
-        return self.controllers[key]
+            self.controllers[key] = made()
+        return lambda: self.controllers[key]
+
+    def row_costs(self, measured: bool = True) -> RowCosts:
+        """What a pass over several positions costs, in passes over one: measured here, or guessed by the device.
+
+        The guess is the same in every process.
+        """
+        return self._measured_costs if measured else row_costs(self.stack.device.type)
+
+    @cached_property
+    def _measured_costs(self) -> RowCosts:
+        return measured_row_costs(self.stack)
 
     # -- engines ---------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from layerskip.checkpoint.facts import Facts
+from layerskip.decode.control import Copying
 from layerskip.errors import UserError, nearest
 from layerskip.option import check, option, same
 
@@ -94,13 +95,17 @@ class SamplingOptions(_Checked):
 class DraftOptions(_Checked):
     """Who drafts, how much, and when to stop; None leaves it to the checkpoint."""
 
-    # None: self-speculative when the checkpoint has a default exit, or an exit or policy is given; else ar.
+    # None: self-speculative, unless the drafter is off.
     mode: str | None = same(
         Facts, "mode", help="ar, early-exit or self-speculative.", choices=MODES, shown="by checkpoint"
     )
     # None: the checkpoint's default, else a quarter of the layers, and 4 tokens.
     exit_layer: int | None = same(Facts, "exit_layer", least=None, shown="by checkpoint")  # see `plan`
     draft_length: int | None = same(Facts, "draft_length", shown="by checkpoint")
+    # None: exit where an exit layer or draft length is given, else auto: see `plan`.
+    drafter: str | None = same(Facts, "drafter", shown="auto")
+    match_min: int | None = same(Facts, "match_min", shown="1")
+    copy_length: int | None = same(Facts, "copy_length", shown="16")
     draft_vocab: int | str = option(  # auto: the checkpoint's list, else off
         "auto", "Tokens the draft head knows: a number, auto or off.", choices=("auto", "off"), typed=str,
         read=vocabulary_size,
@@ -147,29 +152,30 @@ class Options(SamplingOptions, DraftOptions):
             raise UserError("an acceptance can be simulated for fixed E and K only", "use the policy fixed")
 
     def plan(self, facts: Facts, num_layers: int) -> Plan:
-        """Choose mode, E and K. Raises: UserError for an exit layer or draft length out of range."""
-        given = self.exit_layer is not None or self.draft_length is not None
-        mode = self.mode or ("self-speculative" if facts.pays or given or self.varied else "ar")
-        if self.simulate_acceptance is not None and not (
-            mode == "self-speculative" and self.processing.plain_greedy
-        ):
-            raise UserError(
-                "an acceptance can be simulated for greedy self-speculation only",
-                "use --mode self-speculative, no temperature, penalty or processors",
-            )
-        if self.varied and (mode != "self-speculative" or self.draft_length == 0):
-            raise UserError(
-                "nothing is drafted, so there is no policy to follow",
-                "leave out --policy, --confidence and --guard, or use --mode self-speculative with a draft length",
-            )
+        """Choose mode, drafters, E and K. Raises: UserError for an exit layer or draft length out of range.
+
+        Copies from the text so far (`lookup`) need no training, so they are the default of every checkpoint, with
+        the exit beside them where it is trained and pays.
+        """
+        off = self.drafter == "off" or (self.drafter is None and facts.drafter == "off" and not self._asks)
+        mode = self.mode or ("ar" if off else "self-speculative")
+        self._check_mode(mode)
         if mode == "ar":
             return Plan(mode, num_layers, 0)
+        exits, copies = self._drafters(facts, mode)
+        unasked = not self._asks_exit and self.temperature == 0 and self.policy is None
         # Only greedy decoding follows the checkpoint's policy unasked: sampled outputs should repeat by seed.
-        unasked = given or self.simulate_acceptance is not None or self.temperature > 0
-        by_checkpoint = None if unasked else facts.policy
+        by_checkpoint = facts.policy if unasked and exits else None
         if self.confidence is not None and by_checkpoint != "adaptive":
             by_checkpoint = "confidence"
-        policy = self.policy or by_checkpoint or "fixed"
+        policy = self.policy or by_checkpoint or ("adaptive" if copies and not exits and unasked else "fixed")
+        guard = (policy != "fixed" or (copies and unasked)) if self.guard is None else self.guard
+        copying = None
+        if copies:
+            shortest = self.match_min or facts.match_min or Copying.shortest
+            copying = Copying(shortest, self.copy_length or facts.copy_length or Copying.longest)
+        if not exits:
+            return Plan(mode, num_layers, 0, policy, 0.0, guard, copying)
         exit_layer = self.exit_layer if self.exit_layer is not None else facts.exit_layer
         exit_layer = max(1, num_layers // 4) if exit_layer is None else exit_layer
         if not 1 <= exit_layer < num_layers:
@@ -183,12 +189,62 @@ class Options(SamplingOptions, DraftOptions):
         if self.simulate_acceptance is not None and draft_length == 0:
             raise UserError("nothing is drafted, so no acceptance can be simulated", "give a draft length")
         if mode != "self-speculative" or draft_length == 0:
-            return Plan(mode, exit_layer, 0)
+            return Plan(mode, exit_layer, 0, copying=copying)
         confidence = self.confidence
         if confidence is None and policy != "fixed":
             confidence = DEFAULT_CONFIDENCE if facts.confidence is None else facts.confidence
-        guard = policy != "fixed" if self.guard is None else self.guard
-        return Plan(mode, exit_layer, draft_length, policy, confidence or 0.0, guard)
+        return Plan(mode, exit_layer, draft_length, policy, confidence or 0.0, guard, copying)
+
+    @property
+    def _asks_exit(self) -> bool:
+        given = self.exit_layer, self.draft_length, self.simulate_acceptance, self.confidence
+        return any(one is not None for one in given)
+
+    @property
+    def _asks(self) -> bool:
+        return self._asks_exit or self.varied or self.match_min is not None or self.copy_length is not None
+
+    def _drafters(self, facts: Facts, mode: str) -> tuple[bool, bool]:
+        """Say whether an exit is used and whether rows copy."""
+        if mode == "early-exit":
+            return True, False
+        drafter = self.drafter or ("exit" if self._asks_exit else None) or facts.drafter or "auto"
+        exits = drafter == "exit" or (drafter == "auto" and (self._asks_exit or facts.pays))
+        copies = drafter in ("auto", "lookup")
+        if copies and self.simulate_acceptance is not None:
+            raise UserError("an acceptance can be simulated for exits only", "use --drafter exit")
+        if not copies and (self.match_min is not None or self.copy_length is not None):
+            raise UserError(
+                "nothing is copied here", "leave out --match-min and --copy-length, or use --drafter auto"
+            )
+        if not exits and self._asks_exit:
+            raise UserError(
+                "no exit drafts here",
+                "leave out exit layer, draft length and confidence, or use --drafter auto",
+            )
+        return exits, copies
+
+    def _check_mode(self, mode: str) -> None:
+        if self.drafter == "off" and mode == "self-speculative":
+            raise UserError(
+                "drafter off and mode self-speculative exclude each other", "leave out one of them"
+            )
+        if self.drafter not in (None, "off") and mode != "self-speculative":
+            raise UserError(
+                f"mode {mode} drafts nothing", "leave out --drafter, or use --mode self-speculative"
+            )
+        if self.simulate_acceptance is not None and not (
+            mode == "self-speculative" and self.processing.plain_greedy
+        ):
+            raise UserError(
+                "an acceptance can be simulated for greedy self-speculation only",
+                "use --mode self-speculative, no temperature, penalty or processors",
+            )
+        if self.varied and (mode != "self-speculative" or self.draft_length == 0):
+            raise UserError(
+                "nothing is drafted, so there is no policy to follow",
+                "leave out --policy, --confidence and --guard, or use --mode self-speculative with a draft length",
+            )
 
 
 class Keywords(TypedDict, total=False):
@@ -197,6 +253,9 @@ class Keywords(TypedDict, total=False):
     mode: str | None
     exit_layer: int | None
     draft_length: int | None
+    drafter: str | None
+    match_min: int | None
+    copy_length: int | None
     draft_vocab: int | str
     policy: str | None
     confidence: float | None
@@ -229,7 +288,10 @@ def seeded(options: Options) -> Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved choice: how many layers draft, how many tokens, and whether they are verified."""
+    """A resolved choice: who drafts, how many layers and tokens, and whether drafts are verified.
+
+    An exit drafts where `draft_length` is not 0, rows copy where `copying` is there.
+    """
 
     mode: str
     exit_layer: int
@@ -237,11 +299,24 @@ class Plan:
     policy: str = "fixed"
     confidence: float = 0.0
     guard: bool = False
+    copying: Copying | None = None
 
     @property
     def controlled(self) -> bool:
-        """Whether E or K may change from round to round."""
-        return self.policy == "adaptive" or self.guard
+        """Whether source, E or K may change from round to round."""
+        return self.policy == "adaptive" or self.guard or self.copying is not None
+
+    @property
+    def timed(self) -> bool:
+        """Whether choices go by the clock; else by committed tokens alone, so that a seed repeats."""
+        return self.policy != "fixed" or self.guard
+
+    @property
+    def drafter(self) -> str:
+        """Who drafts: exit, lookup, auto (both) or off."""
+        if not self.draft_length:
+            return "off" if self.copying is None else "lookup"
+        return "exit" if self.copying is None else "auto"
 
     @property
     def unverified(self) -> bool:

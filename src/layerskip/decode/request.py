@@ -58,7 +58,7 @@ class Round:
     accepted: int  # drafts committed, 0..K
     exit_layer: int
     draft_length: int  # K asked for; a draft may be shorter (end of sequence, confidence, budget, capacity)
-    source: str  # prefill, plain, early-exit, self-speculative
+    source: str  # prefill, plain, early-exit, or the drafter: exit, lookup
     step_id: int
     step_s: float  # seconds, shared by all rows of the step: sum once per step_id
     layer_passes: int  # layers x tokens of this row that went through them

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from layerskip.decode.history import History
 from layerskip.model.step import Step
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Row:
     tokens: list[int]
     uniforms: Uniforms
     state: tuple[Any, ...]  # of the processors, at the next position
+    history: History = field(default_factory=History)  # of its tokens, for drafts that copy
     arrived: int = 0  # its place among all requests the engine has taken
     waited: int = 0  # step id of the last service
     finished: bool = False
@@ -46,7 +48,11 @@ class Row:
 
     def drafts_allowed(self, capacity: int) -> int:
         """Count the drafts that budget and cache leave room for, with one more token committed behind them."""
-        return max(0, min(self.choice.draft_length, self.budget - 1, capacity - len(self.tokens)))
+        return min(self.choice.draft_length, self.room(capacity))
+
+    def room(self, capacity: int) -> int:
+        """Count the tokens that may be drafted, whatever was chosen."""
+        return max(0, min(self.budget - 1, capacity - len(self.tokens)))
 
     def reusable(self, prompt: Sequence[int], cached: int) -> int:
         """Count the leading tokens of a new prompt whose keys and values are among the row's first `cached`.

@@ -113,12 +113,13 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def accept(
-    draft: Tensor, q: Tensor, p: Tensor, uniforms: Tensor, counts: Tensor | None = None
+    draft: Tensor, q: Tensor | None, p: Tensor, uniforms: Tensor, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Keep a prefix of the draft and draw the token that follows it, so that both obey p exactly.
 
     Draft i is kept while u_i q_i(x_i) < p_i(x_i); at the first failure the next token is drawn from
-    normalise(max(p_i - q_i, 0)), and from p_K when all are kept.
+    normalise(max(p_i - q_i, 0)), and from p_K when all are kept. q None: each draft had all the mass of its law; it
+    is kept while u_i < p_i(x_i), and the next token is drawn from p_i without x_i.
 
     Shapes: draft int64 [*, K], q [*, K, V] the laws the drafts were drawn from, p [*, K+1, V] the target's,
     uniforms [*, K+1] in [0, 1): one per keep test, the last for the next token. `counts` [*] gives the real
@@ -126,21 +127,28 @@ def accept(
     Exact: chi-square and closed form in tests/decode/test_accept.py.
     Source: Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318).
     """
-    length = draft.shape[-1]
-    p, q = p.double(), q.double()
-    index = draft[..., None]
-    p_draft, q_draft = p[..., :length, :].gather(-1, index)[..., 0], q.gather(-1, index)[..., 0]
+    length, vocabulary = draft.shape[-1], p.shape[-1]
+    p, index = p.double(), draft[..., None]
+    p_draft = p[..., :length, :].gather(-1, index)[..., 0]  # [*, K]
+    q_draft = 1.0 if q is None else q.double().gather(-1, index)[..., 0]
     keep = uniforms[..., :length].double() * q_draft < p_draft  # [*, K]
-    if counts is not None:
-        drafted = torch.arange(length, device=draft.device) < counts[..., None]
-        keep, q = keep & drafted, q * drafted[..., None]
+    drafted = (
+        torch.ones_like(keep) if counts is None else torch.arange(length, device=p.device) < counts[..., None]
+    )
+    keep = keep & drafted
     kept = keep.long().cumprod(-1).sum(-1)  # [*]
-    at = kept[..., None, None].expand(*kept.shape, 1, p.shape[-1])
-    none = torch.zeros_like(
-        p[..., :1, :]
-    )  # nothing was drafted after the last draft: the residual is p itself
-    target = p.gather(-2, at)[..., 0, :]  # [*, V]
-    residual = (target - torch.cat([q, none], -2).gather(-2, at)[..., 0, :]).clamp(min=0)
+    at = kept[..., None]  # nothing was drafted after the last draft: the residual is p itself
+    target = p.gather(-2, at[..., None].expand(*at.shape, vocabulary))[..., 0, :]  # [*, V]
+    if q is None:
+        rejected = torch.cat([draft, torch.zeros_like(at)], -1).gather(-1, at)  # [*, 1]
+        judged = torch.cat([drafted, torch.zeros_like(at, dtype=torch.bool)], -1).gather(-1, at)
+        residual = target.scatter(-1, rejected, target.gather(-1, rejected).masked_fill(judged, 0.0))
+    else:
+        laws = torch.cat(
+            [q.double() * drafted[..., None], torch.zeros_like(p[..., :1, :])], -2
+        )  # [*, K + 1, V]
+        law = laws.gather(-2, at[..., None].expand(*at.shape, vocabulary))[..., 0, :]
+        residual = (target - law).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)
     return kept, draw(residual, uniforms[..., -1])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerskip.decode.drafters.exit import ExitDrafter
+from layerskip.decode.drafters.lookup import LookupDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,4 +19,7 @@ if TYPE_CHECKING:
     from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
-DRAFTERS: dict[str, Callable[[Stack, Cache, Head | None], Drafter]] = {ExitDrafter.name: ExitDrafter}
+DRAFTERS: dict[str, Callable[[Stack, Cache, Head | None], Drafter]] = {
+    ExitDrafter.name: ExitDrafter,
+    LookupDrafter.name: LookupDrafter,
+}

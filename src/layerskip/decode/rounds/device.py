@@ -1,11 +1,12 @@
 """Rounds that stay on the device: one copy in, one graph, one copy out, which is the only synchronisation.
 
     rounds = DeviceRounds(stack, cache, draft_head)
-    outcomes = rounds.round(rows)       # rows share exit layer, depth and `device_law`
+    outcomes = rounds.round(rows)       # rows share source, exit layer, depth and `device_law`
 
 The host path (`host.py`) looks at every token as it is drawn; here the whole round is one
-pure function of fixed shape. The full K is always drafted: budget, room and the end of a sequence cut the draft
-afterwards, so tokens and statistics are those of the host path, and only the work differs.
+pure function of fixed shape. An exit always drafts the full K: budget, room and the end of a sequence cut the draft
+afterwards, so tokens and statistics are those of the host path, and only the work differs. Copies go in with the
+last token, and all layers are run over them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from layerskip.decode import sampling
+from layerskip.decode.control import LOOKUP
+from layerskip.decode.drafters.lookup import copied
 from layerskip.decode.rounds.graphs import CudaCapture, Graphs
 from layerskip.decode.row import Outcome, Verdict
 from layerskip.decode.sampling import DRAFT, KEEP, NEXT, Sampling
@@ -23,6 +26,8 @@ from layerskip.model.stack import Counters
 from layerskip.model.step import Step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from layerskip.decode.request import Request
@@ -38,7 +43,7 @@ SHORTEST_KV = 64  # slots read at least: below, attention costs nothing and buck
 class Shape:
     """All that a captured round cannot change: the key of its graph."""
 
-    exit_layer: int
+    exit_layer: int  # 0: the drafts are given
     depth: int
     draft_length: int
     law: Sampling
@@ -49,54 +54,43 @@ class Shape:
     in_place: bool  # row b of the batch is row b of the cache
 
     @property
+    def num_given(self) -> int:
+        """Drafts per row that go in."""
+        return 0 if self.exit_layer else self.draft_length
+
+    @property
     def num_uniforms(self) -> int:
         """Uniforms per row: K for drawing, K for keeping, 1 for the next token; greedy rows need none."""
         return 2 * self.draft_length + 1 if not self.law.greedy or self.simulated is not None else 0
 
 
 def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, shape: Shape) -> Tensor:
-    """Draft K tokens, run the last draft's early pass, verify and accept, in tensor operations only.
+    """Draft K tokens or take those given, run the other layers, verify and accept, in tensor operations only.
 
-    Shapes: packed int64 [B, 4 + uniforms]: cache row, last token, its position, live positions (drafts to judge
-    + 1; 0 for a dead row), the bits of the float64 uniforms. Returns int64 [B, K + 4]: draft, how many drafts
-    stand before low confidence, number kept, next token, number of leading positions whose logits are finite.
+    Shapes: packed int64 [B, 4 + given + uniforms]: cache row, last token, its position, live positions (drafts to
+    judge + 1; 0 for a dead row), drafts that are given, the bits of the float64 uniforms. Returns int64 [B, K + 4]:
+    draft, how many drafts stand before low confidence, number kept, next token, number of leading positions whose
+    logits are finite.
     Writes keys and values behind the last token, so running it twice is running it once.
     Exact: equals the host path, tests/decode/test_device_rounds.py.
     """
     length, law = shape.draft_length, shape.law
     index, token, starts, counts = packed[:, :4].unbind(-1)  # [B] each
-    uniforms = packed[:, 4:].view(torch.float64)  # [B, 2K + 1] or [B, 0]
+    uniforms = packed[:, 4 + shape.num_given :].view(torch.float64)  # [B, 2K + 1] or [B, 0]
     judged = (counts - 1).clamp(min=0)  # [B], drafts
 
     def step(first: int, width: int) -> Step:
         offsets = torch.arange(first, first + width, device=packed.device)
         return Step.on_device(index, starts, counts, offsets, shape.kv_len, cache.capacity, shape.in_place)
 
-    hidden, drafts, laws, sure = [], [], [], []
-    for i in range(length + 1):  # the last turn is the last draft's early pass and draws nothing
-        at = step(i, 1)
-        h, _ = stack.run(stack.embed(token[:, None], at), 0, shape.exit_layer, at, cache)  # [B, 1, D]
-        hidden.append(h)
-        if i == length:
-            break
-        logits = stack.logits(h[:, 0], head)  # [B, V or reduced]
-        if shape.confidence:
-            sure.append(sampling.confidence(logits) >= shape.confidence)  # [B]
-        if law.greedy:
-            token = logits.argmax(-1) if head is None else head.ids[logits.argmax(-1)]
-        else:
-            full = logits if head is None else head.scatter(logits, stack.vocab_size)
-            laws.append(sampling.warp(full, law))  # [B, V]
-            token = sampling.draw(laws[-1], uniforms[:, i])
-        drafts.append(token)
-    draft = torch.stack(drafts, 1) if drafts else packed[:, :0]  # [B, K]
-    confident = torch.full_like(judged, length)  # [B]
-    if sure:
-        confident = torch.stack(sure, 1).long().cumprod(-1).sum(-1)
+    span, laws, confident = step(0, length + 1), None, torch.full_like(judged, length)  # [B]
+    if shape.exit_layer:
+        hidden, draft, laws, confident = _exit_drafts(stack, cache, head, token, uniforms, shape, step)
         judged = torch.minimum(judged, confident)
-
-    span = step(0, length + 1)
-    h, _ = stack.run(torch.cat(hidden, 1), shape.exit_layer, shape.depth, span, cache)  # [B, K + 1, D]
+    else:
+        draft = packed[:, 4 : 4 + length]  # [B, K]
+        hidden = stack.embed(torch.cat([token[:, None], draft], 1), span)  # [B, K + 1, D]
+    h, _ = stack.run(hidden, shape.exit_layer, shape.depth, span, cache)  # [B, K + 1, D]
     logits = stack.logits(h)  # [B, K + 1, V]
     largest, targets = logits.max(-1)  # [B, K + 1]
     sound = largest.isfinite().long().cumprod(-1).sum(-1)  # [B]
@@ -106,10 +100,47 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
     elif law.greedy:
         kept, following = sampling.accept_greedy(draft, targets, judged)
     else:
-        p = sampling.warp(logits, law)
-        q = torch.stack(laws, 1) if laws else p[:, :0]  # [B, K, V]
-        kept, following = sampling.accept(draft, q, p, uniforms[:, length:], judged)
+        kept, following = sampling.accept(
+            draft, laws, sampling.warp(logits, law), uniforms[:, length:], judged
+        )
     return torch.cat([draft, torch.stack([confident, kept, following, sound], 1)], 1)
+
+
+def _exit_drafts(
+    stack: Stack,
+    cache: Cache,
+    head: Head | None,
+    token: Tensor,
+    uniforms: Tensor,
+    shape: Shape,
+    step: Callable[[int, int], Step],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Draft K tokens with the layers [0, E), and run the last draft's early pass.
+
+    Returns the states after layer E [B, K + 1, D], the draft [B, K], its laws [B, K, V] where rows sample, and how
+    many drafts stand before low confidence [B].
+    """
+    hidden, drafts, laws, sure = [], [], [], []
+    for i in range(shape.draft_length + 1):  # the last turn is the last draft's early pass and draws nothing
+        at = step(i, 1)
+        h, _ = stack.run(stack.embed(token[:, None], at), 0, shape.exit_layer, at, cache)  # [B, 1, D]
+        hidden.append(h)
+        if i == shape.draft_length:
+            break
+        logits = stack.logits(h[:, 0], head)  # [B, V or reduced]
+        if shape.confidence:
+            sure.append(sampling.confidence(logits) >= shape.confidence)  # [B]
+        if shape.law.greedy:
+            token = logits.argmax(-1) if head is None else head.ids[logits.argmax(-1)]
+        else:
+            full = logits if head is None else head.scatter(logits, stack.vocab_size)
+            laws.append(sampling.warp(full, shape.law))  # [B, V]
+            token = sampling.draw(laws[-1], uniforms[:, i])
+        drafts.append(token)
+    confident = torch.full_like(token, shape.draft_length)
+    if sure:
+        confident = torch.stack(sure, 1).long().cumprod(-1).sum(-1)
+    return torch.cat(hidden, 1), torch.stack(drafts, 1), torch.stack(laws, 1) if laws else None, confident
 
 
 class Program:
@@ -139,17 +170,23 @@ class DeviceRounds:
         self.graphs = Graphs(stack.device, CudaCapture(stack.device) if stack.device.type == "cuda" else None)
 
     def round(self, rows: list[Row]) -> list[Outcome]:
-        """Do one round of rows that share exit layer, depth and law; nothing is committed yet.
+        """Do one round of rows that share source, exit layer, depth and law; nothing is committed yet.
 
         Raises: UserError when the model gives NaN or infinite logits.
         """
-        shape, places, packed = self._layout(rows)
+        copies = None
+        if rows[0].choice.source == LOOKUP:
+            copies = [copied(row, row.drafts_allowed(self.cache.capacity)) for row in rows]
+        shape, places, packed = self._layout(rows, copies)
         answers = fetched(self.graphs.run(shape, Program(self.stack, self.cache, self.head, shape), packed))
         outcomes, passes = [], (shape.draft_length + 1) * shape.depth
-        for row, place in zip(rows, places, strict=True):
+        for b, (row, place) in enumerate(zip(rows, places, strict=True)):
             *draft, confident, kept, following, sound = answers[place]
-            allowed = min(confident, row.drafts_allowed(self.cache.capacity))
-            draft = _until_end(draft[:allowed], row.request.eos)
+            if copies is None:
+                allowed = min(confident, row.drafts_allowed(self.cache.capacity))
+                draft = _until_end(draft[:allowed], row.request.eos)
+            else:
+                draft = copies[b]
             kept = min(kept, len(draft))
             ended = kept > 0 and draft[kept - 1] in row.request.eos  # what follows is not committed
             if sound < kept + (not ended):
@@ -157,8 +194,8 @@ class DeviceRounds:
             outcomes.append(Outcome(draft, Verdict(kept, following, row.state), passes, None))
         return outcomes
 
-    def _layout(self, rows: list[Row]) -> tuple[Shape, list[int], Tensor]:
-        """Choose the shape, each row's place in the batch, and pack the inputs.
+    def _layout(self, rows: list[Row], copies: list[list[int]] | None) -> tuple[Shape, list[int], Tensor]:
+        """Choose the shape, each row's place in the batch, and pack the inputs, `copies` being the drafts given.
 
         Rows stand at their own place in the cache when the bucket reaches that far: attention then reads the cache
         where it lies. Other rows are gathered. The rest of the bucket is dead and writes to a spill slot.
@@ -170,26 +207,34 @@ class DeviceRounds:
         places = slots if in_place else list(range(len(rows)))
         law = device_law(first.request)
         assert law is not None, "rows that the host must serve are never sent here"
-        counts = [row.drafts_allowed(cache.capacity) + 1 for row in rows]
+        if copies is None:
+            counts = [row.drafts_allowed(cache.capacity) + 1 for row in rows]
+            length = max(row.choice.draft_length for row in rows)
+        else:
+            counts = [len(draft) + 1 for draft in copies]
+            length = _bucket(max(counts) - 1) if max(counts) > 1 else 0
         for row, count in zip(rows, counts, strict=True):
             assert cache.lengths[row.slot] == len(row.tokens) - 1, "all tokens but the last are cached"
             cache.touch(row.slot, len(row.tokens) - 1 + count)
         needed = max(len(row.tokens) - 1 + count for row, count in zip(rows, counts, strict=True))
         shape = Shape(
-            exit_layer=first.exit_layer,
+            exit_layer=first.exit_layer if copies is None else 0,
             depth=first.depth,
-            draft_length=max(row.choice.draft_length for row in rows),
+            draft_length=length,
             law=law[0],
             simulated=law[1],
-            confidence=first.choice.confidence,
+            confidence=first.choice.confidence if copies is None else 0.0,
             batch=batch,
             kv_len=min(max(SHORTEST_KV, _bucket(needed)), cache.capacity),
             in_place=in_place,
         )
-        numbers = [[b if in_place else slots[0], 0, 0, 0] for b in range(batch)]  # dead
+        given = shape.num_given
+        numbers = [[b if in_place else slots[0], 0, 0, 0] + [0] * given for b in range(batch)]  # dead
         uniforms = [[0.0] * shape.num_uniforms for _ in range(batch)]
-        for row, place, count in zip(rows, places, counts, strict=True):
-            numbers[place] = [row.slot, row.tokens[-1], len(row.tokens) - 1, count]
+        for b, (row, place, count) in enumerate(zip(rows, places, counts, strict=True)):
+            numbers[place][:4] = row.slot, row.tokens[-1], len(row.tokens) - 1, count
+            if copies is not None:
+                numbers[place][4 : 3 + count] = copies[b]
             if shape.num_uniforms:
                 uniforms[place] = _uniforms(row, count - 1, shape.draft_length)
         bits = torch.tensor(uniforms, dtype=torch.float64).view(torch.int64)  # [B, uniforms]

@@ -52,7 +52,7 @@ class HostRounds:
         starts = [len(row.tokens) - 1 for row in rows]  # of the last committed token
         assert all(self.cache.lengths[row.slot] == start for row, start in zip(rows, starts, strict=True))
         limits = [row.drafts_allowed(self.cache.capacity) for row in rows]
-        proposal = self.drafter(choice.drafter).draft(rows, limits)
+        proposal = self.drafter(choice.source).draft(rows, limits)
         drafts = proposal.drafts
         counts = [len(draft.tokens) + 1 for draft in drafts]
         step = span(rows, starts, counts, self.stack, self.cache)
@@ -125,7 +125,7 @@ class HostRounds:
                 drawn = sampling.draw(p[0], row.numbers((n, NEXT), device=p.device)[0])
                 return Verdict(i, int(drawn), state)
             drafted, own = torch.tensor([token], device=p.device), draft.laws[i] if draft.laws else None
-            q = torch.zeros_like(p).index_fill_(1, drafted, 1.0) if own is None else own[None]  # [1, V]
+            q = None if own is None else own[None]  # [1, V]
             uniforms = row.numbers((n + i, KEEP), (n, NEXT), device=p.device)
             kept, following = sampling.accept(drafted, q, p.expand(2, -1), uniforms)
             if not kept:
