@@ -151,6 +151,7 @@ class Scheduler:
         """Serve requests to their ends; yield (place, round or error). Abandoning the iterator frees their rows.
 
         Events of other tickets are not told meanwhile: one loop drives a scheduler.
+        Raises: UserError for a request that the engine cannot honour.
         """
         tickets: dict[Ticket, int] = {}
         try:

@@ -60,6 +60,7 @@ class PromptLine(BaseModel):
 
     @property
     def content(self) -> str | list[dict[str, str]]:
+        """What to continue: text, or a list of messages."""
         if self.messages is not None:
             return [message.model_dump() for message in self.messages]
         assert self.prompt is not None
@@ -97,10 +98,12 @@ class LikelihoodLine(BaseModel):
 
     @property
     def before(self) -> str:
+        """What stands before what is scored; empty where the line has nothing."""
         return (self.prompt if self.prompt is not None else self.context) or ""
 
     @property
     def continuations(self) -> list[str]:
+        """What is scored: the choices, else the one response."""
         return self.choices if self.choices is not None else [self.response or ""]
 
 

@@ -137,6 +137,7 @@ class HuggingFaceStack(Stack):
         return out.to(self.device, torch.float32)  # [..., size]
 
     def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
+        """Keep rows of the head, see `Stack`. Raises: UserError for a head that is offloaded."""
         if weight is not None:
             own = weight.to(self.device, self.dtype)
             index = torch.tensor(list(ids), device=self.device)

@@ -40,6 +40,7 @@ class Counters:
     head_rows: Counter[int] = field(default_factory=Counter)  # head size -> rows of logits
 
     def count_run(self, start: int, stop: int, step: Step) -> None:
+        """Note one call of `run`; work is counted in layers x live tokens."""
         self.runs[start, stop, step.width] += 1
         self.layer_tokens += (stop - start) * step.num_live
 

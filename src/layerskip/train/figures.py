@@ -59,13 +59,13 @@ def predicted(
 
 
 def coverage(trained: Rows, unseen: Rows, ends: Collection[int], vocab_size: int) -> dict[int, float]:
-    """Share of the tokens of unseen rows that the training data's most frequent ones cover, by their number."""
+    """Share of the tokens of unseen rows that the n most frequent tokens of the training data cover, by n."""
     sizes = [size for size in DRAFT_VOCABULARIES if size < vocab_size]
     return {size: covered(unseen, trained.frequent(size, ends)) for size in sizes} | {vocab_size: 1.0}
 
 
 def covered(rows: Rows, ids: Collection[int]) -> float:
-    """Share of the tokens to be learnt in rows that are among `ids`."""
+    """Share of the tokens to be learnt in rows that are among `ids`; NaN where there are none."""
     written = rows.labels[rows.labels != IGNORED]
     return float(np.isin(written, [*ids]).mean())
 
@@ -77,6 +77,7 @@ def head_layers(exits: ExitTraining) -> float:
 
 
 def by_exit(totals: Totals) -> dict[str, float]:
+    """Average the sums per token, as `exit_k_loss` and `exit_k_kl` (nats) and `exit_k_agreement` (0 to 1)."""
     figures: dict[str, float] = {}
     for k in sorted(totals.ce):
         if not (count := totals.tokens[k]):

@@ -212,6 +212,7 @@ class LayerSkipMixin:
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does. Raises: UserError with nothing to resume from, or where a loss is not finite."""
         if resume_from_checkpoint is True:
             found = checkpoints.latest(Path(self.args.output_dir))
             if found is None:

@@ -47,6 +47,7 @@ class Finding:
 
     @property
     def lost(self) -> bool:
+        """Whether outputs differ where they must be equal."""
         return self.verdict == DIFFERS
 
 
@@ -96,6 +97,7 @@ class Gap:
     def of(
         cls, stack: Stack, index: int, prompt: Sequence[int], plain: Sequence[int], own: Sequence[int]
     ) -> Gap:
+        """Measure the place at which an output parts from the plain one, by logits of the plain prefix."""
         at = first_difference(plain, own)
         assert at is not None
         if at >= min(len(plain), len(own)):
@@ -124,6 +126,7 @@ class Equality:
 
     @property
     def name(self) -> str:
+        """What is checked: the weight format, else the dtype."""
         quantize = getattr(self.lm.stack, "quantize", None)
         return quantize or dtype_name(self.lm.stack.dtype)
 

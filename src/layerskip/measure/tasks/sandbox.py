@@ -65,6 +65,7 @@ class Limits:
     open_files: int = 64
 
     def by_resource(self) -> dict[str, int]:
+        """The limits by resource, as `resource.RLIMIT_...` calls them."""
         return {
             "AS": self.memory_bytes,
             "CPU": int(self.seconds) + 2,  # for when nobody is left to watch the clock
@@ -145,7 +146,7 @@ def run(
 def run_all(
     jobs: Iterable[tuple[str, ...]], limits: Limits = Limits(), workers: int | None = None
 ) -> list[Outcome]:
-    """Run many jobs, a few side by side; outcomes in the order of the jobs."""
+    """Run many jobs, a few side by side; outcomes in the order of the jobs. Raises: UserError as `run` does."""
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda job: run(**Job(*job)._asdict(), limits=limits), jobs))
 

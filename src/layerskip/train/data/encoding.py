@@ -40,7 +40,10 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How examples become rows of at most `length` tokens."""
+    """How examples become rows of at most `length` tokens.
+
+    Raises: UserError for an unknown choice or rows of one token.
+    """
 
     length: int
     template: str = (

@@ -61,6 +61,7 @@ class LayerDropout:
         self._before: list[Any] = []
 
     def attach(self) -> None:
+        """Wrap the forward of every layer; `detach` puts it back."""
         assert not self._before, "attached already"
         for index, layer in enumerate(self.layers):
             before = layer.__dict__.get("forward")
@@ -135,6 +136,8 @@ def sliced(value: Any, chosen: Tensor, rows: int) -> Any:
 
     Per sample is what has two or more dimensions and `rows` as its first size: masks, position ids, rotary
     tables. A first size of 1 is shared by all rows.
+
+    Raises: UserError for the block masks of flex attention, which cannot be cut.
     """
     if rows == 1:
         return value

@@ -56,6 +56,7 @@ class Totals:
     seen: int = 0  # tokens read, with and without a loss, padding among them
 
     def add(self, sums: Sums) -> None:
+        """Add the sums of one call; they stay on the device."""
         for place, k in enumerate(sums.exits):
             for total, part in ((self.ce, sums.ce), (self.kl, sums.kl), (self.agreement, sums.agreement)):
                 total[k] = total[k] + part[place] if k in total else part[place]
@@ -122,7 +123,10 @@ class ExitTraining:
         return bool(self._hooks)
 
     def attach(self) -> None:
-        """Put the recipe into the model's forward, in place of another one there; no parameter is renamed."""
+        """Put the recipe into the model's forward, in place of another one there; no parameter is renamed.
+
+        Raises: UserError where the model's logits are not head(final norm(x)).
+        """
         if (other := getattr(self.hf.forward, "exit_training", None)) is not None:
             other.detach()  # a second trainer of the same model must not train through the first
         check_logits(self.hf, self.finish, self.softcap)
