@@ -23,7 +23,7 @@ DRAFT_VOCABULARY = 8192
 """What predictions during training assume: the engine drafts with a head of the most frequent tokens."""
 
 
-class Choice(NamedTuple):
+class Setting(NamedTuple):
     """A setting of drafting and what the cost model predicts for it."""
 
     speedup: float
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 def predicted(
     exits: ExitTraining, agreement: Mapping[int, float], coverage: Mapping[int, float] | None = None
-) -> Choice | None:
+) -> Setting | None:
     """Choose E, K and the draft vocabulary by the cost model in layers, from each exit's agreement per token.
 
     `coverage` is the share of unseen tokens within each size of draft vocabulary; a token outside is never drafted.
@@ -44,7 +44,7 @@ def predicted(
     layers, head, full = len(exits.layers), head_layers(exits), exits.head.weight.shape[0]
     sizes = {min(DRAFT_VOCABULARY, full): 1.0} if coverage is None else coverage
     cells = [
-        Choice(
+        Setting(
             Cost(layers, k, head, head * size / full).speedup(n, expected_tokens(n, alpha * share)),
             k,
             n,

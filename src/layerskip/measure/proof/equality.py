@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.measure.proof.cases import Case, Clock, Failure, decoded
+from layerskip.measure.proof.cases import Case, Clock, Counterexample, decoded
 from layerskip.model.parity import PARITY
 from layerskip.model.step import Step
 from layerskip.watch import Watch, silent
@@ -173,7 +173,7 @@ class Equality:
         tokens: int,
         drafts: Counter[str],
         gaps: list[Gap],
-        failure: Failure | None,
+        failure: Counterexample | None,
     ) -> Finding:
         largest = max((gap.relative for gap in gaps), default=0.0)
         told = f"{outputs - len(gaps)} of {outputs} outputs are plain decoding's, token for token"
@@ -198,7 +198,7 @@ class Equality:
             cut=done < len(cases) and failure is None,
         )  # fmt: skip
 
-    def smallest(self, case: Case, chosen: Sequence[int], parted: Sequence[Gap]) -> Failure:
+    def smallest(self, case: Case, chosen: Sequence[int], parted: Sequence[Gap]) -> Counterexample:
         """Look for the shortest prompt prefix and the fewest tokens that still differ, alone if it can be."""
         prompts = [self.prompts[index] for index in chosen]
         alone = [self.prompts[max(parted, key=lambda gap: gap.relative).prompt]]
@@ -216,7 +216,7 @@ class Equality:
         else:
             budget = self.budget
         plain = [decoded(self.lm, [prompt], budget)[0] for prompt in prompts]
-        return Failure(case, prompts, budget, plain, decoded(self.lm, prompts, budget, case))
+        return Counterexample(case, prompts, budget, plain, decoded(self.lm, prompts, budget, case))
 
     def _differ(self, case: Case, prompts: list[list[int]], budget: int) -> bool:
         self.watch(f"{self.name}: the smallest case that differs", 0, 0)

@@ -322,8 +322,8 @@ class _Coder:
                 stops.append((self._rendered(messages[: number + 1], False, example), True))
         if messages[-1]["role"] != "assistant":
             stops.append((self._rendered(messages, False, example), False))
-        for (before, _), (text, _) in itertools.pairwise(stops):
-            if not text.startswith(before):
+        for (shorter, _), (text, _) in itertools.pairwise(stops):
+            if not text.startswith(shorter):
                 raise UserError(
                     f"{example.get('where')}: the chat template shows earlier turns differently in a longer chat",
                     "give one example per answer, as prompt (a list of messages) and completion",

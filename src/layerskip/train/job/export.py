@@ -51,7 +51,7 @@ def export(
                 model.save_pretrained(making)
             for file in _copied(run.folder):
                 shutil.copyfile(file, making / file.name)
-            (making / "README.md").write_text(card(run.recipe, facts, result), encoding="utf-8")
+            (making / "README.md").write_text(model_card(run.recipe, facts, result), encoding="utf-8")
             _move(making, output)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -64,7 +64,7 @@ def export(
     trainer.accelerator.wait_for_everyone()
 
 
-def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
+def model_card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     """Write the model card: how to use it, what each exit knows, how it was trained."""
     base = Path(recipe.model).name if recipe.model and recipe.from_config is None else None
     header = [
