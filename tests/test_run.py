@@ -209,6 +209,12 @@ def test_a_run_that_measured_nothing_says_so_and_decodes_plainly(recipe):
     card = (folder / "README.md").read_text()
     assert "Nothing was measured." in card
     assert "Plain decoding is the default: no data were held out" in card
+    assert [line for line in card.splitlines() if line.startswith("```")] == [
+        "```sh",
+        "```",
+        "```text",
+        "```",
+    ]
     assert Options().plan(facts_of(AutoConfig.from_pretrained(folder)), 5).mode == "ar"
 
 
