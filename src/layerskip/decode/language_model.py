@@ -111,12 +111,7 @@ class LanguageModel:
                 Raises: UserError for a request that cannot be honoured, at the call; while iterating, the error
         that ended it.
         """
-        call = self.call(Options.parse(keywords))
-        prompts, single = _as_batch(prompt)
-        if not single:
-            raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
-        events = self._rounds(call, [call.request(prompts[0])], rows=1)
-        return (round for _, round in raising(events))
+        return self._streamed(self.call(Options.parse(keywords)), prompt)
 
     def stream_text(self, prompt: Any, **keywords: Unpack[Keywords]) -> Iterator[str]:
         """Yield the text that continues one prompt in pieces, as it comes; see `stream`.
@@ -126,8 +121,9 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer, so there is no text", "`stream` yields token ids")
-        rounds = self.stream(prompt, **keywords)
-        return texts.pieces(self.tokenizer, (round.tokens for round in rounds), Options.parse(keywords).stops)
+        call = self.call(Options.parse(keywords))
+        rounds = self._streamed(call, prompt)
+        return texts.pieces(self.tokenizer, (round.tokens for round in rounds), call.options.stops)
 
     def chat(
         self, system: str | None = None, context: int | None = None, **keywords: Unpack[Keywords]
@@ -243,6 +239,13 @@ class LanguageModel:
                 where = f"prompt {request.index + 1} of {requests[-1].index + 1}: " if many else ""
                 raise UserError(where + error.message, error.hint) from None
         return self._served(engine, requests)
+
+    def _streamed(self, call: Call, prompt: Any) -> Iterator[Round]:
+        prompts, single = _as_batch(prompt)
+        if not single:
+            raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
+        events = self._rounds(call, [call.request(prompts[0])], rows=1)
+        return (round for _, round in raising(events))
 
     def _served(self, engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Round | Exception]]:
         try:
