@@ -86,15 +86,11 @@ class HuggingFaceStack(Stack):
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
         return self.family.embed(self.decoder, self.table, tokens, step.positions)
 
-    def run(
-        self, h: Tensor, start: int, stop: int, step: Step, cache: Cache, taps: Sequence[int] = ()
+    def _run(
+        self, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if start == stop:
-            return h, {}
-        cache.bind(step)
-        self.counters.count_run(start, stop, step)
         tapped = {}
-        for index in range(start, stop):
+        for index in layers:
             h = self.layers[index](
                 h, **self._arguments(index, h, step), **{self.family.cache_argument: cache}
             )
