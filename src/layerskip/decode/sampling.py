@@ -124,7 +124,7 @@ def accept(
     Shapes: draft int64 [*, K], q [*, K, V] the laws the drafts were drawn from, p [*, K+1, V] the target's,
     uniforms [*, K+1] in [0, 1): one per keep test, the last for the next token. `counts` [*] gives the real
     number of drafts of each row where rows are padded to K. Returns (kept [*], next [*]).
-    Exact: chi-square and closed form in tests/decode/test_accept.py.
+    Exact: chi-square and closed form in tests/decode/test_accept.py, through the engine in test_engine_laws.py.
     Source: Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318).
     """
     length = draft.shape[-1]
