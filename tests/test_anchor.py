@@ -46,14 +46,14 @@ def state(model, tokens):
 
 def test_before_training_the_copy_says_what_the_model_says_and_the_price_is_nothing(model, tokens):
     anchor = anchor_of(model, EXIT, [batch(tokens[:1])])
-    was = anchor.before(input_ids=tokens)
+    unmoved = anchor.unmoved(input_ids=tokens)
     model.eval()
-    torch.testing.assert_close(was, state(model, tokens))
+    torch.testing.assert_close(unmoved, state(model, tokens))
     live = torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    assert anchor.price(was, state(model, tokens), live) < 1e-6
-    moved = was + torch.randn(was.shape, generator=torch.Generator().manual_seed(1))
-    d = (moved - was).flatten(0, 1)
-    assert float(anchor.price(was, moved, live)) == pytest.approx(
+    assert anchor.price(unmoved, state(model, tokens), live) < 1e-6
+    moved = unmoved + torch.randn(unmoved.shape, generator=torch.Generator().manual_seed(1))
+    d = (moved - unmoved).flatten(0, 1)
+    assert float(anchor.price(unmoved, moved, live)) == pytest.approx(
         float(0.5 * (d @ anchor.fisher * d).sum()), rel=1e-4
     )
 
@@ -99,7 +99,7 @@ def test_the_loss_is_the_exits_and_the_price_of_the_last_layers_weight(tokens):
     count = ROWS * (TOKENS - 3)
     ce = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
     live = torch.arange(TOKENS).expand(ROWS, -1) > 0
-    price = anchor.price(anchor.before(input_ids=tokens), state(model, tokens), live)
+    price = anchor.price(anchor.unmoved(input_ids=tokens), state(model, tokens), live)
     assert price > 0.01
     torch.testing.assert_close(loss, (0.2 * ce + 0.8 * price) / count)
 

@@ -10,6 +10,7 @@ import pytest
 import layerskip
 import tiny
 from layerskip.checkpoint.facts import ranked_vocabulary
+from layerskip.errors import UserError
 from layerskip.measure import prompt_file
 from layerskip.measure.lines import read_prompts
 from layerskip.measure.speed import bench as benches
@@ -62,6 +63,34 @@ def test_questions_of_spec_bench_are_asked_by_their_first_turn(run, folder, tmp_
     for turns in ([], [{"role": "user"}], "hello"):
         file.write_text(json.dumps({"turns": turns}))
         assert "line 1: " in fails("bench", folder, "--prompts", file)
+
+
+def test_conversations_of_sharegpt_are_asked_up_to_their_first_answer(tmp_path):
+    file = tmp_path / "conversations.jsonl"
+
+    def turns(*said):
+        return [{"from": who, "value": text} for who, text in said]
+
+    asked = turns(("system", "be brief"), ("human", "2+2?"))
+    lines = [
+        {"id": 7, "conversations": [*asked, *turns(("gpt", "4"), ("human", "sure?"), ("gpt", "yes"))]},
+        {"messages": asked},
+        {"conversations": turns(("gpt", "hello"), ("user", "2+2?"), ("bing", "4"))},
+        {"prompt": "2+2?", "conversations": asked},  # a column of somebody else's
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    first, second, third, fourth = read_prompts(file)
+    question = {"role": "user", "content": "2+2?"}
+    assert first.content == second.content == [{"role": "system", "content": "be brief"}, question]
+    assert first.id == 7
+    assert third.content == [{"role": "assistant", "content": "hello"}, question]
+    assert fourth.content == "2+2?"
+    file.write_text(json.dumps({"chat": lines[0]["conversations"]}))
+    assert read_prompts(file, column="chat")[0].content == first.content
+    for wrong, message in (([{"from": "nobody", "value": "a"}], "nobody"), ([{"from": "human"}], "content")):
+        file.write_text(json.dumps({"conversations": wrong}))
+        with pytest.raises(UserError, match=f"line 1.*{message}"):
+            read_prompts(file)
 
 
 # -- bench ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def case(dtype=torch.float64):
     return states, labels, make(VOCAB, WIDTH), make(VOCAB)
 
 
-def whole(states, labels, head, bias, softcap, exit_loss, divisor, before=None):
+def whole(states, labels, head, bias, softcap, exit_loss, divisor, reference=None):
     """The definition, with the logits of every exit in memory."""
 
     def read(x):
@@ -39,9 +39,9 @@ def whole(states, labels, head, bias, softcap, exit_loss, divisor, before=None):
         ce = F.cross_entropy(z, labels, reduction="sum")
         kl = F.kl_div(z.log_softmax(-1), teacher, log_target=True, reduction="sum")
         parts = {"ce": ce, "kl": kl, "ce+kl": ce + kl}
-        if before is not None:
-            was = read(before).detach().log_softmax(-1)
-            ce = F.kl_div(z.log_softmax(-1), was, log_target=True, reduction="sum")
+        if reference is not None:
+            law = read(reference).detach().log_softmax(-1)
+            ce = F.kl_div(z.log_softmax(-1), law, log_target=True, reduction="sum")
         total = total + WEIGHTS[k] * (ce if k == last else parts[exit_loss]) / divisor
     return total, logits
 
@@ -52,11 +52,11 @@ def whole(states, labels, head, bias, softcap, exit_loss, divisor, before=None):
 def test_loss_and_gradients_equal_the_definition(monkeypatch, exit_loss, softcap, stays):
     monkeypatch.setitem(losses.CHUNK, "cpu", 8 * VOCAB)  # several chunks, the last one short
     states, labels, head, bias = case()
-    before = states[6].detach().flip(0) if stays else None
+    reference = states[6].detach().flip(0) if stays else None
     inputs = [*states.values(), head, bias]
-    expected, logits = whole(states, labels, head, bias, softcap, exit_loss, 11, before)
+    expected, logits = whole(states, labels, head, bias, softcap, exit_loss, 11, reference)
     wanted = torch.autograd.grad(3.0 * expected, inputs)
-    found, sums = multi_exit_loss(states, labels, WEIGHTS, head, bias, softcap, exit_loss, 11, before)
+    found, sums = multi_exit_loss(states, labels, WEIGHTS, head, bias, softcap, exit_loss, 11, reference)
     gradients = torch.autograd.grad(3.0 * found, inputs)
     # logits and the head's accumulator are float32, whatever the weights are
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)

@@ -165,9 +165,10 @@ def prompts(folder, dice):
         "answer": 1,
         "turns": ["a"],
     }
-    written(file, dice.choice([line, chat, [line, chat]]), dice)
+    shared = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    written(file, dice.choice([line, chat, shared, [line, chat]]), dice)
     read = dice.choice([read_prompts, read_likelihoods])
-    column = dice.choice([None, "prompt", "turns", "nothing"])
+    column = dice.choice([None, "prompt", "turns", "conversations", "nothing"])
 
     def each():
         lines = read(file) if read is read_likelihoods else read_prompts(file, column)

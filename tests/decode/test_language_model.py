@@ -61,6 +61,13 @@ def test_streamed_pieces_are_the_text_of_generate(lm, stop):
     assert all(found)
 
 
+def test_streaming_text_reads_its_options_once(lm, monkeypatch):
+    parse, parsed = Options.parse, []
+    monkeypatch.setattr(Options, "parse", lambda keywords: parsed.append(keywords) or parse(keywords))
+    list(lm.stream_text("hello", max_new_tokens=2))
+    assert len(parsed) == 1
+
+
 def test_text_is_streamed_as_it_comes_and_needs_a_tokenizer(lm):
     assert len(list(lm.stream_text("hello", max_new_tokens=24, mode="ar"))) > 1
     bare = LanguageModel(lm.stack, None)

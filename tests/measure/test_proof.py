@@ -87,10 +87,10 @@ def test_settings_come_by_their_work_and_vary_in_everything_asked_for(lm):
 
 
 def test_a_case_is_read_as_it_was_written_and_slips_are_refused():
-    from layerskip.measure.proof.equality import Failure
+    from layerskip.measure.proof.equality import Counterexample
 
     case = Case(2, 4, 16, "adaptive", True, on_device=True, rows=3)
-    failure = Failure(case, [[1, 2], [3]], 7, [], [])
+    failure = Counterexample(case, [[1, 2], [3]], 7, [], [])
     assert read_case(failure.spelled()) == (case, [[1, 2], [3]], 7)
     for text in ("{", "[]", '{"prompts": [[1]]}', '{"prompts": ["a"], "max_new_tokens": 1, "exit_layer": 1}',
                  '{"prompts": [[1]], "max_new_tokens": 1, "exit_layer": 1, "draft_lenght": 2}'):  # fmt: skip

@@ -36,6 +36,7 @@ CHAT = [
         ("a.jsonl", lines({"text": "one"}, {"text": "two", "id": 3}), None, ["one", "two"]),
         ("a.jsonl", lines({"prompt": "p", "response": "r"}), None, ["r"]),
         ("a.jsonl", lines({"messages": CHAT}), None, ["first", "second"]),
+        ("a.jsonl", lines({"conversations": [{"from": "gpt", "value": "r"}]}), None, ["r"]),
         ("a.jsonl", lines({"body": "b", "text": "t"}), "body", ["b"]),
         ("a.jsonl", "\ufeff" + lines({"text": "x\u2028y"}) + "\n", None, ["x\u2028y"]),
         ("a.txt", "hello\nthere\n", None, ["hello\nthere\n"]),

@@ -54,7 +54,7 @@ class ControlTokens:
         return next(filter(None, map(self.spelled, inner)), None)
 
     def marked(self, value: Any) -> Any:
-        """Mark what messages spell; messages that spell nothing come back as they are."""
+        """Put a mark into what messages spell, for `encoded`; messages that spell nothing come back as they are."""
         return self._marked(value) if self.spelled(value) else value
 
     def _marked(self, value: Any) -> Any:

@@ -123,6 +123,8 @@ def ranked_vocabulary(path: Path | None, facts: Facts) -> list[int] | None:
     """Read the checkpoint's draft vocabulary, ids by falling frequency; None when it has none.
 
     The whole list: how much of it drafting uses by default is `Facts.draft_vocab_size`.
+
+    Raises: UserError for a file that is missing or no list of token ids.
     """
     if path is None or facts.draft_vocab is None:
         return None

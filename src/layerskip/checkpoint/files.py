@@ -71,7 +71,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """Name the folder that holds built-in models: LAYERSKIP_CACHE, or the platform's cache folder."""
+    """Name the folder that holds built-in models: LAYERSKIP_CACHE, or the platform's cache folder.
+
+    Raises: UserError where this user has no home folder.
+    """
     try:
         if chosen := os.environ.get("LAYERSKIP_CACHE"):
             return Path(chosen).expanduser()

@@ -94,7 +94,10 @@ def packed(matrix: Tensor, kept: Kept) -> dict[str, Tensor]:
 
 
 def rows(parts: Mapping[str, Tensor], span: slice, columns: int) -> Tensor:
-    """Work out rows of what was packed in float64, so that neither threads nor kernels show in a rounded sum."""
+    """Multiply a span of rows out of what was packed: float64 [span, columns].
+
+    In float64 neither threads nor kernels show in a rounded sum.
+    """
     if "whole" in parts:
         return parts["whole"][span].double() * parts["scale"][span, None]
     pairs = []
@@ -107,7 +110,10 @@ def rows(parts: Mapping[str, Tensor], span: slice, columns: int) -> Tensor:
 
 
 def directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Find squared singular values, falling, and the singular vectors of the small side, by its Gram matrix."""
+    """Find squared singular values, falling, and the singular vectors of the small side, by its Gram matrix.
+
+    Shapes: [m, n] -> [s], [s, s] with s = min(m, n); float64.
+    """
     import torch
 
     across = _tall(matrix)
@@ -133,7 +139,10 @@ def _whole_bytes(shape: tuple[int, int]) -> int:
 
 
 def rounded(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round each row to whole numbers times a float32 scale of its own; 4 bits go two to a byte."""
+    """Round each row to whole numbers times a float32 scale of its own; 4 bits go two to a byte.
+
+    Shapes: [m, n] -> int8 [m, n] (uint8 [m, n/2 rounded up] for 4 bits), float32 [m].
+    """
     import torch
 
     most = 2 ** (bits - 1) - 1

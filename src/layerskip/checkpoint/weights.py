@@ -22,7 +22,10 @@ def shards_of(index: Path) -> list[str]:
 
 
 def check_weights(file: Path) -> None:
-    """Refuse a safetensors file whose length is not what its header says: downloads break off."""
+    """Refuse a safetensors file whose length is not what its header says: downloads break off.
+
+    Raises: UserError.
+    """
     size = file.stat().st_size
     with file.open("rb") as content:
         (length,) = struct.unpack("<Q", content.read(8).ljust(8, b"\0"))

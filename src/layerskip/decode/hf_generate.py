@@ -100,6 +100,7 @@ def custom_generate_with(
     """Bind what transformers does not pass on to a `custom_generate` callable.
 
     The streamer sees the prompt and then each round's committed tokens (one row only, as in transformers).
+    Raises: UserError for stop strings without a tokenizer.
     """
     if stop_strings and tokenizer is None:
         raise UserError(

@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 
 
 class LanguageModel:
-    """A loaded model with its tokenizer and defaults."""
+    """A loaded model with its tokenizer and defaults; `layerskip.load` makes one.
+
+    Raises: UserError for a checkpoint whose `layerskip` entry is not valid.
+    """
 
     def __init__(self, stack: Stack, tokenizer: Any = None, path: Path | None = None, hf: Any = None) -> None:
         self.stack = stack
@@ -85,6 +88,8 @@ class LanguageModel:
         A prompt's index, by default its place, decides with the seed what is sampled for it: a job that was
         interrupted gives the indices of the prompts left. A prompt that ends by an error has it in `error`, beside
         what was said until then; the others go on.
+                Raises: UserError, at the first `next` and before any work, for an option or a prompt that cannot be
+        honoured.
         """
         call = self.call(Options.parse(keywords))
         numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
@@ -104,28 +109,32 @@ class LanguageModel:
                 place += 1
 
     def stream(self, prompt: Any, **keywords: Unpack[Keywords]) -> Iterator[Round]:
-        """Yield the rounds of one prompt as they happen; abandoning the iterator frees everything."""
-        call = self.call(Options.parse(keywords))
-        prompts, single = _as_batch(prompt)
-        if not single:
-            raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
-        events = self._rounds(call, [call.request(prompts[0])], rows=1)
-        return (round for _, round in raising(events))
+        """Yield the rounds of one prompt as they happen; abandoning the iterator frees everything.
+
+                Raises: UserError for a request that cannot be honoured, at the call; while iterating, the error
+        that ended it.
+        """
+        return self._streamed(self.call(Options.parse(keywords)), prompt)
 
     def stream_text(self, prompt: Any, **keywords: Unpack[Keywords]) -> Iterator[str]:
         """Yield the text that continues one prompt in pieces, as it comes; see `stream`.
 
         Exact: joined they are the text of `generate` (test_streamed_pieces_are_the_text_of_generate).
+        Raises: UserError as `stream` does, and without a tokenizer.
         """
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer, so there is no text", "`stream` yields token ids")
-        rounds = self.stream(prompt, **keywords)
-        return texts.pieces(self.tokenizer, (round.tokens for round in rounds), Options.parse(keywords).stops)
+        call = self.call(Options.parse(keywords))
+        rounds = self._streamed(call, prompt)
+        return texts.pieces(self.tokenizer, (round.tokens for round in rounds), call.options.stops)
 
     def chat(
         self, system: str | None = None, context: int | None = None, **keywords: Unpack[Keywords]
     ) -> Chat:
-        """Open a conversation that keeps its cache between turns, of `context` tokens at most."""
+        """Open a conversation that keeps its cache between turns, of `context` tokens at most.
+
+        Raises: UserError for options that cannot be honoured.
+        """
         call = self.call(Options.parse(keywords))
         if context is not None and context < 1:
             raise UserError(f"context is {context}", "give a number of tokens, at least 1")
@@ -149,10 +158,11 @@ class LanguageModel:
         return Call(options, plan, self.tokenizer, head, controller, eos, strings)
 
     def plan(self, options: Options) -> Plan:
+        """Resolve mode, E and K of options against this checkpoint, see `Options.plan`. Raises: UserError."""
         return options.plan(self.facts, self.stack.num_layers)
 
     def encode(self, prompt: Any, chat: bool | None = None, control_tokens: bool = False) -> list[int]:
-        """Turn text, messages or token ids into token ids; see `encode_prompt`."""
+        """Turn text, messages or token ids into token ids; see `encode_prompt`. Raises: UserError."""
         return encoded(self.tokenizer, prompt, chat, control_tokens)
 
     def eos_ids(self, options: Options) -> frozenset[int]:
@@ -169,7 +179,10 @@ class LanguageModel:
         return checkpoint.ranked_vocabulary(self.path, self.facts)
 
     def draft_head(self, options: Options) -> Head | None:
-        """Build the reduced draft head the options ask for, once per size; auto is the checkpoint's list if any."""
+        """Build the reduced draft head the options ask for, once per size; None for the whole head.
+
+        `draft_vocab` auto is the checkpoint's list, if it has one. Raises: UserError for a size it cannot have.
+        """
         return self._draft_head(options, self.plan(options))
 
     def _draft_head(self, options: Options, plan: Plan) -> Head | None:
@@ -257,6 +270,13 @@ class LanguageModel:
                 where = f"prompt {request.index + 1} of {requests[-1].index + 1}: " if many else ""
                 raise UserError(where + error.message, error.hint) from None
         return self._served(engine, requests)
+
+    def _streamed(self, call: Call, prompt: Any) -> Iterator[Round]:
+        prompts, single = _as_batch(prompt)
+        if not single:
+            raise UserError("stream takes one prompt", "use generate for a list, or one stream per prompt")
+        events = self._rounds(call, [call.request(prompts[0])], rows=1)
+        return (round for _, round in raising(events))
 
     def _served(self, engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Round | Exception]]:
         try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
-    """Turn a name into a dtype.
+    """Turn a name into a dtype. Raises: UserError for an unknown one.
 
     `auto` is bfloat16 (else float16) on accelerators, and float32 on the CPU, unless it has bfloat16 instructions
     and the stack is native: then bfloat16 is as exact there.
@@ -44,7 +44,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool =
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn a name into a device; `auto` is the accelerator when there is one. Raises: UserError."""
+    """Turn a name into a device; `auto` is the accelerator when there is one.
+
+    Raises: UserError for one that is not here.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -105,6 +108,8 @@ def stack_of(hf_model: Any) -> HuggingFaceStack:
     """Wrap a model already in memory; its modules are used in place.
 
     The parity check runs once per model, and again when it was moved, cast or changed.
+
+    Raises: UserError for what is no model, or one that fails the check or is not supported.
     """
     if not isinstance(hf_model, torch.nn.Module):
         raise UserError(
@@ -118,5 +123,8 @@ def stack_of(hf_model: Any) -> HuggingFaceStack:
 
 
 def generate(hf_model: Any, prompt: Any, *, tokenizer: Any = None, **keywords: Unpack[Keywords]) -> Any:
-    """Generate with a Hugging Face model already in memory; see `LanguageModel.generate`."""
+    """Generate with a Hugging Face model already in memory; see `LanguageModel.generate`.
+
+    Raises: UserError for a model that is not supported or fails the parity check, and as `LanguageModel.generate`.
+    """
     return LanguageModel(stack_of(hf_model), tokenizer, hf=hf_model).generate(prompt, **keywords)

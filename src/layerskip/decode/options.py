@@ -131,7 +131,7 @@ class DraftOptions(_Checked):
 
 @dataclass(frozen=True)
 class Options(SamplingOptions, DraftOptions):
-    """Options of `generate`, `stream` and `chat`."""
+    """Options of `generate`, `stream` and `chat`. Raises: UserError for values out of range or at odds."""
 
     @classmethod
     def parse(cls, keywords: Mapping[str, Any]) -> Options:

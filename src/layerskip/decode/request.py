@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue, and how. `exit_layer` None means all layers: plain decoding."""
+    """One sequence to continue, and how. `exit_layer` None means all layers: plain decoding.
+
+    Raises: UserError for fields at odds.
+    """
 
     prompt: Sequence[int]
     max_new_tokens: int
@@ -50,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Round:
-    """What one work item committed to one row."""
+    """What one work item committed to one row: what `stream` yields and a `Generation` lists."""
 
     row: int
     tokens: list[int]  # committed

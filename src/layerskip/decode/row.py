@@ -44,6 +44,7 @@ class Row:
 
     @property
     def budget(self) -> int:
+        """How many tokens may still be committed."""
         return len(self.request.prompt) + self.request.max_new_tokens - len(self.tokens)
 
     def drafts_allowed(self, capacity: int) -> int:

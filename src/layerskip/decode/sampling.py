@@ -32,6 +32,7 @@ class Sampling:
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. Names and order of application are
     those of Hugging Face `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+    Raises: UserError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -86,7 +87,7 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
 def confidence(logits: Tensor) -> Tensor:
     """Largest probability of raw logits at temperature 1: known before a token is drawn.
 
-    Shapes: float32 [..., V or reduced] -> [...].
+    Shapes: float32 [..., V or reduced] -> [...]. Under a reduced head it is the share within that head.
     """
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
@@ -124,7 +125,7 @@ def accept(
     Shapes: draft int64 [*, K], q [*, K, V] the laws the drafts were drawn from, p [*, K+1, V] the target's,
     uniforms [*, K+1] in [0, 1): one per keep test, the last for the next token. `counts` [*] gives the real
     number of drafts of each row where rows are padded to K. Returns (kept [*], next [*]).
-    Exact: chi-square and closed form in tests/decode/test_accept.py.
+    Exact: chi-square and closed form in tests/decode/test_accept.py, through the engine in test_engine_laws.py.
     Source: Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318).
     """
     length, vocabulary = draft.shape[-1], p.shape[-1]
@@ -177,6 +178,10 @@ class Uniforms:
         self.seed = seed % 2**64
 
     def at(self, row: int, position: int, purpose: int, began: int = 0) -> float:
+        """The number at one address.
+
+        Source: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); the upper 53 bits.
+        """
         key = np.array([self.seed, row], dtype=np.uint64)  # a plain list would round large seeds to float64
         raw = np.random.Philox(counter=[position, purpose, began, 0], key=key).random_raw()
         return float(int(raw) >> 11) * 2.0**-53
@@ -206,6 +211,7 @@ class Processing:
     shown to them before the prompt, for callers whose processors count padded positions. Each call returns
     the state to use at the next position; processors that are not known to be pure are copied, so that a
     rejected draft leaves no trace in them.
+    Raises: UserError for a processor that runs the model itself, or that cannot be copied.
     """
 
     sampling: Sampling = Sampling()
@@ -274,6 +280,7 @@ def _pure(processor: Any) -> bool:
 
 
 def not_finite() -> UserError:
+    """The error for logits that are NaN or infinite."""
     return UserError(
         "the model gave NaN or infinite logits",
         "its weights are damaged or overflow in this dtype: try --dtype float32 (or bfloat16 for float16)",

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
@@ -62,8 +63,9 @@ def raising(events: Iterable[tuple[Who, Round | Exception]]) -> Iterator[tuple[W
 class Scheduler:
     """Fill the engine's rows in the order of requests, and tell each request's rounds apart.
 
-    `submit`, `cancel` and `pause` may be called from any thread, and from a stop function: they take effect at once
-    where nobody is in a step, else when that step ends. An error ends its own ticket; the others go on.
+    `submit`, `cancel` and `pause` may be called from any thread, from a stop function, a signal handler and a
+    finaliser: they take effect at once where nobody is in a step, else when that step ends. An error ends its own
+    ticket; the others go on. A ticket's error tells where it was raised, but no longer holds what was at hand.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -73,7 +75,9 @@ class Scheduler:
         self._by_row: dict[int, Ticket] = {}
         self._refused: list[tuple[Ticket, Round | Exception]] = []  # at admission, to be told by a step
         self._wishes: deque[tuple[Ticket, Status]] = deque()  # of others, while somebody drives
-        self._lock = threading.Lock()  # of all above, held for moments
+        # Of all above, held for moments. A signal handler or finaliser may come in while its own thread holds it: a
+        # row changes hands in one store, or under `_rows`, which is not waited for.
+        self._lock = threading.RLock()
         self._driver = threading.Lock()  # held by whoever is in `step`
         self._rows = threading.Lock()  # of the engine: held for a step, or while wishes are fulfilled
 
@@ -98,11 +102,12 @@ class Scheduler:
                 raise UserError(
                     "the turn before is still generating", "pause or cancel it first, or wait for its end"
                 )
-            if after.row is None:
+            row, after.row = after.row, None  # from here on nobody else has it
+            if row is None:
                 raise UserError(
                     f"the turn before is {after.status.value}, it has left no row", "submit without it"
                 )
-            after.status, row, after.row = Status.DONE, after.row, None
+            after.status = Status.DONE
             del self._by_row[row]
             self._turns.append((ticket, row))
         return ticket
@@ -141,7 +146,7 @@ class Scheduler:
             if ticket is None:
                 return None
             if isinstance(event, Failure):
-                self._end(ticket, Status.FAILED, event.error)
+                self._end(ticket, Status.FAILED, _emptied(event.error))
                 return ticket, event.error
             if event.finish_reason:
                 self._end(ticket, Status.KEPT if ticket.request.keep else Status.DONE)
@@ -151,6 +156,7 @@ class Scheduler:
         """Serve requests to their ends; yield (place, round or error). Abandoning the iterator frees their rows.
 
         Events of other tickets are not told meanwhile: one loop drives a scheduler.
+        Raises: UserError for a request that the engine cannot honour.
         """
         tickets: dict[Ticket, int] = {}
         try:
@@ -192,7 +198,7 @@ class Scheduler:
         try:
             ticket.row = self.engine.add(ticket.request, row)
         except Exception as error:  # noqa: BLE001 - whatever it is
-            ticket.status, ticket.error = Status.FAILED, error
+            ticket.status, ticket.error = Status.FAILED, _emptied(error)
             self._refused.append((ticket, error))
             if row is not None:
                 self.engine.cancel(row)
@@ -201,16 +207,16 @@ class Scheduler:
             self._by_row[ticket.row] = ticket
 
     def _end(self, ticket: Ticket, status: Status, error: Exception | None = None) -> None:
+        if status is not Status.KEPT:
+            row, ticket.row = ticket.row, None
+            if row is not None:  # else the next turn has it
+                del self._by_row[row]
         ticket.status, ticket.error = status, error
-        if status is not Status.KEPT and ticket.row is not None:
-            del self._by_row[ticket.row]
-            ticket.row = None
 
     # -- wishes of others ------------------------------------------------------------------------------------
 
     def _wish(self, ticket: Ticket, status: Status) -> None:
-        with self._lock:
-            self._wishes.append((ticket, status))
+        self._wishes.append((ticket, status))
         self._settle()
 
     def _settle(self) -> None:
@@ -232,13 +238,26 @@ class Scheduler:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
                 return
-            [row] = [row for other, row in self._turns if other is ticket]
+            [row] = [row for other, row in [*self._turns] if other is ticket]
             self._turns.remove((ticket, row))
             self.engine.cancel(row)
-        elif ticket.row is not None and status is Status.KEPT:
-            if self.engine.holds(ticket.row):  # else its end has not been told yet
-                self.engine.pause(ticket.row)
-                ticket.status = Status.KEPT
-        elif ticket.row is not None:
-            self.engine.cancel(ticket.row)
+        elif (slot := ticket.row) is None:
+            return
+        elif status is Status.CANCELLED:
+            self.engine.cancel(slot)
             self._end(ticket, Status.CANCELLED)
+        elif ticket.status is Status.RUNNING and self.engine.holds(
+            slot
+        ):  # else its end has not been told yet
+            self.engine.pause(slot)
+            ticket.status = Status.KEPT
+
+
+def _emptied(error: Exception) -> Exception:
+    """Free what an error's frames hold, tensors above all; its traceback still names their lines."""
+    chain: list[BaseException] = [error]
+    for one in chain:
+        traceback.clear_frames(one.__traceback__)
+        causes = (one.__cause__, one.__context__)
+        chain += [each for each in causes if each is not None and not any(each is known for known in chain)]
+    return error

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from layerskip.errors import UserError, nearest
-from layerskip.reading import USER_BYTES, parsed, read_text
+from layerskip.reading import USER_BYTES, messages_of, parsed, read_text, spoken
 
 ONE_A_LINE = "one JSON object per line"
 
@@ -25,10 +25,10 @@ class Message(BaseModel):
 
 
 class PromptLine(BaseModel):
-    """A line of a prompts file: `prompt` (text) or `messages`, or a question of Spec-Bench or MT-bench.
+    """A line of a prompts file: `prompt` (text) or `messages`, a question of Spec-Bench or MT-bench, or ShareGPT's.
 
-    Of such a question, `turns` with a `category`, the first turn is the prompt. Data sets carry other columns;
-    they are ignored.
+    Of a question, `turns` with a `category`, the first turn is the prompt; of ShareGPT's `conversations`, see
+    `read_prompts`, what comes before the first answer. Data sets carry other columns; they are ignored.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -60,6 +60,7 @@ class PromptLine(BaseModel):
 
     @property
     def content(self) -> str | list[dict[str, str]]:
+        """What to continue: text, or a list of messages."""
         if self.messages is not None:
             return [message.model_dump() for message in self.messages]
         assert self.prompt is not None
@@ -97,10 +98,12 @@ class LikelihoodLine(BaseModel):
 
     @property
     def before(self) -> str:
+        """What stands before what is scored; empty where the line has nothing."""
         return (self.prompt if self.prompt is not None else self.context) or ""
 
     @property
     def continuations(self) -> list[str]:
+        """What is scored: the choices, else the one response."""
         return self.choices if self.choices is not None else [self.response or ""]
 
 
@@ -116,10 +119,11 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
         try:
             if column is not None:
                 record = _named(record, column, f"{path}, line {number}")
-            items.append(PromptLine.model_validate(record))
+            items.append(PromptLine.model_validate(_opening(record, f"{path}, line {number}")))
         except ValidationError as error:
             raise UserError(
-                f"{path}, line {number}: {_first(error)}", "objects need prompt, messages or turns"
+                f"{path}, line {number}: {_first(error)}",
+                "objects need prompt, messages, turns or conversations",
             ) from error
     if not items:
         raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
@@ -170,6 +174,21 @@ def _named(record: Any, column: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} has no column {column!r}", nearest(column, record))
     value = record[column]
     return {"messages" if isinstance(value, list) else "prompt": value, "id": record.get("id")}
+
+
+def _opening(record: Any, where: str) -> Any:
+    """Give the `messages` that open a ShareGPT conversation; any other record comes back as it is."""
+    if not isinstance(record, dict):
+        return record
+    has = {name for name in ("prompt", "messages") if record.get(name) is not None}
+    turns = record["messages"] if has == {"messages"} else record.get("conversations") if not has else None
+    if turns is None or not spoken(turns):
+        return record
+    messages = messages_of(turns, where)
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    answered = roles.index("assistant", asked) if "assistant" in roles[asked:] else len(roles)
+    return {**record, "messages": messages[:answered]}
 
 
 def _first(error: ValidationError) -> str:

@@ -50,7 +50,10 @@ def work_folder(chosen: Path | None, name: str, setup: dict[str, Any]) -> Path:
 
 
 class Records:
-    """The records of one file, by key: an item's index, or several values where one is not enough."""
+    """The records of one file, by key: an item's index, or several values where one is not enough.
+
+    Raises: UserError for a file that is damaged.
+    """
 
     def __init__(self, folder: Path, name: str = "records", key: tuple[str, ...] = ("index",)) -> None:
         """Read what is there; a line that a kill cut off is cut off the file."""

@@ -37,6 +37,7 @@ class KVShape:
 
     @property
     def token_bytes(self) -> int:
+        """Keys and values of one token in this layer."""
         return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
 
 

@@ -72,7 +72,7 @@ def tokens_per_round(draft_length: int, acceptance: float) -> float:
 def expected_tokens(draft_length: int, per_token: float) -> float:
     """Expected tokens of a round when each draft is kept with probability `per_token`, independently.
 
-    Source: Leviathan et al., eq. 1: (1 - alpha^(K+1)) / (1 - alpha).
+    Source: Leviathan et al. (arXiv 2211.17192), eq. 1: (1 - alpha^(K+1)) / (1 - alpha).
     """
     if per_token >= 1.0:
         return draft_length + 1.0
@@ -80,7 +80,7 @@ def expected_tokens(draft_length: int, per_token: float) -> float:
 
 
 def acceptance_from(per_token: float, draft_length: int) -> float:
-    """Turn a per-token probability into accepted/drafted: a K = sum of alpha^i."""
+    """Turn a per-token probability into accepted/drafted, a: a K = sum of alpha^i, i from 1 to K."""
     return 0.0 if draft_length == 0 else (expected_tokens(draft_length, per_token) - 1.0) / draft_length
 
 
@@ -94,7 +94,10 @@ def per_token_from(acceptance: float, draft_length: int) -> float:
 
 
 def break_even(cost: Cost) -> float:
-    """Acceptance (accepted/drafted) at which speculation stops losing: (E + h_d) / (L + h)."""
+    """Acceptance (accepted/drafted) at which speculation stops losing: (E + h_d) / (L + h).
+
+    h and h_d are the costs of the full and the draft head in layers. The draft length does not matter.
+    """
     return (cost.early + cost.draft_head) / (cost.layers + cost.head)
 
 

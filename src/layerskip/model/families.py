@@ -82,6 +82,7 @@ def parts_of(hf: Any) -> tuple[Any, list[Any], Any, list[Any]]:
 
 
 def tied(table: Tensor, head: Tensor) -> bool:
+    """Whether two weights are one tensor, or share its memory: an embedding table used as the head."""
     return table is head or (table.device.type != "meta" and table.data_ptr() == head.data_ptr())
 
 
@@ -92,7 +93,7 @@ def device_of(hf: Any) -> torch.device:
 
 
 def refuse_unsupported(hf: Any) -> None:
-    """Refuse by name what the rounds cannot decode exactly, before anything is computed."""
+    """Refuse by name what the rounds cannot decode exactly, before anything is computed. Raises: UserError."""
     refuse_architecture(hf)
     if any(module.training for module in hf.modules()):
         raise UserError(
@@ -148,6 +149,7 @@ def context_of(config: Any) -> int | None:
 
 
 def windows_of(config: Any, family: Family, num_layers: int) -> list[int | None]:
+    """The sliding window of each layer in positions; None where a layer sees everything."""
     window: int | None = getattr(config, "sliding_window", None)
     if family.window == "all":
         return [window] * num_layers

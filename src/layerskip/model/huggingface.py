@@ -86,15 +86,11 @@ class HuggingFaceStack(Stack):
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
         return self.family.embed(self.decoder, self.table, tokens, step.positions)
 
-    def run(
-        self, h: Tensor, start: int, stop: int, step: Step, cache: Cache, taps: Sequence[int] = ()
+    def _run(
+        self, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if start == stop:
-            return h, {}
-        cache.bind(step)
-        self.counters.count_run(start, stop, step)
         tapped = {}
-        for index in range(start, stop):
+        for index in layers:
             h = self.layers[index](
                 h, **self._arguments(index, h, step), **{self.family.cache_argument: cache}
             )
@@ -137,6 +133,7 @@ class HuggingFaceStack(Stack):
         return out.to(self.device, torch.float32)  # [..., size]
 
     def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
+        """Keep rows of the head, see `Stack`. Raises: UserError for a head that is offloaded."""
         if weight is not None:
             own = weight.to(self.device, self.dtype)
             index = torch.tensor(list(ids), device=self.device)

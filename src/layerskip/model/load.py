@@ -60,7 +60,10 @@ def load(
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str | torch.device, device_map: Any = None) -> Any:
-    """Load a checked folder with `AutoModelForCausalLM` (safetensors only, no remote code)."""
+    """Load a checked folder with `AutoModelForCausalLM` (safetensors only, no remote code).
+
+    Raises: UserError for missing weights and for whatever transformers, torch or safetensors cannot read or hold.
+    """
     from transformers import AutoModelForCausalLM
 
     placement = {"device_map": device_map} if device_map is not None else {}

@@ -40,6 +40,7 @@ class Counters:
     head_rows: Counter[int] = field(default_factory=Counter)  # head size -> rows of logits
 
     def count_run(self, start: int, stop: int, step: Step) -> None:
+        """Note one call of `run`; work is counted in layers x live tokens."""
         self.runs[start, stop, step.width] += 1
         self.layer_tokens += (stop - start) * step.num_live
 
@@ -80,7 +81,6 @@ class Stack(ABC):
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
         """Turn tokens [B, T] into hidden states [B, T, D]."""
 
-    @abstractmethod
     def run(
         self, h: Tensor, start: int, stop: int, step: Step, cache: Cache, taps: Sequence[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -88,6 +88,17 @@ class Stack(ABC):
 
         Shapes: h [B, T, D] -> [B, T, D]; the dictionary holds the hidden state after k layers for k in taps.
         """
+        if start == stop:
+            return h, {}
+        cache.bind(step)
+        self.counters.count_run(start, stop, step)
+        return self._run(h, range(start, stop), step, cache, taps)
+
+    @abstractmethod
+    def _run(
+        self, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Do what `run` says, for one layer or more."""
 
     @abstractmethod
     def logits(self, h: Tensor, head: Head | None = None) -> Tensor:

@@ -78,6 +78,7 @@ class Step:
 
     @property
     def width(self) -> int:
+        """T: columns of the call, padding included."""
         return self.positions.shape[1]
 
     @property

@@ -63,7 +63,7 @@ def busy_cores(seconds: float = 0.1) -> float | None:
 
 
 def busy_warning(busy: float | None, threads: int) -> str | None:
-    """Word that others use the cores, and what to do about it; None where they are free or the system is silent."""
+    """Warn that others use the cores and say what to do; None where they are free or the system does not tell."""
     if busy is None or busy <= BUSY:
         return None
     free = max(1, math.floor(len(_allowed_cores()) - busy))

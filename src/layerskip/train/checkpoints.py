@@ -43,7 +43,10 @@ def clear_staging(output: Path) -> Path:
 
 
 def publish(written: Path, final: Path) -> None:
-    """Flush a folder to the disk and give it its final name in one step, in place of a folder of that name."""
+    """Flush a folder to the disk and give it its final name in one step, in place of a folder of that name.
+
+    Raises: OSError.
+    """
     for folder, _, files in os.walk(written):
         for name in files:
             _flush(Path(folder) / name)

@@ -23,7 +23,7 @@ DRAFT_VOCABULARY = 8192
 """What predictions during training assume: the engine drafts with a head of the most frequent tokens."""
 
 
-class Choice(NamedTuple):
+class Setting(NamedTuple):
     """A setting of drafting and what the cost model predicts for it."""
 
     speedup: float
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 def predicted(
     exits: ExitTraining, agreement: Mapping[int, float], coverage: Mapping[int, float] | None = None
-) -> Choice | None:
+) -> Setting | None:
     """Choose E, K and the draft vocabulary by the cost model in layers, from each exit's agreement per token.
 
     `coverage` is the share of unseen tokens within each size of draft vocabulary; a token outside is never drafted.
@@ -44,7 +44,7 @@ def predicted(
     layers, head, full = len(exits.layers), head_layers(exits), exits.head.weight.shape[0]
     sizes = {min(DRAFT_VOCABULARY, full): 1.0} if coverage is None else coverage
     cells = [
-        Choice(
+        Setting(
             Cost(layers, k, head, head * size / full).speedup(n, expected_tokens(n, alpha * share)),
             k,
             n,
@@ -59,13 +59,13 @@ def predicted(
 
 
 def coverage(trained: Rows, unseen: Rows, ends: Collection[int], vocab_size: int) -> dict[int, float]:
-    """Share of the tokens of unseen rows that the training data's most frequent ones cover, by their number."""
+    """Share of the tokens of unseen rows that the n most frequent tokens of the training data cover, by n."""
     sizes = [size for size in DRAFT_VOCABULARIES if size < vocab_size]
     return {size: covered(unseen, trained.frequent(size, ends)) for size in sizes} | {vocab_size: 1.0}
 
 
 def covered(rows: Rows, ids: Collection[int]) -> float:
-    """Share of the tokens to be learnt in rows that are among `ids`."""
+    """Share of the tokens to be learnt in rows that are among `ids`; NaN where there are none."""
     written = rows.labels[rows.labels != IGNORED]
     return float(np.isin(written, [*ids]).mean())
 
@@ -77,6 +77,7 @@ def head_layers(exits: ExitTraining) -> float:
 
 
 def by_exit(totals: Totals) -> dict[str, float]:
+    """Average the sums per token, as `exit_k_loss` and `exit_k_kl` (nats) and `exit_k_agreement` (0 to 1)."""
     figures: dict[str, float] = {}
     for k in sorted(totals.ce):
         if not (count := totals.tokens[k]):

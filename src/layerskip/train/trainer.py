@@ -212,6 +212,7 @@ class LayerSkipMixin:
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does. Raises: UserError with nothing to resume from, or where a loss is not finite."""
         if resume_from_checkpoint is True:
             found = checkpoints.latest(Path(self.args.output_dir))
             if found is None:
@@ -332,23 +333,23 @@ class _Interrupts(TrainerCallback):
 
     def __init__(self, trainer: LayerSkipMixin) -> None:
         self.trainer = trainer
-        self.before: dict[int, Any] = {}
+        self.handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.interrupted = self.trainer.wants_to_stop = False
         self.trainer.begin_run()
         self.restore()  # a run that starts over with smaller batches begins twice
         if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: Any) -> None:
         self.trainer.wants_to_stop = True
         self.restore()
 
     def restore(self) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.handlers = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.trainer.interrupted:

@@ -98,6 +98,7 @@ class Analysis:
 
     @property
     def best(self) -> Predicted:
+        """The cell with the largest predicted speed-up, below 1 where no setting pays."""
         return self.cells[0]
 
     def best_of(self, key: Callable[[Cell], Any]) -> list[Predicted]:

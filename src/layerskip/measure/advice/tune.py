@@ -173,6 +173,7 @@ class Race:
         return face
 
     def warm_up(self, trials: Sequence[Trial]) -> None:
+        """Decode a little with every trial and plainly; nothing of it is counted."""
         for trial in trials:
             self._decoded(trial, self.groups[0], WARM_UP)
         self._decoded(None, self.groups[0], WARM_UP)

@@ -3,8 +3,8 @@
     draw.exits({"untrained": result, "trained": other}, Path("exits.png"))      # results of `layerskip eval`
     draw.lens(seen, Path("lens.png"), "SmolLM2-135M")
 
-Every function takes what was measured as plain data, writes the file and returns it. Blue is good and orange is
-not, which every kind of colour vision tells apart; what a colour says stands there in signs or numbers as well.
+Functions take what was measured as plain data, write the file and return it. Raises: UserError without matplotlib,
+or where it cannot be written. Blue is good, orange is not: signs or numbers say what a colour says as well.
 """
 
 from __future__ import annotations

@@ -56,13 +56,19 @@ class Chunk:
         return _finite(self.stack.logits(self.states[exit_layer], head), exit_layer)
 
     def own(self, exit_layer: int) -> Tensor:
-        """Read one exit by the head it drafts with: float32 [N, V], -inf where a head of its own has no row."""
+        """Read one exit by the head it drafts with: float32 [N, V], -inf where a head of its own has no row.
+
+        Raises: UserError for logits that are not numbers.
+        """
         head = self.heads.get(exit_layer)
         logits = self.logits(exit_layer, head)
         return logits if head is None else head.scatter(logits, self.stack.vocab_size)
 
     def exits(self, head: Head | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Read one exit after the other, by ascending layer: all by this head, else each as `own` does."""
+        """Read one exit after the other, by ascending layer: all by this head, else each as `own` does.
+
+        Raises: UserError for logits that are not numbers.
+        """
         for exit_layer in sorted(self.states):
             yield exit_layer, self.own(exit_layer) if head is None else self.logits(exit_layer, head)
 

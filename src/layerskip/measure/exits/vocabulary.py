@@ -1,7 +1,8 @@
 """Which tokens deserve a place in the draft head: count them over data, rank them, say what a size covers.
 
-Counted is what a model would write: `text`, the `response` of a prompt/response pair, the assistant's `messages`.
-Every tenth document is held out; the ranking comes from the others, the coverage from the held-out ones.
+Counted is what a model would write: `text`, the `response` of a prompt/response pair, the assistant's `messages`
+(ShareGPT's `conversations` too). Every tenth document is held out; the ranking comes from the others, the coverage
+from the held-out ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from layerskip.errors import UserError
-from layerskip.reading import parsed
+from layerskip.reading import messages_of, parsed
 
 HELD_OUT = 10  # every tenth document
 BATCH = 256  # documents per call of the tokenizer
@@ -74,8 +75,9 @@ def _written(line: str, column: str | None, where: str) -> Iterator[str]:
     names = ("text", *ANSWERS) if column is None else (column,)
     found = next((item[name] for name in names if item.get(name) is not None), None)
     if found is None and column is None:
-        found = item.get("messages")
+        found = item.get("messages", item.get("conversations"))
     if isinstance(found, list):
+        found = messages_of(found, where)
         found = [m.get("content") for m in found if isinstance(m, dict) and m.get("role") == "assistant"]
     texts = found if isinstance(found, list) else [found]
     written = [text for text in texts if isinstance(text, str)]

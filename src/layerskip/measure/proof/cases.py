@@ -63,7 +63,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Failure:
+class Counterexample:
     """The smallest prompts and budget found that still differ, and both outputs."""
 
     case: Case
@@ -86,7 +86,7 @@ class Failure:
 
 
 def read_case(text: str) -> tuple[Case, list[list[int]], int]:
-    """Read what `Failure.spelled` wrote. Raises: UserError."""
+    """Read what `Counterexample.spelled` wrote. Raises: UserError."""
     allowed = 'such as {"exit_layer": 2, "draft_length": 4, "prompts": [[1, 2]], "max_new_tokens": 8}'
     try:
         given = json.loads(text)

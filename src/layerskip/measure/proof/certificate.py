@@ -55,7 +55,10 @@ DRAWS = 768  # of a setting, at most
 
 @dataclass(frozen=True)
 class Scope:
-    """How much is checked. `only` names checks; without `formats` the loaded weight format is the only one."""
+    """How much is checked. `only` names checks; without `formats` the loaded weight format is the only one.
+
+    Raises: UserError for an unknown check.
+    """
 
     max_new_tokens: int = 32
     seconds: float = 240.0
@@ -203,7 +206,10 @@ def against_transformers(ours: Equality, wanted: Sequence[Sequence[int]]) -> Fin
 
 
 def in_format(of: Equality, name: str, clock: Clock) -> Iterator[Finding]:
-    """Load a weight format and compare its drafted output with its own plain one."""
+    """Load a weight format and compare its drafted output with its own plain one, unless it is that loaded already.
+
+    Raises: nothing where the format cannot be loaded: the finding then is that it was not run, and why.
+    """
     lm = of.lm
     if getattr(lm.stack, "quantize", None) == name:
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.measure.proof.cases import Case, Clock, Failure, decoded
+from layerskip.measure.proof.cases import Case, Clock, Counterexample, decoded
 from layerskip.model.parity import PARITY
 from layerskip.model.step import Step
 from layerskip.watch import Watch, silent
@@ -47,6 +47,7 @@ class Finding:
 
     @property
     def lost(self) -> bool:
+        """Whether outputs differ where they must be equal."""
         return self.verdict == DIFFERS
 
 
@@ -96,6 +97,7 @@ class Gap:
     def of(
         cls, stack: Stack, index: int, prompt: Sequence[int], plain: Sequence[int], own: Sequence[int]
     ) -> Gap:
+        """Measure the place at which an output parts from the plain one, by logits of the plain prefix."""
         at = first_difference(plain, own)
         assert at is not None
         if at >= min(len(plain), len(own)):
@@ -124,6 +126,7 @@ class Equality:
 
     @property
     def name(self) -> str:
+        """What is checked: the weight format, else the dtype."""
         quantize = getattr(self.lm.stack, "quantize", None)
         return quantize or dtype_name(self.lm.stack.dtype)
 
@@ -170,7 +173,7 @@ class Equality:
         tokens: int,
         drafts: Counter[str],
         gaps: list[Gap],
-        failure: Failure | None,
+        failure: Counterexample | None,
     ) -> Finding:
         largest = max((gap.relative for gap in gaps), default=0.0)
         told = f"{outputs - len(gaps)} of {outputs} outputs are plain decoding's, token for token"
@@ -195,7 +198,7 @@ class Equality:
             cut=done < len(cases) and failure is None,
         )  # fmt: skip
 
-    def smallest(self, case: Case, chosen: Sequence[int], parted: Sequence[Gap]) -> Failure:
+    def smallest(self, case: Case, chosen: Sequence[int], parted: Sequence[Gap]) -> Counterexample:
         """Look for the shortest prompt prefix and the fewest tokens that still differ, alone if it can be."""
         prompts = [self.prompts[index] for index in chosen]
         alone = [self.prompts[max(parted, key=lambda gap: gap.relative).prompt]]
@@ -213,7 +216,7 @@ class Equality:
         else:
             budget = self.budget
         plain = [decoded(self.lm, [prompt], budget)[0] for prompt in prompts]
-        return Failure(case, prompts, budget, plain, decoded(self.lm, prompts, budget, case))
+        return Counterexample(case, prompts, budget, plain, decoded(self.lm, prompts, budget, case))
 
     def _differ(self, case: Case, prompts: list[list[int]], budget: int) -> bool:
         self.watch(f"{self.name}: the smallest case that differs", 0, 0)

@@ -224,5 +224,6 @@ def p_value(counts: Tensor, law: Tensor) -> float:
 
 
 def chi_square_tail(statistic: float, degrees: int) -> float:
+    """Probability that chi-square exceeds the statistic: the upper regularised gamma function Q(k/2, x/2)."""
     half = torch.tensor([degrees, statistic], dtype=torch.float64) / 2
     return float(torch.special.gammaincc(half[0], half[1])) if degrees else 1.0

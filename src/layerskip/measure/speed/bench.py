@@ -325,5 +325,6 @@ def summed(
 
 
 def by_position(rounds: Sequence[Round], draft_length: int) -> list[float | None]:
+    """Share of drafts kept at each place of a round, of those judged there; see `by_place`."""
     drafted, accepted = np.array([(round.drafted, round.accepted) for round in rounds]).reshape(-1, 2).T
     return by_place(drafted, accepted, draft_length)

@@ -55,6 +55,7 @@ class Card:
 
     @property
     def roofline_tokens_per_s(self) -> float:
+        """Bandwidth over bytes per token: plain decoding cannot be faster when memory is the limit."""
         return self.bandwidth_gb_s * 1e9 / self.bytes_per_token
 
     def as_record(self) -> dict[str, Any]:

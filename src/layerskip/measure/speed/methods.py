@@ -43,10 +43,12 @@ class Run:
 
     @property
     def decode_tokens(self) -> int:
+        """Tokens behind the first arrival, which prefill made."""
         return sum(count for _, count in self.arrivals[1:])
 
     @property
     def decode_s(self) -> float:
+        """Seconds from the first arrival to the last."""
         return self.arrivals[-1][0] - self.arrivals[0][0]
 
     @property
@@ -55,6 +57,7 @@ class Run:
 
     @property
     def tokens_per_round(self) -> float:
+        """Tokens per arrival, the first one left out."""
         return self.decode_tokens / (len(self.arrivals) - 1)
 
 
@@ -177,7 +180,10 @@ def assisting(hf: Any, draft_length: int) -> Iterator[None]:
 
 
 def hugging_face_model(lm: LanguageModel, dtype: torch.dtype) -> Any:
-    """Find the model for Hugging Face's methods: the one behind our stack where it is that, else a second one."""
+    """Find the model for Hugging Face's methods: the one behind our stack where it is that, else a second one.
+
+    Raises: UserError where there is no folder to load it from.
+    """
     if lm.hf is not None and lm.stack.name == "hf" and lm.stack.dtype == dtype:
         return lm.hf
     if lm.path is None:

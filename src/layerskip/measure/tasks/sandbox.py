@@ -65,6 +65,7 @@ class Limits:
     open_files: int = 64
 
     def by_resource(self) -> dict[str, int]:
+        """The limits by resource, as `resource.RLIMIT_...` calls them."""
         return {
             "AS": self.memory_bytes,
             "CPU": int(self.seconds) + 2,  # for when nobody is left to watch the clock
@@ -136,16 +137,19 @@ def run(
         held = [_confined(child) for child in (candidate, *others)]
         began = time.monotonic()
         until = began + limits.seconds
-        status, detail = _program(candidate, asked, until)
-        if status == PASSED and others:
-            status, detail = _test(others[0], judging, candidate, until)
+        try:
+            status, detail = _program(candidate, asked, until)
+            if status == PASSED and others:
+                status, detail = _test(others[0], judging, candidate, until)
+        except _Over as over:
+            status, detail = over.args
         return Outcome(status, detail, time.monotonic() - began, held[0])
 
 
 def run_all(
     jobs: Iterable[tuple[str, ...]], limits: Limits = Limits(), workers: int | None = None
 ) -> list[Outcome]:
-    """Run many jobs, a few side by side; outcomes in the order of the jobs."""
+    """Run many jobs, a few side by side; outcomes in the order of the jobs. Raises: UserError as `run` does."""
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda job: run(**Job(*job)._asdict(), limits=limits), jobs))
 
@@ -201,39 +205,36 @@ def _confined(child: Child) -> tuple[str, ...]:
     return tuple(layers)
 
 
+class _Over(Exception):  # noqa: N818 - not a mistake of ours
+    """A process that was asked gave no answer; carries status and detail of the outcome."""
+
+
+def _answer(child: Child, asked: bytes, until: float, largest: int = wire.LARGEST) -> bytes:
+    """Send a process a frame and read what it says to it. Raises: _Over."""
+    try:
+        wire.send(child.channel, asked, until)
+        return wire.receive(child.channel, until, largest)
+    except TimeoutError:
+        raise _Over(TIMED_OUT, "") from None
+    except EOFError:
+        raise _Over(*_ended(child.process, until)) from None
+    except ValueError:
+        raise _Over(*FORGED) from None
+
+
 def _program(child: Child, job: bytes, until: float) -> tuple[str, str]:
     """Have the program run; what it says of its end is its own word."""
-    try:
-        wire.send(child.channel, job, until)
-        return _verdict(wire.receive(child.channel, until, LONGEST_WORD))
-    except TimeoutError:
-        return TIMED_OUT, ""
-    except EOFError:
-        return _ended(child.process, until)
-    except ValueError:
-        return FORGED
+    return _verdict(_answer(child, job, until, LONGEST_WORD))
 
 
 def _test(judge: Child, job: bytes, candidate: Child, until: float) -> tuple[str, str]:
     """Have the test run, and carry its questions to the candidate and the answers back."""
-    speaker = judge
-    try:
-        wire.send(judge.channel, job, until)
-        while (said := wire.receive(judge.channel, until))[:1] == b"?":
-            if wire.waiting(candidate.channel):
-                return FORGED  # said before it was asked
-            speaker = candidate
-            wire.send(candidate.channel, said[1:], until)
-            answer = wire.receive(candidate.channel, until)
-            speaker = judge
-            wire.send(judge.channel, answer, until)
-        return _verdict(said[1:])
-    except TimeoutError:
-        return TIMED_OUT, ""
-    except EOFError:
-        return _ended(speaker.process, until)
-    except ValueError:
-        return FORGED
+    said = _answer(judge, job, until)
+    while said[:1] == b"?":
+        if wire.waiting(candidate.channel):
+            return FORGED  # said before it was asked
+        said = _answer(judge, _answer(candidate, said[1:], until), until)
+    return _verdict(said[1:])
 
 
 def _verdict(said: bytes) -> tuple[str, str]:

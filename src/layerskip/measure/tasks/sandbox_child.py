@@ -33,6 +33,7 @@ LONGEST_DETAIL = 300
 
 
 def shown(error: BaseException) -> str:
+    """Text of an error on one line, cut; empty where it cannot be had."""
     try:
         return " ".join(str(error).split())[:LONGEST_DETAIL]
     except BaseException:  # noqa: BLE001 - an exception that cannot be shown
@@ -83,6 +84,7 @@ def candidate(channel: int, program: str, test: str, function: str) -> None:
 def answer(
     function: Callable[[], Callable[..., Any]], args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> bytes:
+    """Call the function; its result as a frame: what it returned, what it raised, or that no frame can hold it."""
     try:
         value = function()(*args, **keywords)
     except BaseException as error:  # noqa: BLE001 - it is the answer
@@ -96,6 +98,7 @@ def answer(
 
 
 def raised(error: BaseException) -> bytes:
+    """Describe an exception: its name, its built-in kinds, nearest first, and arguments that are plain data."""
     error.__traceback__ = error.__context__ = None
     kinds = [kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind]
     try:
@@ -155,6 +158,7 @@ def taken(frame: bytes) -> Any:
 
 
 def main() -> None:
+    """Take the socket off standard input, confine this process, read one job and do it."""
     channel = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, HIGH)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):

@@ -108,18 +108,14 @@ class NativeStack(Stack):
         h = F.embedding(tokens, self.table)
         return h if self.embed_scale is None else h * self.embed_scale
 
-    def run(
-        self, h: Tensor, start: int, stop: int, step: Step, cache: Cache, taps: Sequence[int] = ()
+    def _run(
+        self, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if start == stop:
-            return h, {}
-        cache.bind(step)
-        self.counters.count_run(start, stop, step)
         copies = self.single_row if h.shape[:2] == (1, 1) else 1
         if copies > 1:
             h = h.expand(1, copies, -1).contiguous()  # [1, 4, D]: see `Packed`
         tapped = {}
-        for index in range(start, stop):
+        for index in layers:
             layer = self.layers[index]
             h = layer.out.added_to(h, self._attended(layer, index, h, step, cache, copies))
             gate_up = layer.gate_up(self._normed(layer.before_mlp, h, copies))

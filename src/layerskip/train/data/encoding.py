@@ -40,7 +40,10 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How examples become rows of at most `length` tokens."""
+    """How examples become rows of at most `length` tokens.
+
+    Raises: UserError for an unknown choice or rows of one token.
+    """
 
     length: int
     template: str = (
@@ -319,8 +322,8 @@ class _Coder:
                 stops.append((self._rendered(messages[: number + 1], False, example), True))
         if messages[-1]["role"] != "assistant":
             stops.append((self._rendered(messages, False, example), False))
-        for (before, _), (text, _) in itertools.pairwise(stops):
-            if not text.startswith(before):
+        for (shorter, _), (text, _) in itertools.pairwise(stops):
+            if not text.startswith(shorter):
                 raise UserError(
                     f"{example.get('where')}: the chat template shows earlier turns differently in a longer chat",
                     "give one example per answer, as prompt (a list of messages) and completion",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.errors import UserError, nearest
-from layerskip.reading import named_path, parsed, reason
+from layerskip.reading import messages_of, named_path, parsed, reason, spoken
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 DATA = {".jsonl", ".ndjson", ".json", ".parquet", *TABLES}
@@ -38,11 +38,6 @@ REFUSED = {  # what these hold is not text, whatever their bytes decode to
         (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it; .gz is read as it is"
     ),
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".rtf"), "save its text as .txt"),
-}
-_SPEAKERS = {  # ShareGPT's names, by those of chat templates
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "bard", "bing"), "assistant"),
-    "system": "system",
 }
 # Usual names of what our columns hold, for the hint when a column is missing.
 _ALIASES = {
@@ -247,7 +242,7 @@ def _example(where: str, record: Any, columns: Columns) -> Example:
     kept = {key: record[key] for key in _KEPT if key in has}
     if columns.messages in has:
         return {"messages": _messages(record[columns.messages], where), **kept}
-    if _spoken(record.get("conversations")):
+    if spoken(record.get("conversations")):
         return {"messages": _messages(record["conversations"], where), **kept}
     if {columns.prompt, columns.completion} <= has:
         return {**_pair(record[columns.prompt], record[columns.completion], where, columns), **kept}
@@ -280,27 +275,12 @@ def _pair(prompt: Any, completion: Any, where: str, columns: Columns) -> Example
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: the chat has no messages", _SHAPE)
-    if _spoken(value):
-        value = [_turn(message, where) for message in value]
+    value = messages_of(value, where)
     for index, message in enumerate(value, 1):
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                 raise UserError(f"{where}: message {index} has no text under {key!r}", _SHAPE)
     return [dict(message) for message in value]
-
-
-def _spoken(value: Any) -> bool:
-    """Whether a chat is ShareGPT's: turns of `from` and `value`."""
-    return isinstance(value, list) and any(isinstance(one, Mapping) and "from" in one for one in value)
-
-
-def _turn(message: Any, where: str) -> Any:
-    if not isinstance(message, Mapping) or "from" not in message:
-        return message
-    speaker = str(message["from"])
-    if speaker.lower() not in _SPEAKERS:
-        raise UserError(f"{where}: nobody is known as {speaker[:40]!r}", f"known: {', '.join(_SPEAKERS)}")
-    return {"role": _SPEAKERS[speaker.lower()], "content": message.get("value")}
 
 
 def _hint(record: Mapping[str, Any], columns: Columns) -> str:

@@ -51,7 +51,7 @@ def export(
                 model.save_pretrained(making)
             for file in _copied(run.folder):
                 shutil.copyfile(file, making / file.name)
-            (making / "README.md").write_text(card(run.recipe, facts, result), encoding="utf-8")
+            (making / "README.md").write_text(model_card(run.recipe, facts, result), encoding="utf-8")
             _move(making, output)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -64,7 +64,7 @@ def export(
     trainer.accelerator.wait_for_everyone()
 
 
-def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
+def model_card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     """Write the model card: how to use it, what each exit knows, how it was trained."""
     base = Path(recipe.model).name if recipe.model and recipe.from_config is None else None
     header = [
@@ -80,7 +80,7 @@ def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
         f"{base or 'A model from random weights'}, trained with layer dropout and early-exit loss, so that its "
         "first layers can draft for the rest (LayerSkip, arXiv 2404.16710).",
         "",
-        "```",
+        "```sh",
         f'layerskip generate ./{Path(str(result["output"])).name} "..."',
         "```",
         "",
@@ -100,7 +100,7 @@ def card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     )  # fmt: skip
     steps, tokens = result["steps"], result.get("tokens")
     trained = f"{steps} steps" + ("" if tokens is None else f", {tokens:,} tokens with padding")
-    lines += ["", f"Recipe {recipe.name or 'of its own'}, {trained}.", "", "```"]
+    lines += ["", f"Recipe {recipe.name or 'of its own'}, {trained}.", "", "```text"]
     lines += [f"{key}: {getattr(recipe, key)}" for key in keys]
     lines += [f"lora: rank {recipe.lora.rank}, merged"] if recipe.lora else []
     return "\n".join([*lines, "```", ""])

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def configuration_of(recipe: Recipe) -> tuple[Path, Any]:
-    """Find the model's folder and its configuration; with from_config the folder is that of the tokenizer."""
+    """Find the model's folder and its configuration; with from_config the folder is that of the tokenizer.
+
+    Raises: UserError where the recipe names neither, or what it names cannot be had or read.
+    """
     from transformers import AutoConfig
 
     from layerskip.checkpoint import resolve as hub
@@ -47,6 +50,7 @@ def configuration_of(recipe: Recipe) -> tuple[Path, Any]:
 
 
 def check_length(recipe: Recipe, config: Any) -> None:
+    """Refuse rows longer than the model's context. Raises: UserError."""
     from layerskip.model.families import context_of
 
     context = context_of(config.get_text_config())
@@ -58,6 +62,7 @@ def check_length(recipe: Recipe, config: Any) -> None:
 
 
 def tokenizer_of(folder: Path) -> Any:
+    """Read the tokenizer of the model's folder. Raises: UserError without one."""
     tokenizer = tokenizer_in(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer", "model=NAME gives one beside from_config")
@@ -82,6 +87,7 @@ def rows_of(
     """Read the rows to train on, and those to evaluate on: of eval_data, else of examples that are set aside.
 
     Examples are set aside before packing, the same ones for the same data and seed.
+    Raises: UserError for data that cannot be read or encoded, or give no rows.
     """
     from layerskip.train.data import packing as data
 
@@ -126,7 +132,7 @@ def num_held_out(recipe: Recipe, examples: int) -> int:
 
 
 def model_for(recipe: Recipe, folder: Path, config: Any) -> Any:
-    """Load or make the model, float32."""
+    """Load or make the model, float32 on the CPU. Raises: UserError for a configuration no model can be made of."""
     import torch
 
     from layerskip.model.load import load_model
@@ -152,6 +158,7 @@ def model_for(recipe: Recipe, folder: Path, config: Any) -> Any:
 
 
 def check_packing(recipe: Recipe, model: Any) -> None:
+    """Refuse to pack examples where the model does not keep them apart. Raises: UserError."""
     from layerskip.train.data.packing import packs
 
     if recipe.pack and not packs(model):

@@ -60,6 +60,10 @@ class Run:
 
 
 def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkipArguments:
+    """Say a recipe as Hugging Face's arguments.
+
+    Raises: UserError for settings that exclude one another or do not fit this machine.
+    """
     import torch
 
     from layerskip.train.arguments import LayerSkipArguments

@@ -42,7 +42,7 @@ from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
 
 if TYPE_CHECKING:
-    from layerskip.train.figures import Choice
+    from layerskip.train.figures import Setting
     from layerskip.watch import Watch
 
 RECIPE_FILE = "recipe.yaml"
@@ -197,7 +197,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     return result
 
 
-def _choice(trainer: Any, run: Run, exits: dict[str, Any]) -> Choice | None:
+def _choice(trainer: Any, run: Run, exits: dict[str, Any]) -> Setting | None:
     """Choose E, K and the size of the draft vocabulary from what rows said that were not trained on."""
     from layerskip.train import figures
 
@@ -260,20 +260,20 @@ def checked_output(recipe: Recipe, resume: bool) -> Path:
     output = named_path(recipe.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "name a folder")
-    before = output / RECIPE_FILE
-    if resume and before.is_file():
-        keys = [key for key in differing_keys(read_recipe(str(before)), recipe) if key not in MAY_DIFFER]
+    recorded = output / RECIPE_FILE
+    if resume and recorded.is_file():
+        keys = [key for key in differing_keys(read_recipe(str(recorded)), recipe) if key not in MAY_DIFFER]
         if keys:
             raise UserError(
                 f"the run in {output} has another recipe, it differs in {', '.join(keys)}",
-                f"resume with the same settings (`layerskip train {before} --resume`), or choose another output",
+                f"resume with the same settings (`layerskip train {recorded} --resume`), or choose another output",
             )
     elif output.is_dir() and any(output.iterdir()):
         if resume:
             raise UserError(
                 f"{output} holds no run to resume: it has no {RECIPE_FILE}", "choose another output"
             )
-        hint = "--resume continues it, " if before.is_file() else ""
+        hint = "--resume continues it, " if recorded.is_file() else ""
         raise UserError(f"output {output} is not empty", f"{hint}another output starts afresh")
     return output
 
@@ -289,9 +289,9 @@ def _facts(run: Run) -> dict[str, Any]:
 def _check_unchanged(run: Run) -> None:
     """Raises: UserError when a resumed run would train on other rows than the one it goes on with."""
     file, now = run.output / FACTS_FILE, _facts(run)
-    before = read_json(file, dict, "choose another output") if file.is_file() else now
-    changed = ["the data" if key == "data" else f"{key} ({before.get(key)} before, now {value})"
-               for key, value in now.items() if before.get(key, value) != value]  # fmt: skip
+    recorded = read_json(file, dict, "choose another output") if file.is_file() else now
+    changed = ["the data" if key == "data" else f"{key} ({recorded.get(key)} before, now {value})"
+               for key, value in now.items() if recorded.get(key, value) != value]  # fmt: skip
     if changed:
         raise UserError(
             f"the run in {run.output} cannot go on exactly, these changed: {', '.join(changed)}",

@@ -1,7 +1,7 @@
 """Keep the whole model what it was by the state at its exit, without running the layers above.
 
     anchor = anchor_of(model, exit_layer, rows, seed)         # before training
-    anchor.price(anchor.before(**inputs), states, live)       # nats, summed over tokens
+    anchor.price(anchor.unmoved(**inputs), states, live)      # nats, summed over tokens
 
 Training moves the state that the layers above read by d. To second order, what they then say diverges from what
 they said by KL = d F d / 2, where F is the Fisher information of the model's own predictions about that state: the
@@ -35,17 +35,17 @@ ROWS = 40  # of the training data, for the Fisher information
 class Anchor:
     """The first layers as they were, and what moving their result costs."""
 
-    before: Callable[..., Tensor]  # inputs of the model -> state at the exit before training, [B, T, D]
+    unmoved: Callable[..., Tensor]  # inputs of the model -> state at the exit before training, [B, T, D]
     fisher: Tensor  # float32 [D, D]
 
-    def price(self, was: Tensor, now: Tensor, live: Tensor) -> Tensor:
-        """Estimate KL(before || now) at the output: nats, summed over live tokens.
+    def price(self, unmoved: Tensor, now: Tensor, live: Tensor) -> Tensor:
+        """Estimate KL(unmoved || now) at the output: nats, summed over live tokens.
 
-        Shapes: was and now [B, T, D], live bool [B, T].
+        Shapes: unmoved and now [B, T, D], live bool [B, T].
         """
         self.fisher = self.fisher.to(now.device)
         with torch.autocast(now.device.type, enabled=False):
-            moved = now[live].float() - was[live].float()  # [N, D]
+            moved = now[live].float() - unmoved[live].float()  # [N, D]
             total: Tensor = 0.5 * torch.linalg.vecdot(moved @ self.fisher, moved).sum()
         return total
 
@@ -120,12 +120,12 @@ def _first_layers(hf: Any, exit_layer: int) -> Callable[..., Tensor]:
     layers[exit_layer - 1].register_forward_hook(catch)
 
     @torch.no_grad()
-    def before(**inputs: Any) -> Tensor:
+    def unmoved(**inputs: Any) -> Tensor:
         device = next(iter(inputs.values())).device
         cut.to(device).base_model(**inputs, use_cache=False)
         return caught.pop()
 
-    return before
+    return unmoved
 
 
 def _pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,7 +17,7 @@ from layerskip.model.families import parts_of
 from layerskip.train.data.packing import most_frequent
 from layerskip.train.objective import exit_map
 from layerskip.train.objective.anchor import anchor_of
-from layerskip.train.objective.reference import before_training
+from layerskip.train.objective.reference import reference_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +72,7 @@ def bound(
         vocabulary = most_frequent(labels.numpy(), vocabulary, _ends(hf))
     reference = anchor = None
     if objective.last_loss == "kl" and objective.freeze != "model":  # a frozen one stays without being told
-        reference = before_training(model, dtype)
+        reference = reference_of(model, dtype)
     elif objective.last_loss == "anchor":
         device = next(hf.parameters()).device if device is None else device
         rows = _needed(batches, "last_loss anchor measures the model")

@@ -58,22 +58,23 @@ class LayerDropout:
         self.rates: list[float] = []
         self.kept: NDArray[np.bool_] | None = None
         self._indices: list[Tensor] = []
-        self._before: list[Any] = []
+        self._replaced: list[Any] = []
 
     def attach(self) -> None:
-        assert not self._before, "attached already"
+        """Wrap the forward of every layer; `detach` puts it back."""
+        assert not self._replaced, "attached already"
         for index, layer in enumerate(self.layers):
-            before = layer.__dict__.get("forward")
-            self._before.append(before)
-            layer.forward = self._wrapped(index, _of_class(layer) if before is None else before)
+            replaced = layer.__dict__.get("forward")
+            self._replaced.append(replaced)
+            layer.forward = self._wrapped(index, _of_class(layer) if replaced is None else replaced)
 
     def detach(self) -> None:
-        for layer, before in zip(self.layers, self._before, strict=True):
-            if before is None:
+        for layer, replaced in zip(self.layers, self._replaced, strict=True):
+            if replaced is None:
                 del layer.forward
             else:
-                layer.forward = before
-        self._before = []
+                layer.forward = replaced
+        self._replaced = []
 
     def set(self, rates: Sequence[float], kept: NDArray[np.bool_] | None, device: torch.device) -> None:
         """Say who is kept, [L, rows], in the passes to come; None runs everything. One copy to the device."""
@@ -135,6 +136,8 @@ def sliced(value: Any, chosen: Tensor, rows: int) -> Any:
 
     Per sample is what has two or more dimensions and `rows` as its first size: masks, position ids, rotary
     tables. A first size of 1 is shared by all rows.
+
+    Raises: UserError for the block masks of flex attention, which cannot be cut.
     """
     if rows == 1:
         return value

@@ -56,6 +56,7 @@ class Totals:
     seen: int = 0  # tokens read, with and without a loss, padding among them
 
     def add(self, sums: Sums) -> None:
+        """Add the sums of one call; they stay on the device."""
         for place, k in enumerate(sums.exits):
             for total, part in ((self.ce, sums.ce), (self.kl, sums.kl), (self.agreement, sums.agreement)):
                 total[k] = total[k] + part[place] if k in total else part[place]
@@ -114,7 +115,7 @@ class ExitTraining:
         self._wanted: set[int] = set()
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
-        self._before: Any = None
+        self._replaced: Any = None
         self._eager: dict[Any, Any] = {}
 
     @property
@@ -122,7 +123,10 @@ class ExitTraining:
         return bool(self._hooks)
 
     def attach(self) -> None:
-        """Put the recipe into the model's forward, in place of another one there; no parameter is renamed."""
+        """Put the recipe into the model's forward, in place of another one there; no parameter is renamed.
+
+        Raises: UserError where the model's logits are not head(final norm(x)).
+        """
         if (other := getattr(self.hf.forward, "exit_training", None)) is not None:
             other.detach()  # a second trainer of the same model must not train through the first
         check_logits(self.hf, self.finish, self.softcap)
@@ -135,7 +139,7 @@ class ExitTraining:
         for k, layer in enumerate(self.layers, 1):
             hook = functools.partial(self._eager[self._catch], k)
             self._hooks.append(layer.register_forward_hook(hook))
-        self._before = self.hf.__dict__.get("forward")
+        self._replaced = self.hf.__dict__.get("forward")
         original, inner = self.hf.forward, disable(self._forward, recursive=False)
 
         @functools.wraps(original)
@@ -153,10 +157,10 @@ class ExitTraining:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._eager = [], {}
-        if self._before is None:
+        if self._replaced is None:
             del self.hf.forward
         else:
-            self.hf.forward = self._before
+            self.hf.forward = self._replaced
 
     def __enter__(self) -> ExitTraining:
         self.attach()
@@ -179,12 +183,12 @@ class ExitTraining:
     @contextmanager
     def measurement(self) -> Iterator[Totals]:
         """Measure the exits in evaluation mode, into totals of their own; those of training go on afterwards."""
-        before = self.measuring, self.totals
+        of_training = self.measuring, self.totals
         self.measuring, self.totals = True, Totals()
         try:
             yield self.totals
         finally:
-            self.measuring, self.totals = before
+            self.measuring, self.totals = of_training
 
     # -- inside the model's forward ----------------------------------------------------------------------------
 
@@ -216,12 +220,12 @@ class ExitTraining:
             return out
         divisor = kwargs.pop("num_items_in_batch", None)
         rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
-        before = (
+        reference = (
             self._eager[self._referred](rest, tokens)
             if hf.training and self.bound.reference is not None
             else None
         )
-        was = self.bound.anchor.before(**rest) if hf.training and self.bound.anchor is not None else None
+        unmoved = self.bound.anchor.unmoved(**rest) if hf.training and self.bound.anchor is not None else None
         self._wanted, self._caught = exits - {last}, {}
         try:
             final = hf.base_model(**rest, use_cache=False).last_hidden_state
@@ -229,7 +233,7 @@ class ExitTraining:
             self._wanted, caught = set(), self._caught
             self._caught = {}
         positions = rest.get("position_ids")
-        return self._eager[self._loss](final, caught, labels, weights, divisor, before, was, positions)
+        return self._eager[self._loss](final, caught, labels, weights, divisor, reference, unmoved, positions)
 
     @torch.no_grad()
     def _referred(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
@@ -282,8 +286,8 @@ class ExitTraining:
         labels: Tensor,
         weights: dict[int, float],
         divisor: Tensor | int | None,
-        before: Tensor | None,
-        was: Tensor | None,
+        reference: Tensor | None,
+        unmoved: Tensor | None,
         positions: Tensor | None,
     ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -291,11 +295,11 @@ class ExitTraining:
         wanted, last = labels[:, 1:].reshape(-1), self.schedule.num_layers
         learnt, short, price = wanted != IGNORED, None, None
         count = learnt.sum().clamp_min(1) if divisor is None else divisor
-        if was is not None or self._whole is not None:  # the loss has parts: one divisor for all
+        if unmoved is not None or self._whole is not None:  # the loss has parts: one divisor for all
             divisor = count
-        if was is not None and self.bound.anchor is not None:  # in place of the last layer's loss
+        if unmoved is not None and self.bound.anchor is not None:  # in place of the last layer's loss
             now, live = caught[max(caught)], live_tokens(labels, positions)
-            price = weights[last] * self.bound.anchor.price(was, now, live) / count
+            price = weights[last] * self.bound.anchor.price(unmoved, now, live) / count
             weights, final = {**weights, last: 0.0}, final.detach()
         if self._whole is not None:
             whole = torch.tensor(self._whole, device=labels.device).repeat_interleave(labels.shape[1] - 1)
@@ -311,9 +315,9 @@ class ExitTraining:
             "exit_loss": self.bound.objective.exit_loss,
             "divisor": divisor,
         }
-        known = None if before is None or not len(places) else _picked(before, places)
+        known = None if reference is None or not len(places) else _picked(reference, places)
         loss, sums = multi_exit_loss(
-            states, wanted[places], weights, self.head.weight, self.head.bias, **given, before=known
+            states, wanted[places], weights, self.head.weight, self.head.bias, **given, reference=known
         )
         self.totals.add(sums)  # figures are those of whole rows: there is a last layer to agree with
         if short is not None:

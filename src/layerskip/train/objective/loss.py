@@ -45,21 +45,21 @@ def multi_exit_loss(
     softcap: float | None = None,
     exit_loss: str = "ce",
     divisor: Tensor | int | None = None,
-    before: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """Weighted loss of several exits over the same tokens, and each exit's figures at no extra cost.
 
     `states` holds, by exit layer, what the head reads (after the final norm); the largest exit is the final layer:
-    it is trained by cross entropy and teaches the others, detached, where `exit_loss` has `kl`. `before` is what
+    it is trained by cross entropy and teaches the others, detached, where `exit_loss` has `kl`. `reference` is what
     the head read at the final layer before training: the final layer then learns that law, not the labels.
-    Shapes: states and before [N, D], labels [N] of valid token ids, head [V, D], bias [V].
+    Shapes: states and reference [N, D], labels [N] of valid token ids, head [V, D], bias [V].
     Units: nats; the sum over tokens divided by `divisor` (N without one), times the weights.
     """
     order = sorted(states, reverse=True)  # the final layer first: the others are compared with it
     num = max(1, len(labels)) if divisor is None else divisor
     config = _Config(tuple(weights.get(k, 0.0) for k in order), softcap, exit_loss)
     apply: Any = _MultiExit.apply
-    loss, figures = apply(config, labels, num, head, bias, before, *(states[k] for k in order))
+    loss, figures = apply(config, labels, num, head, bias, reference, *(states[k] for k in order))
     back = [order.index(k) for k in sorted(order)]
     ce, kl, agreement = figures[:, back]
     return loss, Sums(tuple(sorted(order)), ce, kl, agreement, len(labels))
@@ -81,7 +81,7 @@ class _MultiExit(torch.autograd.Function):
         divisor: Tensor | int,
         head: Tensor,
         bias: Tensor | None,
-        before: Tensor | None,
+        reference: Tensor | None,
         *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
         device = head.device
@@ -101,12 +101,12 @@ class _MultiExit(torch.autograd.Function):
                     labels[part],
                     figures,
                     [None if d is None else d[part] for d in d_states],
-                    None if before is None else before[part],
+                    None if reference is None else reference[part],
                 )
             weights = torch.tensor(config.weights, device=device)
             ce, kl = figures[0], figures[1]
             parts = {"ce": ce, "kl": kl, "ce+kl": ce + kl}[config.exit_loss]
-            last = ce[:1] if before is None else kl[:1]
+            last = ce[:1] if reference is None else kl[:1]
             loss = (torch.cat([last, parts[1:]]) * weights).sum() / divisor
         ctx.save_for_backward(
             *(d for d in d_states if d is not None), *(g for g in (work.d_head, work.d_bias) if g is not None)
@@ -147,14 +147,14 @@ class _Work:
         labels: Tensor,
         figures: Tensor,
         d_states: Sequence[Tensor | None],
-        before: Tensor | None,
+        reference: Tensor | None,
     ) -> None:
         """Add one chunk's figures and gradients (undivided); the final layer comes first."""
         teacher: Tensor | None = None
         self_information: Tensor | None = None
         best: Tensor | None = None
-        if before is not None:
-            teacher = self._logits(before.to(self.head.dtype))[0].log_softmax(-1)
+        if reference is not None:
+            teacher = self._logits(reference.to(self.head.dtype))[0].log_softmax(-1)
             logarithm, teacher = teacher, teacher.exp()
             self_information = torch.linalg.vecdot(teacher, logarithm)
         distils = "kl" in self.config.exit_loss and len(states) > 1
@@ -182,7 +182,7 @@ class _Work:
             elif place == 0:
                 teacher = None
             if self.wants_any and weight > 0.0:
-                loss = self.config.exit_loss if place else "ce" if before is None else "kl"
+                loss = self.config.exit_loss if place else "ce" if reference is None else "kl"
                 self._gradient(z, x, labels, taught_by, loss, weight, slope, d_states[place])
             elif (d := d_states[place]) is not None:
                 d.zero_()

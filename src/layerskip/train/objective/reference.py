@@ -1,6 +1,6 @@
 """The model as it was before training, for a last layer that is to stay so.
 
-reference = before_training(model)      # before a trainer touches it
+reference = reference_of(model)        # before a trainer touches it
 reference(**inputs)                     # [B, T, D]
 """
 
@@ -29,7 +29,7 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def before_training(model: Any, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
+def reference_of(model: Any, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
     """Give a function from a model's inputs to what its head reads now, [B, T, D], whatever training changes.
 
     With adapters it is the model without them; else a frozen copy on its device, in `dtype` if one is given.

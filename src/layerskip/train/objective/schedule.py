@@ -108,7 +108,10 @@ def enabled_exits(
 
 @dataclass(frozen=True)
 class Schedule:
-    """A recipe's choice of the above for a model of `num_layers` layers; checked when it is made."""
+    """A recipe's choice of the above for a model of `num_layers` layers.
+
+    Raises: UserError for an unknown choice, a value out of range, or exits that would never be trained.
+    """
 
     num_layers: int
     p_max: float = 0.1
@@ -152,10 +155,11 @@ class Schedule:
         return cls(num_layers, **named, exits=None if exits is None else tuple(exits))
 
     def drop_rates(self, step: int, total: int) -> list[float]:
+        """Rate at which each layer is dropped at this step, the first layer first."""
         return drop_rates(self.num_layers, self.p_max, self.drop_depth, self.drop_time, step, total)
 
     def weights(self, step: int, total: int) -> dict[int, float]:
-        """Weights of the exits on at this step."""
+        """Weights of the exits on at this step: by exit layer, the last layer included, summing to 1."""
         enabled = enabled_exits(self.num_layers, self.curriculum, step, total, self.rotation, self.exits)
         return exit_weights(self.num_layers, enabled, self.e_scale, self.weighting)
 
