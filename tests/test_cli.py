@@ -99,7 +99,7 @@ def test_streamed_text_is_the_text_and_the_statistics_go_to_stderr(run, one, fol
         assert message.count("\n") == 1
     assert "E 1, not verified" in message
     code, _, message = run("generate", *arguments, *SPECULATIVE)
-    assert all(part in message for part in ("E 2, K 3", "% ·", "tokens/round"))
+    assert all(part in message for part in ("exit E 2, K 3 ", "% kept ·", "tokens/round"))
 
 
 def test_the_prefill_rate_of_a_turn_counts_what_was_computed(one, folder):
@@ -116,7 +116,7 @@ def test_text_is_shown_as_it_is_and_drafts_in_colour(monkeypatch, capsys):
     show("")
     assert capsys.readouterr().out == text
     monkeypatch.setattr(out, "_color_system", 1)  # a terminal with colours
-    show("draft", KEPT)
+    show("draft", KEPT["exit"])
     show("own")
     assert capsys.readouterr().out == "\x1b[32mdraft\x1b[0mown"
 

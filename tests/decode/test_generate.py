@@ -14,6 +14,7 @@ SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_length": 3}
 MESSAGES = [{"role": "user", "content": "hello"}]
 KEYS = [
     "mode",
+    "drafter",
     "exit_layer",
     "draft_length",
     "policy",
@@ -25,6 +26,8 @@ KEYS = [
 KEYS += [
     "decode_tokens_per_s",
     "rounds",
+    "plain_rounds",
+    "by_source",
     "drafted",
     "accepted",
     "acceptance",
@@ -82,7 +85,7 @@ def test_a_list_comes_back_in_input_order_whatever_the_batch_size(texts):
 def test_statistics_have_exactly_these_keys_and_count_the_work_of_the_method(texts):
     speculative = texts.generate("hello", max_new_tokens=NEW, **SPECULATIVE)
     stats = speculative.stats
-    rounds = [round for round in speculative.rounds if round.source == "self-speculative"]
+    rounds = [round for round in speculative.rounds if round.source == "exit"]
     assert list(stats) == KEYS
     assert (stats["mode"], stats["exit_layer"], stats["draft_length"]) == ("self-speculative", 2, 3)
     assert (stats["prompt_tokens"], stats["new_tokens"], stats["rounds"]) == (5, NEW, len(rounds))
@@ -105,7 +108,7 @@ def test_statistics_have_exactly_these_keys_and_count_the_work_of_the_method(tex
 def test_the_mode_follows_what_was_chosen(texts):
     modes = [{}, {"exit_layer": 1}, {"draft_length": 2}, {"mode": "ar", "exit_layer": 1}]
     chosen = [texts.generate("a", max_new_tokens=1, **options).stats["mode"] for options in modes]
-    assert chosen == ["ar", "self-speculative", "self-speculative", "ar"]
+    assert chosen == ["self-speculative", "self-speculative", "self-speculative", "ar"]
 
 
 def test_a_sampled_call_without_a_seed_follows_torchs_global_one(texts):

@@ -10,6 +10,7 @@ import transformers
 import tiny
 from conftest import FULL
 from layerskip.checkpoint.facts import Facts
+from layerskip.decode.control import TRAINED
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.options import DEFAULT_CONFIDENCE, Options
 from layerskip.errors import UserError
@@ -22,6 +23,10 @@ POLICIES = {
     "confidence": {"confidence": 0.5},
     "confidence, unguarded": {"policy": "confidence", "confidence": 0.9, "guard": False},
     "adaptive": {"policy": "adaptive"},
+    "by tokens alone": {"policy": "fixed"},
+    "adaptive, exits alone": {"policy": "adaptive", "drafter": "exit"},
+    "copies": {"drafter": "lookup"},
+    "copies by tokens alone": {"drafter": "lookup", "policy": "fixed"},
     "adaptive, confident, unguarded": {"policy": "adaptive", "confidence": 0.5, "guard": False},
 }
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
@@ -94,61 +99,60 @@ def test_stop_strings_and_conversations_work_under_every_policy(name):
 @pytest.mark.parametrize(
     ("facts", "given", "expected"),
     [
-        ({}, {}, ("ar", "fixed", 0.0, False)),
-        ({}, {"policy": "adaptive"}, ("self-speculative", "adaptive", DEFAULT_CONFIDENCE, True)),
-        ({}, {"confidence": 0.3}, ("self-speculative", "confidence", 0.3, True)),
-        ({}, {"guard": True}, ("self-speculative", "fixed", 0.0, True)),
-        ({"exit_layer": 2, "exits": (2,)}, {}, ("self-speculative", "fixed", 0.0, False)),
+        ({}, {}, ("lookup", "adaptive", 0.0, True)),
+        ({}, {"policy": "adaptive"}, ("lookup", "adaptive", 0.0, True)),
+        ({}, {"confidence": 0.3}, ("exit", "confidence", 0.3, True)),
+        ({}, {"guard": True}, ("lookup", "adaptive", 0.0, True)),
+        ({}, {"policy": "fixed"}, ("lookup", "fixed", 0.0, True)),
+        ({}, {"temperature": 0.8}, ("lookup", "fixed", 0.0, True)),
+        ({}, {"drafter": "off"}, ("off", "fixed", 0.0, False)),
+        ({"drafter": "off"}, {}, ("off", "fixed", 0.0, False)),
+        ({"drafter": "off"}, {"drafter": "lookup"}, ("lookup", "adaptive", 0.0, True)),
+        ({"exit_layer": 2, "exits": (2,)}, {}, ("auto", "fixed", 0.0, True)),
+        ({"exit_layer": 2, "exits": (2,)}, {"drafter": "lookup"}, ("lookup", "adaptive", 0.0, True)),
+        ({}, {"drafter": "auto", "exit_layer": 2}, ("auto", "fixed", 0.0, True)),
         (
             {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
             {},
-            ("self-speculative", "adaptive", DEFAULT_CONFIDENCE, True),
+            ("auto", "adaptive", DEFAULT_CONFIDENCE, True),
         ),
         (
             {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
             {"exit_layer": 1},
-            ("self-speculative", "fixed", 0.0, False),
+            ("exit", "fixed", 0.0, False),
         ),
         (
             {"exit_layer": 2, "exits": (2,), "policy": "fixed"},
             {"confidence": 0.5},
-            ("self-speculative", "confidence", 0.5, True),
+            ("exit", "confidence", 0.5, True),
         ),
         (
             {"exit_layer": 2, "exits": (2,), "policy": "confidence", "confidence": 0.7},
             {},
-            ("self-speculative", "confidence", 0.7, True),
+            ("auto", "confidence", 0.7, True),
         ),
         (
             {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
             {"temperature": 0.8},
-            ("self-speculative", "fixed", 0.0, False),
+            ("auto", "fixed", 0.0, True),
         ),
         (
             {"exit_layer": 2, "exits": (2,), "policy": "adaptive"},
             {"policy": "confidence", "guard": False},
-            ("self-speculative", "confidence", DEFAULT_CONFIDENCE, False),
+            ("auto", "confidence", DEFAULT_CONFIDENCE, False),
         ),
         (
             {"exit_layer": 2, "exits": (2,), "mode": "ar", "policy": "adaptive"},
             {},
-            ("ar", "fixed", 0.0, False),
+            ("lookup", "adaptive", 0.0, True),
         ),
     ],
 )
 def test_a_plan_follows_what_is_given_then_the_checkpoint(facts, given, expected):
     plan = Options.parse(given).plan(Facts(**facts), L)
-    assert (plan.mode, plan.policy, plan.confidence, plan.guard) == expected
-    # what a plan says can be given back: `bench` does
-    again = {
-        "mode": plan.mode,
-        "policy": plan.policy,
-        "confidence": plan.confidence or None,
-        "guard": plan.guard,
-    }
-    assert Options.parse({**again, "exit_layer": 2 if plan.mode != "ar" else None}).plan(
-        Facts(), L
-    ).policy == (plan.policy)
+    assert (plan.drafter, plan.policy, plan.confidence, plan.guard) == expected
+    again = Options.parse(plan.keywords).plan(Facts(drafter="exit", exit_layer=3), L)
+    assert again == plan, "what a plan says can be given back: `bench` does"
 
 
 @pytest.mark.parametrize(
@@ -168,5 +172,5 @@ def test_a_controller_is_kept_per_plan_and_draft_head(lm):
     assert len(lm.controllers) == 3
     first = next(iter(lm.controllers.values()))
     assert {arm.exit_layer for arm in first.arms} == set(lm.facts.exits)
-    assert first.prior > 0.5, "these exits are trained"
+    assert first.prior == TRAINED, "these exits are trained"
     assert dataclasses.asdict(first.plain)["exit_layer"] == L

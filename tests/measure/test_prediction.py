@@ -109,9 +109,7 @@ def test_a_long_context_is_computed_before_anything_is_timed(lm, monkeypatch):
     round_times.round_times(lm, [5, 6, 7, 8, 9], [2], [2], [0], batch_size=2, turns=1)
     clocks = [i for i, one in enumerate(steps) if one == "clock"]
     between = [steps[a + 1 : b] for a, b in zip(clocks[::2], clocks[1::2], strict=True)]
-    assert all(
-        len(one) == 1 and {r.source for r in one[0]} <= {"plain", "self-speculative"} for one in between
-    )
+    assert all(len(one) == 1 and {r.source for r in one[0]} <= {"plain", "exit"} for one in between)
     assert [len(one[0]) for one in between] == [2, 2], "rounds of both rows"
     assert sum(r.source == "prefill" for one in steps[: clocks[0]] for r in one) >= 6
 

@@ -74,6 +74,9 @@ def bench(
         policy=drafting.policy,
         confidence=drafting.confidence,
         guard=drafting.guard,
+        drafter=drafting.drafter,
+        match_min=drafting.match_min,
+        copy_length=drafting.copy_length,
     )
     settings.options(draft_vocab=settings.draft_vocab or "auto")
     lines = prompts.lines()

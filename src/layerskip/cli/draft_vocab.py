@@ -51,7 +51,7 @@ def draft_vocab(
         raise UserError(f"{model} has no tokenizer, so text cannot be counted", "add its tokenizer.json")
     full = lm.stack.vocab_size
     vocabulary.check_size(size, full)  # a slip costs no time
-    plan = lm.plan(Options(**{**vars(drafting), "mode": "self-speculative"}))
+    plan = lm.plan(Options(**{**vars(drafting), "mode": "self-speculative", "drafter": "exit"}))
     with progress() as watch:
         texts = _watched((text for path in data for text in vocabulary.documents(path, column)), watch)
         found = vocabulary.frequencies(lm.tokenizer, texts, full)

@@ -142,8 +142,8 @@ class Engine:
                 raise UserError(f"row {row} is still generating", "cancel it first, or wait for its end")
             if self.cache.depths[row] == depth:
                 reused = before.reusable(request.prompt, self.cache.lengths[row])
-            if tokens[: len(before.tokens)] == before.tokens:
-                history = before.history  # a next turn goes on with what was learnt
+            if tokens[: len(before.request.prompt)] == list(before.request.prompt):  # a next turn
+                history = before.history.anew()
         else:
             row = self.cache.allocate()
             if row is None:

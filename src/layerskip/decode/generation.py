@@ -57,7 +57,7 @@ def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[
         "decode_tokens_per_s": decoded / decode_s if decode_s else None,
         "rounds": len(decode),
         "plain_rounds": sum(not round.draft for round in decode),
-        "by_source": _by_source(decode),
+        "by_source": by_source(decode),
         "drafted": drafted,
         "accepted": accepted,
         "acceptance": accepted / drafted if drafted else None,
@@ -66,7 +66,7 @@ def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[
     }
 
 
-def _by_source(rounds: Sequence[Round]) -> dict[str, dict[str, int]]:
+def by_source(rounds: Sequence[Round]) -> dict[str, dict[str, int]]:
     """Count rounds that drafted, their drafts and those accepted, by who drafted."""
     counts: dict[str, dict[str, int]] = {}
     for round in rounds:

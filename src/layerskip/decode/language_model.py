@@ -231,7 +231,7 @@ class LanguageModel:
                 arms,
                 copying=plan.copying and replace(plan.copying, costs=costs),
                 trained=plan.exit_layer in self.facts.exits,
-                guard=plan.guard or not plan.timed,
+                guard=plan.guard,
                 timed=plan.timed,
             )
 

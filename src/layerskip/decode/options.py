@@ -99,7 +99,7 @@ class DraftOptions(_Checked):
     mode: str | None = same(
         Facts, "mode", help="ar, early-exit or self-speculative.", choices=MODES, shown="by checkpoint"
     )
-    # None: the checkpoint's default, else a quarter of the layers, and 4 tokens.
+    # None: the checkpoint's default, else the trained exit nearest to a quarter of the layers, and 4 tokens.
     exit_layer: int | None = same(Facts, "exit_layer", least=None, shown="by checkpoint")  # see `plan`
     draft_length: int | None = same(Facts, "draft_length", shown="by checkpoint")
     # None: exit where an exit layer or draft length is given, else auto: see `plan`.
@@ -169,15 +169,22 @@ class Options(SamplingOptions, DraftOptions):
         if self.confidence is not None and by_checkpoint != "adaptive":
             by_checkpoint = "confidence"
         policy = self.policy or by_checkpoint or ("adaptive" if copies and not exits and unasked else "fixed")
-        guard = (policy != "fixed" or (copies and unasked)) if self.guard is None else self.guard
+        timed = (
+            policy != "fixed" or (copies and unasked)
+            if self.guard is None
+            else self.guard or policy != "fixed"
+        )
+        guard = timed or copies if self.guard is None else self.guard
         copying = None
         if copies:
             shortest = self.match_min or facts.match_min or Copying.shortest
             copying = Copying(shortest, self.copy_length or facts.copy_length or Copying.longest)
         if not exits:
-            return Plan(mode, num_layers, 0, policy, 0.0, guard, copying)
+            return Plan(mode, num_layers, 0, policy, 0.0, guard, timed, copying)
         exit_layer = self.exit_layer if self.exit_layer is not None else facts.exit_layer
-        exit_layer = max(1, num_layers // 4) if exit_layer is None else exit_layer
+        if exit_layer is None:
+            quarter = max(1, num_layers // 4)
+            exit_layer = min(facts.exits or (quarter,), key=lambda trained: abs(trained - quarter))
         if not 1 <= exit_layer < num_layers:
             raise UserError(
                 f"exit layer {exit_layer} is out of range",
@@ -189,11 +196,11 @@ class Options(SamplingOptions, DraftOptions):
         if self.simulate_acceptance is not None and draft_length == 0:
             raise UserError("nothing is drafted, so no acceptance can be simulated", "give a draft length")
         if mode != "self-speculative" or draft_length == 0:
-            return Plan(mode, exit_layer, 0, copying=copying)
+            return Plan(mode, exit_layer, 0, timed=timed, copying=copying)
         confidence = self.confidence
         if confidence is None and policy != "fixed":
             confidence = DEFAULT_CONFIDENCE if facts.confidence is None else facts.confidence
-        return Plan(mode, exit_layer, draft_length, policy, confidence or 0.0, guard, copying)
+        return Plan(mode, exit_layer, draft_length, policy, confidence or 0.0, guard, timed, copying)
 
     @property
     def _asks_exit(self) -> bool:
@@ -298,18 +305,14 @@ class Plan:
     draft_length: int
     policy: str = "fixed"
     confidence: float = 0.0
-    guard: bool = False
+    guard: bool = False  # plain steps are taken where they are faster
+    timed: bool = False  # choices go by the clock; else by committed tokens alone, so that a seed repeats
     copying: Copying | None = None
 
     @property
     def controlled(self) -> bool:
         """Whether source, E or K may change from round to round."""
         return self.policy == "adaptive" or self.guard or self.copying is not None
-
-    @property
-    def timed(self) -> bool:
-        """Whether choices go by the clock; else by committed tokens alone, so that a seed repeats."""
-        return self.policy != "fixed" or self.guard
 
     @property
     def drafter(self) -> str:
@@ -321,3 +324,25 @@ class Plan:
     @property
     def unverified(self) -> bool:
         return self.mode == "early-exit"
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The options that say all this, whatever a checkpoint says."""
+        if self.mode != "self-speculative":
+            return (
+                {"mode": self.mode}
+                if self.mode == "ar"
+                else {"mode": self.mode, "exit_layer": self.exit_layer}
+            )
+        exits, copying = self.draft_length > 0 or self.copying is None, self.copying
+        told: dict[str, Any] = {"mode": self.mode, "policy": self.policy}
+        told["guard"] = None if self.guard and not self.timed else self.guard
+        told["drafter"] = "exit" if copying is None else self.drafter
+        if exits:
+            told |= {"exit_layer": self.exit_layer, "draft_length": self.draft_length}
+            told["confidence"] = self.confidence or None
+        return (
+            told
+            if copying is None
+            else {**told, "match_min": copying.shortest, "copy_length": copying.longest}
+        )

@@ -129,7 +129,8 @@ def timeline_lines(timeline: Timeline, width: int) -> Iterator[Text]:
 def _strip_lines(strip: Strip, number: str, width: int) -> Iterator[Text]:
     drafted = strip.count("kept", "rejected", "dropped")
     decodes = strip.source != "prefill"
-    shape = f"{strip.exit_layer:>3} {strip.draft_length:>3}" if decodes else "prompt "
+    who = "copy" if strip.source == "lookup" else f"{strip.exit_layer:>3} "
+    shape = f"{who}{strip.draft_length:>3}" if decodes else "prompt "
     kept = f"{strip.count('kept')}/{drafted}" if drafted else "-"
     line, indent = Text.assemble((f"{number} {shape} {kept:>5}  ", "dim")), " " * 21
     used = cell_len(line.plain)

@@ -14,11 +14,11 @@ from layerskip.errors import UserError
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
 
-KEPT = "green"  # drafted and kept
+KEPT = {"exit": "green", "lookup": "cyan"}  # drafted and kept, by who drafted
 
 
 def print_rounds(lm: LanguageModel, rounds: Iterable[Any], stop: Any) -> list[Any]:
-    """Print rounds as they come: drafted and kept text coloured, the model's own token plain."""
+    """Print rounds as they come: drafted and kept text coloured by who drafted it, the model's own token plain."""
     from layerskip.decode.text import TextStream
 
     if lm.tokenizer is None:
@@ -27,7 +27,7 @@ def print_rounds(lm: LanguageModel, rounds: Iterable[Any], stop: Any) -> list[An
     try:
         for round in rounds:
             seen.append(round)
-            show(stream.push(round.tokens[: round.accepted]), KEPT)
+            show(stream.push(round.tokens[: round.accepted]), KEPT.get(round.source, "green"))
             show(stream.push(round.tokens[round.accepted :]))
     finally:
         show(stream.finish() + "\n")
@@ -51,8 +51,9 @@ def statistics_line(stats: dict[str, Any], prefilled: int | None = None) -> str:
     if stats["mode"] == "early-exit":
         parts.append(f"E {stats['exit_layer']}, not verified")
     if stats["drafted"]:
-        setting = f"E {stats['exit_layer']}, K {stats['draft_length']}"
-        parts.append(stats["policy"] if stats["policy"] == "adaptive" else setting)
-        parts.append(f"acceptance {share(stats['acceptance'])}")
+        for source, own in stats["by_source"].items():
+            kept = share(own["accepted"] / own["drafted"]) if own["drafted"] else "-"
+            setting = f" E {stats['exit_layer']}, K {stats['draft_length']}" if source == "exit" else ""
+            parts.append(f"{source}{'' if stats['policy'] == 'adaptive' else setting} {kept} kept")
         parts.append(f"{stats['tokens_per_round']:.2f} tokens/round")
     return " · ".join(parts)

@@ -220,7 +220,7 @@ def candidate_sizes(lm: LanguageModel, wanted: int | str = "auto") -> list[int]:
 def default_cell(lm: LanguageModel) -> Cell | None:
     """What the checkpoint says to draft with; None where it says to decode plainly."""
     plan = lm.plan(Options())
-    if plan.mode != "self-speculative":
+    if not plan.draft_length:
         return None
     head = lm.draft_head(Options())
     return Cell(plan.exit_layer, plan.draft_length, 0 if head is None else head.size)

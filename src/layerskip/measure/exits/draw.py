@@ -254,7 +254,8 @@ def timeline(shown: Timeline, file: Path, title: str) -> Path:
             labels.append("prompt" + " " * 12)
         else:
             number = 1 + sum(label.strip() != "prompt" for label in labels)
-            labels.append(f"{number}  E {strip.exit_layer:>2}  K {strip.draft_length:>2}")
+            who = "copy" if strip.source == "lookup" else f"E {strip.exit_layer:>2}"
+            labels.append(f"{number}  {who}  K {strip.draft_length:>2}")
         made = strip.count(*COMMITTED)
         panel.text(widest + 0.1, y, f"{made} token{'s' * (made > 1)}", va="center", fontsize=8, color=GREY)
     panel.set(xlim=(0, columns + 0.9), ylim=(len(shown.strips) - 0.4, -0.6))
@@ -273,8 +274,7 @@ def timeline(shown: Timeline, file: Path, title: str) -> Path:
 
 def headline(model: str, text: str) -> str:
     """Name the model and what it read."""
-    shown = "".join(c if c == " " else visible(c) for c in text)
-    return f"{model} reads “{_cut(shown, 90)}”"
+    return f"{model} reads “{_cut(''.join(c if c == ' ' else visible(c) for c in text), 90)}”"
 
 
 # -- shared by the figures -----------------------------------------------------------------------------------

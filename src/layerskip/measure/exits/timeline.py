@@ -36,7 +36,7 @@ class Strip:
 
     exit_layer: int
     draft_length: int  # K asked for
-    source: str  # prefill, plain, self-speculative, as in `Round`
+    source: str  # prefill, plain, exit, lookup, as in `Round`
     cells: list[tuple[str, str]]  # (kind, token)
 
     def count(self, *kinds: str) -> int:

@@ -11,10 +11,9 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from layerskip.decode.drafters import DRAFTERS
 from layerskip.decode.engine import Engine
 from layerskip.decode.options import Options
 from layerskip.decode.scheduler import Scheduler
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (1, 2, 4, 8)  # K that are tried
 ROWS = (1, 3)  # prompts decoded together; three stand in a batch of four on the device
+SOURCES = ("exit", "lookup", "auto")  # auto: both
 POLICIES = (("fixed", False), ("confidence", False), ("adaptive", False), ("fixed", True), ("adaptive", True))
 MOST_EXITS = 6
 
@@ -45,7 +45,8 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        names = ("exit_layer", "draft_length", "draft_vocab", "policy", "guard")
+        names = ["draft_vocab", "policy", "guard", "drafter"]
+        names += [] if self.drafter == "lookup" else ["exit_layer", "draft_length"]
         return {"mode": "self-speculative", **{name: getattr(self, name) for name in names}}
 
     @property
@@ -134,7 +135,7 @@ def exit_layers(lm: LanguageModel) -> list[int]:
 
 def draft_vocabulary(lm: LanguageModel) -> int:
     """The checkpoint's own size, else a quarter of the vocabulary."""
-    head = lm.draft_head(Options.parse({"mode": "self-speculative"}))
+    head = lm.draft_head(Options.parse({"mode": "self-speculative", "drafter": "exit"}))
     return max(1, lm.stack.vocab_size // 4) if head is None else head.size
 
 
@@ -142,7 +143,7 @@ def cases(lm: LanguageModel, strength: int = 2) -> list[Case]:
     """Choose settings such that every value, or every pair of values (strength 2), occurs; cheap ones first."""
     names = ("exit_layer", "draft_length", "draft_vocab", "policy", "drafter", "on_device", "rows")
     values: list[Sequence[Any]] = [
-        exit_layers(lm), LENGTHS, (draft_vocabulary(lm), "off"), POLICIES, tuple(DRAFTERS), (False, True), ROWS,
+        exit_layers(lm), LENGTHS, (draft_vocabulary(lm), "off"), POLICIES, SOURCES, (False, True), ROWS,
     ]  # fmt: skip
     made = []
     for chosen in covering(values, strength):
@@ -190,7 +191,7 @@ def decoded(
         for index, prompt in zip(indices or range(len(prompts)), prompts, strict=True)
     ]
     if case is not None:
-        rows, requests = case.rows, [replace(one, drafter=case.drafter) for one in requests]
+        rows = case.rows
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
     engine = Engine(
         lm.stack,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,7 +128,7 @@ def drawn(
         watch(f"sampling, E {case.exit_layer}", first, draws)
         made: dict[int, list[int]] = {}
         for place in range(ROWS):
-            request = replace(call.request(prompt, first + place, keep=True), drafter=case.drafter)
+            request = call.request(prompt, first + place, keep=True)
             row = engine.add(request, rows[place] if first else None)
             rows += [] if first else [row]
             made[row] = []

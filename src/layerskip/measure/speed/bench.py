@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from layerskip.decode.generation import by_source
 from layerskip.errors import UserError
 from layerskip.measure.exits.replay import by_place
 from layerskip.measure.intervals import interval, ratios
@@ -70,6 +71,7 @@ def bench(
     """
     check(lm, prompts, settings)
     plan = lm.plan(settings.options())
+    longest = max(plan.draft_length, plan.copying.longest if plan.copying else 0)
     table, context = _workbench(lm, prompts, settings.max_new_tokens, plan.draft_length)
     facts = card(lm.stack, context, table.token_bytes, settings.quantisation)
     announce(facts)
@@ -82,9 +84,8 @@ def bench(
         *(_Pass(m, prompts, settings.max_new_tokens, lm.stack.device, watch) for m in drafting),
     ]
     if settings.simulate_acceptance is None:
-        require_equality(lm.stack.dtype, lm.stack.row_exact and plan.draft_length < MOST_EXACT_ROWS, passes)
+        require_equality(lm.stack.dtype, lm.stack.row_exact and longest < MOST_EXACT_ROWS, passes)
     head = lm.draft_head(settings.options(draft_vocab=vocab))
-    prediction = step_cost(table, plan.exit_layer, head)
     step = plain_step(table)
     timed = _trials([one.method for one in passes], prompts, settings, watch)
     result = summed(passes, timed, prompts, settings, plan)
@@ -96,14 +97,19 @@ def bench(
         result["methods"][AR]["decode_tokens_per_s"] / facts.roofline_tokens_per_s
     )
     result["methods"][AR]["step"] = step
-    fixed = own and not plan.controlled and not plan.confidence  # the cost model knows one E and K
-    result["predicted_speedup"] = (
-        prediction.speedup(plan.draft_length, own["tokens_per_round"]) if fixed else None
+    fixed = own and plan.draft_length and not plan.controlled and not plan.confidence
+    result["predicted_speedup"] = (  # the cost model knows one E and K
+        step_cost(table, plan.exit_layer, head).speedup(plan.draft_length, own["tokens_per_round"])
+        if fixed
+        else None
     )
     if own:
         own |= {
+            "drafter": plan.drafter,
             "exit_layer": plan.exit_layer,
             "draft_length": plan.draft_length,
+            "match_min": plan.copying.shortest if plan.copying else None,
+            "copy_length": plan.copying.longest if plan.copying else None,
             "policy": plan.policy,
             "confidence": plan.confidence or None,
             "guard": plan.guard,
@@ -163,16 +169,12 @@ def _contestants(
             lm,
             SELF_SPECULATIVE,
             facts.weight_bytes + extra,
-            exit_layer=plan.exit_layer,
-            draft_length=plan.draft_length,
             draft_vocab=vocab,
             simulate_acceptance=settings.simulate_acceptance,
-            policy=plan.policy,
-            confidence=plan.confidence or None,
-            guard=plan.guard,
+            **{name: value for name, value in plan.keywords.items() if name != "mode"},
         )
     if EARLY_EXIT in settings.methods:
-        made[EARLY_EXIT] = ways.ours(lm, EARLY_EXIT, facts.weight_bytes, exit_layer=plan.exit_layer)
+        made[EARLY_EXIT] = ways.ours(lm, EARLY_EXIT, facts.weight_bytes, exit_layer=settings.exit_layer)
     if {HF, HF_EARLY_EXIT} & set(settings.methods):
         hf = ways.hugging_face_model(lm, settings.hf_dtype or lm.stack.dtype)
         made[HF] = ways.hugging_face(hf)
@@ -292,7 +294,9 @@ def summed(
             "prefill_tokens_per_s": statistics.median(prefills),
             "tokens_per_round": sum(run.decode_tokens for run in one.runs) / arrivals,
             "acceptance": kept / drafted if drafted else None,
-            "acceptance_by_position": by_position(rounds, max(r.draft_length for r in rounds))
+            "by_source": by_source(rounds),
+            "plain_rounds": sum(not r.draft for r in rounds),
+            "acceptance_by_position": by_position(rounds, max(len(r.draft) for r in rounds))
             if drafted
             else None,
             "peak_bytes": one.peak_bytes,

@@ -26,7 +26,7 @@ class Settings:
     """What to compare, and how often."""
 
     methods: Sequence[str] = (AR, SELF_SPECULATIVE, EARLY_EXIT)
-    exit_layer: int | None = None  # None: the checkpoint's, else a quarter of the layers
+    exit_layer: int | None = None  # None: the checkpoint's
     draft_length: int | None = None
     draft_vocab: int | str | None = None  # auto: by the cost model; None: as `generate` does by default
     max_new_tokens: int = 64
@@ -37,6 +37,9 @@ class Settings:
     policy: str | None = None
     confidence: float | None = None
     guard: bool | None = None
+    drafter: str | None = None
+    match_min: int | None = None
+    copy_length: int | None = None
 
     def options(self, **more: Any) -> Options:
         """The options of our self-speculative runs. Raises: UserError."""
@@ -50,6 +53,9 @@ class Settings:
                 "policy": self.policy,
                 "confidence": self.confidence,
                 "guard": self.guard,
+                "drafter": self.drafter,
+                "match_min": self.match_min,
+                "copy_length": self.copy_length,
                 "eos_token_id": [],
                 **more,
             }

@@ -1,0 +1,318 @@
+"""Drafts copied from the text so far: the same output, the same law, and copies only where they are worth it."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+import tiny
+from conftest import FULL
+from laws import FAILS, PASSES, exact_first_tokens, first_tokens, p_value, small_model
+from layerskip.checkpoint.facts import Facts
+from layerskip.decode import control
+from layerskip.decode.control import LOOKUP, Choice, Controller, Copying, Prices
+from layerskip.decode.language_model import LanguageModel
+from layerskip.decode.request import Request
+from layerskip.decode.rounds.graphs import Graphs
+from layerskip.decode.sampling import Processing, Sampling, accept
+from layerskip.model.cost import RowCosts
+from pairwise import matrix
+from rounds import decode
+
+L, NEW = tiny.NUM_LAYERS, 60 if FULL else 32
+PROMPTS = [[5, 9, 20, 33, 5, 9, 20], list(range(7, 18)), [40]]
+FREE = RowCosts(((1, 1.0), (64, 1.0)))
+PRICES = Prices(L, 0.5, 0.5)
+SOURCES = ("lookup", "both", "both, E 1")
+DTYPES = (torch.float32, torch.float64)
+
+
+def controller(source, longest, timed=False):
+    """One that copies wherever it can: positions are free."""
+    arms = () if source == "lookup" else (Choice(1 if source.endswith("1") else 2, 3),)
+    return Controller(PRICES, arms, copying=Copying(1, longest, FREE), trained=True, guard=False, timed=timed)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", tiny.STACKS)
+def test_copies_leave_the_output_as_it_is(family):
+    """Whole matrix in full runs: families, dtypes, sources, lengths, ragged rows, host and device rounds."""
+    plain = {dtype: decode(tiny.stack(family, dtype), PROMPTS, NEW).tokens for dtype in DTYPES}
+    cells = matrix(DTYPES, SOURCES, (1, 3, 8, 16), (1, 3), (False, True), (False, True))
+    seen = Counter()
+    for dtype, source, longest, rows, device, shared in cells:
+        stack, own = tiny.stack(family, dtype), controller(source, longest, timed=shared)
+        each = {} if shared else {"each": lambda i, s=source, n=longest: {"controller": controller(s, n)}}
+        record = decode(
+            stack, PROMPTS, NEW, None if source == "lookup" else 2, rows=rows, controller=own if shared else None,
+            device_rounds=device, **each,
+        )  # fmt: skip
+        assert record.tokens == plain[dtype], (dtype, source, longest, rows, device, shared)
+        for round in itertools.chain(*record.rounds):
+            if round.source == LOOKUP:
+                seen[len(round.draft), round.accepted] += 1
+    assert {kept > 0 for _, kept in seen} == {False, True}
+
+
+def repeating(stack):
+    """Prompts that hold the beginning of what the model says, then something else, then themselves again."""
+    for seed in range(60):
+        [prompt] = torch.randint(
+            2, tiny.VOCAB, (1, 5), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+        plain = decode(stack, [prompt], 8).tokens[0]
+        for cut in range(1, 9):
+            yield prompt + plain[:cut] + [1] + prompt
+
+
+def test_every_accepted_count_of_a_long_copy_occurs():
+    stack, seen = tiny.stack("llama"), set()
+    for told in repeating(stack):
+        record = decode(stack, [told], 30, draft_length=8, drafter=LOOKUP)
+        assert record.tokens == decode(stack, [told], 30).tokens
+        seen |= {r.accepted for r in record.rounds[0] if len(r.draft) == 8}
+        if seen == set(range(9)):
+            return
+    pytest.fail(f"never saw {set(range(9)) - seen} of 8 copied tokens kept")
+
+
+def test_an_end_of_sequence_inside_a_copy_ends_the_output_there():
+    stack, offsets, rejected = tiny.stack("llama"), set(), 0
+    for told in repeating(stack):
+        plain = decode(stack, [told], 30).tokens[0]
+        for token in set(plain) & set(told):
+            record = decode(stack, [told], 30, draft_length=4, drafter=LOOKUP, eos=frozenset([token]))
+            assert record.tokens[0] == plain[: plain.index(token) + 1]
+            assert all(token not in round.draft[:-1] for round in record.rounds[0])
+            offsets |= set(record.eos_offsets)
+            rejected += record.rejected_eos
+        if offsets == {0, 1, 2, 3} and rejected:
+            return
+    pytest.fail(f"an end of sequence was copied at {offsets}, and rejected {rejected} times")
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_budget_and_capacity_cut_a_copy(budget):
+    stack, prompt = tiny.stack("llama"), [4, 4, 4, 4]
+    plain = decode(stack, [prompt], 8).tokens[0]
+    assert decode(stack, [prompt], budget, draft_length=8, drafter=LOOKUP).tokens == [plain[:budget]]
+    tight = decode(stack, [prompt], 8, draft_length=8, drafter=LOOKUP, capacity=len(prompt) + budget)
+    assert tight.tokens == [plain[: budget + 1]]
+
+
+# -- sampling ------------------------------------------------------------------------------------------------
+
+
+def test_accept_without_laws_is_accept_with_all_mass_on_each_draft():
+    dice = torch.Generator().manual_seed(2)
+    p = torch.rand(500, 5, 6, generator=dice, dtype=torch.float64) ** 3
+    p[:, :, 2] = 0  # a token that cannot be drawn
+    p /= p.sum(-1, keepdim=True)
+    draft = torch.randint(0, 6, (500, 4), generator=dice)
+    uniforms = torch.rand(500, 5, generator=dice, dtype=torch.float64)
+    counts = torch.randint(0, 5, (500,), generator=dice)
+    one_hot = torch.nn.functional.one_hot(draft, 6).double()
+    for cut in (None, counts):
+        for mine, theirs in zip(
+            accept(draft, None, p, uniforms, cut), accept(draft, one_hot, p, uniforms, cut), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_given_token_leaves_the_law_alone_in_closed_form():
+    """P(keep x) + P(reject) x residual(x) over a fine grid of both uniforms is p, and the residual never has x."""
+    p, x, n = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 1, 200
+    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    keep, following = (side.reshape(-1) for side in torch.meshgrid(grid, grid, indexing="ij"))
+    laws = p.expand(n * n, 2, 3)
+    kept, drawn = accept(torch.full((n * n, 1), x), None, laws, torch.stack([keep, following], 1))
+    first = torch.where(kept > 0, x, drawn)
+    assert torch.allclose(torch.bincount(first, minlength=3) / (n * n), p.float(), atol=1 / n)
+    assert not (drawn[kept == 0] == x).any()
+
+
+COPIES = {
+    "lookup": {"draft_length": 3, "drafter": LOOKUP},
+    "by chances": {"controller": lambda: controller("lookup", 3)},
+    "both": {"controller": lambda: controller("both", 3), "exit_layer": 2},
+}
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("how", COPIES)
+def test_sampled_rows_that_copy_follow_the_model(how, device):
+    model = small_model()
+    found = first_tokens(model, 3, 3000 if FULL else 800, device_rounds=device, **COPIES[how])
+    assert p_value(found, exact_first_tokens(model, 3)) > PASSES
+
+
+def test_a_copy_that_is_kept_too_often_is_detected(monkeypatch):
+    """The negative control: a rejected token drawn again from p, itself included."""
+    from layerskip.decode import sampling
+
+    def wrong(draft, q, p, uniforms, counts=None):
+        kept, _ = accept(draft, q, p, uniforms, counts)
+        return kept, sampling.draw(p.double()[..., 0, :], uniforms[..., -1])
+
+    monkeypatch.setattr(sampling, "accept", wrong)
+    model = small_model()
+    found = first_tokens(model, 3, 3000, draft_length=3, drafter=LOOKUP)
+    assert p_value(found, exact_first_tokens(model, 3)) < FAILS
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.9, top_k=12), Sampling(repetition_penalty=1.4)])
+def test_under_the_fixed_policy_a_seed_repeats_and_company_does_not_matter(sampling):
+    stack, processing = tiny.stack("llama"), Processing(sampling)
+    prompts = [*PROMPTS, [3, 3, 3], [60, 2, 60]]
+
+    def outputs(rows, device=False):
+        each = lambda i: {"controller": controller("both", 6)}  # noqa: E731
+        record = decode(
+            stack, prompts, 24, 2, rows=rows, each=each, processing=processing, seed=5, device_rounds=device
+        )
+        return record.tokens, [[(r.draft, r.source) for r in rounds] for rounds in record.rounds]
+
+    together = outputs(3)
+    assert outputs(1) == outputs(5) == together
+    sources = {source for rounds in together[1] for draft, source in rounds if draft}
+    assert sources == {"exit", "lookup"}
+
+
+# -- conversations, and what a user sets -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model = tiny.random_model("llama", num_hidden_layers=6, vocab_size=260)
+    return LanguageModel(tiny.stack("llama", model=model), tiny.tokenizer(), hf=model)
+
+
+def test_a_conversation_keeps_its_index_and_what_was_learnt(lm):
+    plain, copying = lm.chat(mode="ar", max_new_tokens=24), lm.chat(drafter="lookup", max_new_tokens=24)
+    for message in ("say it", "again", "and again"):
+        wanted, found = ([t for r in talk.send(message) for t in r.tokens] for talk in (plain, copying))
+        assert found == wanted
+    [row] = copying._engine._rows.values()
+    assert sum(row.history._seen) > 24, "the turns before are counted too"
+
+
+def test_a_row_taken_back_to_another_text_begins_a_new_index():
+    from layerskip.decode.engine import Engine
+
+    engine = Engine(tiny.stack("llama"), rows=1, capacity=64)
+    how = {"draft_length": 4, "drafter": LOOKUP, "keep": True}
+    row = engine.add(Request([4, 4, 4, 4], 8, **how))
+    while engine.busy:
+        engine.step()
+    first = engine._rows[row].history
+    engine.add(Request([4, 4, 5, 6, 5, 6], 8, **how), row)
+    assert engine._rows[row].history is not first
+    tokens = []
+    while engine.busy:
+        tokens += [token for round in engine.step() for token in round.tokens]
+    assert tokens == decode(tiny.stack("llama"), [[4, 4, 5, 6, 5, 6]], 8).tokens[0]
+
+
+def test_match_min_and_copy_length_bound_every_copy(lm):
+    text = "abc abd abc abd abc abd "
+    for shortest, longest in ((1, 16), (1, 2), (2, 3)):
+        rounds = lm.generate(
+            text, match_min=shortest, copy_length=longest, max_new_tokens=60, policy="fixed"
+        ).rounds
+        copies = [round for round in rounds if round.source == LOOKUP]
+        assert copies
+        assert max(len(round.draft) for round in copies) <= longest
+        assert all(round.exit_layer == 6 for round in copies)
+
+
+def test_statistics_tell_the_sources_apart(lm):
+    lm.facts = Facts(exits=(2,), exit_layer=2, draft_length=3)
+    try:
+        done = lm.generate("abab abab abab", max_new_tokens=60, policy="fixed", guard=False)
+    finally:
+        lm.facts = Facts()
+    told = done.stats["by_source"]
+    decoded = done.rounds[1:]
+    assert set(told) == {round.source for round in decoded if round.draft} == {"exit", "lookup"}
+    for source, own in told.items():
+        rounds = [round for round in decoded if round.source == source and round.draft]
+        counts = {"drafted": sum(r.drafted for r in rounds), "accepted": sum(r.accepted for r in rounds)}
+        assert own == {"rounds": len(rounds), **counts}
+    assert done.stats["plain_rounds"] == sum(not round.draft for round in decoded)
+    assert done.stats["drafter"] == "auto"
+
+
+# -- choosing --------------------------------------------------------------------------------------------------
+
+
+def choices(chances, rows=1, costs=control.FLAT_ROW_COSTS, **how):
+    made = Controller(PRICES, (), copying=Copying(1, 16, costs), timed=False, **how)
+    return made.choose([chances] * rows)[0].draft_length
+
+
+def test_a_copy_is_as_long_as_its_chances_are_worth():
+    steep = RowCosts(((1, 1.0), (2, 1.3), (16, 3.0)))
+    assert choices([]) == 0
+    assert choices([0.95] * 16) == 16
+    assert choices([0.95] * 16, costs=steep) > choices([0.8] * 16, costs=steep) > 0
+    assert choices([0.05] * 16, costs=steep) == 0
+    assert choices([0.5, 0.5, 0.01, 0.9]) == 2 or choices([0.5, 0.5, 0.01, 0.9]) == 3
+    assert choices([0.25] * 4, costs=steep) == 0, "a quarter of a token is not worth 0.3 of a step and more"
+
+
+def test_among_many_rows_a_copied_token_must_pay_for_the_positions_it_adds():
+    linear = RowCosts(((1, 1.0), (32, 3.0)))
+    assert choices([0.5] * 8, 1, linear) > choices([0.5] * 8, 8, linear)
+    assert choices([0.9] * 8, 8, linear) > 0
+
+
+def test_a_plain_step_and_a_copy_share_a_round():
+    """One group: a row without a match must not wait for those that copy."""
+    stack = tiny.stack("llama")
+    prompts = [[4, 4, 4, 4, 4], [7, 8, 9, 10, 11]]
+    each = lambda i: {"controller": controller("lookup", 4)}  # noqa: E731
+    record = decode(stack, prompts, 20, each=each)
+    by_step = {}
+    for rounds in record.rounds:
+        for round in rounds[1:]:
+            by_step.setdefault(round.step_id, set()).add(round.source)
+    assert {"plain", "lookup"} in by_step.values()
+
+
+def test_copies_that_take_longer_than_they_bring_are_given_up():
+    made = Controller(PRICES, (), copying=Copying(1, 8, FREE))
+    used = []
+    for _ in range(200):
+        [choice] = made.choose([[0.3, 0.2]])
+        drafted = choice.draft_length
+        used.append(drafted)
+        rows = [control.Drafted(drafted, 0, 1, {})]
+        made.learn(choice, 1.0 + 2.0 * drafted, rows)
+    assert used[0] > 0
+    assert sum(map(bool, used[60:])) <= 4, (
+        "tried again now and then: it may have been slow for a reason that is gone"
+    )
+
+
+def test_a_controller_without_a_clock_measures_no_plain_steps():
+    made = Controller(PRICES, (), copying=Copying(1, 8, FREE), timed=False)
+    for _ in range(300):
+        [choice] = made.choose([[0.9] * 8])
+        assert choice.draft_length == 8
+        made.learn(choice, 1.0, [control.Drafted(8, 8, 9, {})])
+
+
+def test_copies_are_captured_at_few_shapes():
+    captured = []
+
+    def capture(function):
+        captured.append(1)
+        return function
+
+    stack = tiny.stack("llama")
+    each = lambda i: {"controller": controller("lookup", 16)}  # noqa: E731
+    record = decode(stack, [[4, 4, 4, 4]], 60, each=each, device_rounds=True, capture=capture)
+    assert record.tokens == decode(stack, [[4, 4, 4, 4]], 60).tokens
+    assert isinstance(record.engine.device_rounds.graphs, Graphs)
+    assert 1 <= len(captured) <= 8
