@@ -1,0 +1,294 @@
+"""What each source of drafts is worth, by kind of text: the default, lookup alone, the exit alone, and peers.
+
+    python benchmarks/sources.py --data DATA --model smollm2-135m-base --threads 2 --save
+    python benchmarks/sources.py --data DATA --model smollm2-135m --methods ar,default,lookup,exit --threads 2 --save
+    python benchmarks/sources.py --data DATA --methods ar,default --temperature 0.8 --threads 2 --save
+    python benchmarks/sources.py --data DATA --methods ar,default,hf,hf-lookup-3,hf-lookup-10 --limit 3 --threads 2 --save
+
+DATA holds human-eval/HumanEval.jsonl, gsm8k/test.jsonl.gz, cnn-dailymail/summarization.jsonl and
+spec-bench/dev-120.jsonl. HumanEval is completed as text up to what begins the next thing on the top level; other
+prompts are wrapped by the chat template. Ends of sequence are respected.
+
+Every prompt is decoded by all methods before the next one is begun, led in rotation. What a controller learns from
+a prompt is forgotten before the next one, as when a command is called. A speed-up is plain seconds over a method's
+own, all prompts of a kind together, behind the first token; with --temperature, where outputs differ, seconds per
+token. Peers are compared by whole calls. The mean is over kinds, each counting alike.
+
+Every finished prompt is a line in the work folder: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import record
+import torch
+from builtin import GROUPS, TASKS, Task, difference, of_group
+from policies import fresh
+
+import layerskip
+from layerskip.checkpoint.facts import fingerprint
+from layerskip.decode.generation import by_source
+from layerskip.decode.load import resolve_device
+from layerskip.errors import UserError
+from layerskip.measure.intervals import mean_of_ratios, ratio_of_sums
+from layerskip.measure.records import Record, Records, work_folder
+from layerskip.measure.results import named
+from layerskip.measure.speed import methods as ways
+from layerskip.measure.speed.bench import schedule
+from layerskip.measure.speed.methods import Method, Run
+from layerskip.measure.tasks.generation import STOPS
+
+if TYPE_CHECKING:
+    import argparse
+
+    from layerskip.decode.language_model import LanguageModel
+
+QUESTIONS = "spec-bench/dev-120.jsonl"
+KINDS = {
+    "chat": TASKS["chat"],
+    "qa": Task(QUESTIONS, of_group("qa")),
+    "summaries": TASKS["cnn-dm"],
+    "translation": GROUPS["translation"],
+    "retrieval": GROUPS["rag"],
+    "maths": Task(QUESTIONS, of_group("math_reasoning")),
+    "gsm8k": TASKS["gsm8k"],
+    "humaneval": TASKS["humaneval"],
+}
+OURS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "lookup": {"drafter": "lookup"},
+    "exit": {"drafter": "exit", "guard": True},
+}
+AR, HF, HF_LOOKUP = "ar", "hf", "hf-lookup-"
+
+
+def methods_of(
+    lm: LanguageModel, names: Sequence[str], stops: Sequence[str], temperature: float
+) -> dict[str, Method]:
+    """Build the methods by name; ours end where the model does."""
+    hf = ways.hugging_face_model(lm, lm.stack.dtype) if any(name.startswith(HF) for name in names) else None
+    made = {}
+    for name in names:
+        ends = {"eos_token_id": None, "stop": tuple(stops), "temperature": temperature}
+        if name == AR:
+            made[name] = ways.ours(lm, AR, 0, **ends)
+        elif name in OURS:
+            made[name] = fresh(lm, {**OURS[name], **ends})
+        elif name == HF or name.startswith(HF_LOOKUP):
+            made[name] = Method(name, peer(hf, name.removeprefix(HF_LOOKUP)), 0)
+        else:
+            raise UserError(f"unknown method {name!r}", f"of ar, {', '.join(OURS)}, hf, hf-lookup-TOKENS")
+    return made
+
+
+def peer(hf: Any, tokens: str) -> Any:
+    """Wrap Hugging Face's greedy `generate`, with prompt lookup where a number of tokens is given."""
+    lookup = {"prompt_lookup_num_tokens": int(tokens)} if tokens.isdecimal() else {}
+
+    def decode(index: int, prompt: list[int], budget: int) -> Run:
+        ids, run, began = torch.tensor([prompt], device=hf.device), Run(), time.perf_counter()
+        out = hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=budget,
+            pad_token_id=0,
+            **lookup,
+        )
+        run.tokens = out[0, len(prompt) :].tolist()
+        run.arrivals.append((time.perf_counter() - began, len(run.tokens)))
+        return run
+
+    return decode
+
+
+def measured(
+    lm: LanguageModel,
+    methods: Mapping[str, Method],
+    prompts: Sequence[list[int]],
+    records: Records,
+    budget: int,
+    trials: int,
+    title: str,
+) -> list[Record]:
+    """Decode what is not on file yet; a record of each trial and prompt."""
+    names, warm = [*methods], False
+    for trial in range(trials):
+        for index, prompt in enumerate(prompts):
+            if (trial, index) in records.found:
+                continue
+            for name in names if not warm else ():
+                methods[name].decode(0, prompts[0], min(budget, 24))
+            warm, runs = True, {}
+            for turn in range(len(names)):
+                name = names[(turn + trial + index) % len(names)]
+                began = time.perf_counter()
+                run = methods[name].decode(index, prompt, budget)
+                runs[name] = (run, time.perf_counter() - began)
+            plain = runs[AR][0].tokens
+            kept = {
+                name: {
+                    "tokens": len(run.tokens),
+                    "call_s": seconds,
+                    "decode_s": run.decode_s,
+                    "decode_tokens": run.decode_tokens,
+                    "rounds": len(run.arrivals) - 1,
+                    "plain_rounds": sum(not r.draft for r in run.rounds[1:]),
+                    "by_source": by_source([r for r in run.rounds if r.source != "prefill"]),
+                    "difference": difference(plain, run.tokens),
+                }
+                for name, (run, seconds) in runs.items()
+            }
+            records.keep({"trial": trial, "index": index, "runs": kept})
+            print(
+                f"{title}: trial {trial + 1}, prompt {index + 1} of {len(prompts)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    return [records.found[trial, index] for trial in range(trials) for index in range(len(prompts))]
+
+
+def columns(found: Sequence[Record], name: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of plain decoding and of a method, by prompt, trials added up; peers by whole calls."""
+    sums: dict[int, list[float]] = {}
+    for one in found:
+        a, b = one["runs"][AR], one["runs"][name]
+        key = "call_s" if name.startswith(HF) else "decode_s"
+        size = "tokens" if name.startswith(HF) else "decode_tokens"
+        alike = a[size] / max(1, b[size]) if temperature or name.startswith(HF) else 1.0
+        total = sums.setdefault(one["index"], [0.0, 0.0])
+        total[0] += a[key]
+        total[1] += b[key] * alike
+    above, below = np.array([pair for pair in sums.values() if all(pair)]).reshape(-1, 2).T
+    return above, below
+
+
+def report(
+    by_kind: Mapping[str, Sequence[Record]], names: Sequence[str], temperature: float
+) -> dict[str, Any]:
+    """Sum up every method by kind, and over kinds."""
+    kinds: dict[str, Any] = {}
+    for kind, found in by_kind.items():
+        kinds[kind] = {}
+        for name in names:
+            runs = [one["runs"][name] for one in found if one["trial"] == 0]
+            told: dict[str, Any] = {"prompts": len(runs), "new_tokens": sum(run["tokens"] for run in runs)}
+            rounds = sum(run["rounds"] for run in runs)
+            told["tokens_per_round"] = sum(run["decode_tokens"] for run in runs) / rounds if rounds else None
+            told["plain_share"] = sum(run["plain_rounds"] for run in runs) / rounds if rounds else None
+            sources: dict[str, dict[str, int]] = {}
+            for run in runs:
+                for source, own in run["by_source"].items():
+                    into = sources.setdefault(source, dict.fromkeys(own, 0))
+                    for key, count in own.items():
+                        into[key] += count
+            told["by_source"] = sources
+            if name != AR:
+                told["equal"] = sum(run["difference"] is None for run in runs)
+                told["speedup"] = ratio_of_sums(*columns(found, name, temperature)).record()
+            kinds[kind][name] = told
+    mean = {
+        name: mean_of_ratios([columns(found, name, temperature) for found in by_kind.values()]).record()
+        for name in names
+        if name != AR
+    }
+    return {"kinds": kinds, "mean": mean}
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """Lay the result out as a table in Markdown."""
+    names = [*result["mean"]]
+    told = ["| kind | " + " | ".join(f"{name} | tokens/round" for name in names) + " |"]
+    told.append("| --- |" + " --- |" * (2 * len(names)))
+    for kind, by_name in result["kinds"].items():
+        cells = []
+        for name in names:
+            one = by_name[name]
+            low, high = one["speedup"]["ci95"]
+            cells += [
+                f"{one['speedup']['ratio']:.2f} x [{low:.2f}, {high:.2f}]",
+                f"{one['tokens_per_round'] or 0:.2f}",
+            ]
+        told.append(f"| {kind} | " + " | ".join(cells) + " |")
+    cells = []
+    for name in names:
+        low, high = result["mean"][name]["ci95"]
+        cells += [f"**{result['mean'][name]['ratio']:.2f} x** [{low:.2f}, {high:.2f}]", ""]
+    return [*told, "| mean | " + " | ".join(cells) + " |"]
+
+
+def main() -> None:
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    kinds = {name: KINDS[name] for name in arguments.tasks.split(",") if name in KINDS}
+    names = list(dict.fromkeys([AR, *arguments.methods.split(",")]))
+    device = resolve_device(arguments.device)
+    lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=device)
+    dtype = str(lm.stack.dtype).removeprefix("torch.")
+    by_kind = {}
+    for name, task in kinds.items():
+        stops = STOPS if name == "humaneval" else ()
+        setup = {
+            "data": hashlib.sha256((arguments.data / task.file).read_bytes()).hexdigest()[:16],
+            "weights": fingerprint(lm.path),
+            "dtype": dtype,
+            "device": device.type,
+            "stops": stops,
+            **{
+                key: getattr(arguments, key)
+                for key in ("max_new_tokens", "methods", "temperature", "threads")
+            },
+        }
+        prompts = [
+            lm.encode(text, chat=task.chat and lm.has_template)
+            for text in task.prompts(arguments.data, arguments.limit)
+        ]
+        methods = methods_of(lm, names, stops, arguments.temperature)
+        records = Records(work_folder(arguments.work, f"sources-{name}", setup), key=("trial", "index"))
+        by_kind[name] = measured(
+            lm, methods, prompts, records, arguments.max_new_tokens, arguments.trials, name
+        )
+    result = report(by_kind, names, arguments.temperature)
+    result["row_costs"] = lm.row_costs().points
+    result["configuration"] = record.configuration(arguments, device)
+    result["configuration"] |= {"dtype": dtype, "stack": lm.stack.name, "trained_exits": list(lm.facts.exits)}
+    print("\n".join(lines(result)))
+    if arguments.save:
+        title = (
+            "sources" + ("" if not arguments.temperature else "-sampled") + ("-peers" if HF in names else "")
+        )
+        record.save(result, title, arguments.name or named(arguments.model), dtype, device.type)
+    exact = lm.stack.row_exact or lm.stack.dtype in (torch.float32, torch.float64)
+    unequal = [
+        f"{name} on {kind}"
+        for kind, by_name in result["kinds"].items()
+        for name in names
+        if name in OURS and by_name[name]["equal"] < by_name[name]["prompts"]
+    ]
+    if unequal and exact and not arguments.temperature:
+        raise SystemExit(f"not lossless: {', '.join(unequal)}")
+
+
+def parsed() -> argparse.Namespace:
+    parser = record.comparison(__doc__, ",".join(KINDS))
+    parser.add_argument(
+        "--methods", default="ar,default", help="ar, default, lookup, exit, hf, hf-lookup-TOKENS"
+    )
+    parser.add_argument("--limit", type=int, default=12, help="prompts of a kind")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--trials", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
