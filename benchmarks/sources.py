@@ -1,9 +1,9 @@
 """What each source of drafts is worth, by kind of text: the default, lookup alone, the exit alone, and peers.
 
     python benchmarks/sources.py --data DATA --model smollm2-135m-base --threads 2 --save
-    python benchmarks/sources.py --data DATA --model smollm2-135m --methods ar,default,lookup,exit --threads 2 --save
+    python benchmarks/sources.py --data DATA --methods ar,default,lookup,exit --threads 2 --save
     python benchmarks/sources.py --data DATA --methods ar,default --temperature 0.8 --threads 2 --save
-    python benchmarks/sources.py --data DATA --methods ar,default,hf,hf-lookup-3,hf-lookup-10 --limit 3 --threads 2 --save
+    python benchmarks/sources.py --data DATA --methods ar,default,hf,hf-lookup-3,hf-lookup-10 --limit 3 --save
 
 DATA holds human-eval/HumanEval.jsonl, gsm8k/test.jsonl.gz, cnn-dailymail/summarization.jsonl and
 spec-bench/dev-120.jsonl. HumanEval is completed as text up to what begins the next thing on the top level; other
@@ -40,7 +40,6 @@ from layerskip.measure.intervals import mean_of_ratios, ratio_of_sums
 from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.results import named
 from layerskip.measure.speed import methods as ways
-from layerskip.measure.speed.bench import schedule
 from layerskip.measure.speed.methods import Method, Run
 from layerskip.measure.tasks.generation import STOPS
 

@@ -7,6 +7,7 @@ costs(6)  # a pass over six positions, in passes over one
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 import time
@@ -19,6 +20,7 @@ from layerskip.errors import UserError
 from layerskip.model.cost import RowCosts, row_costs
 from layerskip.model.stack import Counters
 from layerskip.model.step import Step
+from layerskip.model.threads import BUSY, busy_cores
 from layerskip.reading import read_json
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ WIDTHS = (1, 2, 4, 6, 8, 12, 16, 24)  # positions of a pass
 CONTEXT = 256  # tokens before them
 TURNS = 5
 SECONDS = 1.5  # spent at most; a model that needs more keeps the guess
+STEEP = 1.0  # of a pass for each position more: only a disturbed measurement says so
 
 
 def measured_row_costs(stack: Stack) -> RowCosts:
@@ -41,9 +44,8 @@ def measured_row_costs(stack: Stack) -> RowCosts:
     file = cache_folder() / "row-costs" / f"{_key(stack)}.json"
     costs = _read(file)
     if costs is None:
-        costs = _measured(stack)
-        if costs is None:
-            return guess
+        if (busy_cores(0.05) or 0.0) > BUSY or (costs := _measured(stack)) is None:
+            return guess  # and measure another time
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, costs.points)
@@ -54,7 +56,10 @@ def measured_row_costs(stack: Stack) -> RowCosts:
 
 @torch.inference_mode()
 def _measured(stack: Stack) -> RowCosts | None:
-    """Time passes of every width in turn and take the quickest of each: what others do only adds."""
+    """Time passes of every width in turn and take the quickest of each: what others do only adds.
+
+    None where that takes too long, or others were in the way nevertheless.
+    """
     cache = stack.new_cache(1, CONTEXT + max(WIDTHS))
     kept, stack.counters = stack.counters, Counters()
     try:
@@ -73,7 +78,9 @@ def _measured(stack: Stack) -> RowCosts | None:
     for width in WIDTHS:
         largest = max(largest, best[width] / best[1])
         points.append((width, round(largest, 3)))
-    return RowCosts(tuple(points))
+    steps = itertools.pairwise(points)
+    disturbed = any(c1 - c0 > STEEP * (t1 - t0) for (t0, c0), (t1, c1) in steps)
+    return None if disturbed else RowCosts(tuple(points))
 
 
 def _pass(stack: Stack, cache: Cache, width: int) -> float:
