@@ -53,7 +53,7 @@ def bench(
 ) -> None:
     """Compare ways of decoding: equality first, methods interleaved, medians with intervals.
 
-    layerskip bench smollm2-135m --exit-layer 6 --draft-length 4 --limit 4 --max-new-tokens 32
+    layerskip bench smollm2-135m --exit-layer 2 --draft-length 2 --limit 4 --max-new-tokens 32
     """
     from layerskip.decode.load import resolve_device, resolve_dtype
     from layerskip.measure.speed import bench as benches

@@ -34,7 +34,7 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming; drafted and kept text is coloured.
 
-    layerskip generate smollm2-135m "Why is the sky blue?" --mode self-speculative --exit-layer 6 --draft-length 4
+    layerskip generate smollm2-135m "Why is the sky blue?" --mode self-speculative --exit-layer 2 --draft-length 2
     """
     prompts, ids = _prompts(prompt, prompt_file, batch_file)
     options = merged(drafting, sampling)  # a slip costs no time

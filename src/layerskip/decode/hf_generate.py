@@ -20,8 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from layerskip.decode.language_model import LanguageModel
-from layerskip.decode.load import stack_of
+from layerskip.decode.load import wrapped
 from layerskip.decode.options import Options
 from layerskip.decode.pool import EnginePool
 from layerskip.decode.request import Request
@@ -145,11 +144,13 @@ def _generate(
     _refuse(config, model_kwargs, synced_gpus)
     if streamer is not None and input_ids.shape[0] > 1:
         raise UserError("a streamer shows one row", "generate rows one by one to stream them")
-    lm = LanguageModel(stack_of(model), tokenizer, hf=model)
+    lm = wrapped(model, tokenizer)
     mode = "self-speculative" if config.assistant_early_exit is not None else "ar"
     asked = None if config.num_assistant_tokens == _NO_CHOICE else config.num_assistant_tokens
     drafts = draft_length if draft_length is not None else asked
-    plan = lm.plan(Options(mode=mode, exit_layer=config.assistant_early_exit, draft_length=drafts))
+    options = Options(mode=mode, exit_layer=config.assistant_early_exit, draft_length=drafts)
+    plan = lm.plan(options)
+    head = lm.draft_head(options) if lm.facts.owns_head(plan.exit_layer) else None
     sampling = Sampling(temperature=1.0) if config.do_sample else Sampling()  # warpers come as processors
     seed = int(torch.randint(2**62, ())) if config.do_sample else 0
     ends = _Ends(config, criteria, tokenizer, stops)
@@ -183,7 +184,7 @@ def _generate(
             "lower max_new_tokens (or max_length), or shorten the prompt",
         )
     engines = _engines(model, lm.stack)
-    engine = engines.take(len(requests), capacity, None)
+    engine = engines.take(len(requests), capacity, head)
     new: list[list[int]] = [[] for _ in requests]
     if streamer is not None and stream_prompt:
         streamer.put(input_ids.cpu())

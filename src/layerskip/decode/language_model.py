@@ -1,7 +1,7 @@
 """The Python face: load a model, generate, stream, chat. Thin loops over the scheduler.
 
 lm = layerskip.load("smollm2-135m")
-lm.generate("def fibonacci(n):", mode="self-speculative", exit_layer=6, draft_length=4).text
+lm.generate("def fibonacci(n):", mode="self-speculative", exit_layer=2, draft_length=2).text
 for round in lm.stream([{"role": "user", "content": "Hello"}]): ...
 """
 
@@ -48,7 +48,14 @@ class LanguageModel:
     Raises: UserError for a checkpoint whose `layerskip` entry is not valid.
     """
 
-    def __init__(self, stack: Stack, tokenizer: Any = None, path: Path | None = None, hf: Any = None) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        tokenizer: Any = None,
+        path: Path | None = None,
+        hf: Any = None,
+        heads: dict[Any, Head] | None = None,  # draft heads of the stack made before
+    ) -> None:
         self.stack = stack
         self.tokenizer = tokenizer
         self.path = path
@@ -58,7 +65,7 @@ class LanguageModel:
         self.facts: Facts = (
             checkpoint.facts_of(hf.config, str(path or "")) if hf is not None else checkpoint.Facts()
         )
-        self._heads: dict[tuple[int, tuple[int, ...], bool], Head] = {}
+        self._heads: dict[Any, Head] = {} if heads is None else heads
         self.controllers: dict[tuple[Plan, int | None], Controller] = {}
         self.engines = EnginePool(stack)
 
@@ -187,6 +194,13 @@ class LanguageModel:
 
     def _draft_head(self, options: Options, plan: Plan) -> Head | None:
         size = options.draft_vocab
+        if plan.draft_length and self.path is None and self.facts.owns_head(plan.exit_layer):
+            warnings.warn(
+                f"exit {plan.exit_layer} was trained for a draft head of its own, which is in its folder and "
+                "not in this model, so few drafts will be kept; layerskip.load(FOLDER) has it, and so has a "
+                "model that from_pretrained loaded from a folder that is still there",
+                stacklevel=1,
+            )
         if size == "auto":
             size = self._default_draft_vocabulary(plan) or "off"
         if size == "off":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -20,10 +21,10 @@ from layerskip.model.native.linear import FORMATS, fast_bfloat16
 from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from typing import Unpack
 
     from layerskip.decode.options import Keywords
+    from layerskip.model.head import Head
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
@@ -122,9 +123,22 @@ def stack_of(hf_model: Any) -> HuggingFaceStack:
     return known
 
 
+_heads: WeakKeyDictionary[HuggingFaceStack, dict[Any, Head]] = WeakKeyDictionary()
+
+
+def wrapped(hf_model: Any, tokenizer: Any = None) -> LanguageModel:
+    """Wrap a model already in memory, see `stack_of`.
+
+    The draft head and vocabulary are not in it: they come from the folder it was loaded from, if it is still there.
+    """
+    stack, name = stack_of(hf_model), getattr(hf_model, "name_or_path", None)
+    folder = Path(name) if name and (Path(name) / "config.json").is_file() else None
+    return LanguageModel(stack, tokenizer, folder, hf_model, _heads.setdefault(stack, {}))
+
+
 def generate(hf_model: Any, prompt: Any, *, tokenizer: Any = None, **keywords: Unpack[Keywords]) -> Any:
     """Generate with a Hugging Face model already in memory; see `LanguageModel.generate`.
 
     Raises: UserError for a model that is not supported or fails the parity check, and as `LanguageModel.generate`.
     """
-    return LanguageModel(stack_of(hf_model), tokenizer, hf=hf_model).generate(prompt, **keywords)
+    return wrapped(hf_model, tokenizer).generate(prompt, **keywords)
