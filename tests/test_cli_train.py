@@ -282,7 +282,6 @@ def lines(file, *records):
         (["exits=[2, 9]"], "trains exit 9, the model has 5 layers"),
         (["exits=[5]"], "no early exit"),
         (["e_scale=0", "best_by=speedup", "eval_data=x"], "best_by speedup needs an exit"),
-        (["exits=null", "rotation=9"], "rotation 9 is longer than the 4 exits"),
         (["weighting={9: 1.0}"], "weighs exit 9"),
         (["length=4096"], "longer than the model's context of 256"),
         (["columns.prompt=question"], "data.jsonl"),
@@ -320,7 +319,6 @@ def test_labels_outside_the_vocabulary_are_said_before_any_step(refused, folder,
 
 def test_a_recipe_for_more_layers_than_the_model_has_is_refused(refused):
     assert "is for 40 layers, the model has 5" in refused("exits=null", recipe="continual-llama2-13b")
-    assert "rotation 39 is longer" in refused("exits=null", "layers=null", recipe="continual-llama2-13b")
 
 
 def test_a_loss_that_is_not_finite_stops_with_exit_code_2(train, monkeypatch):

@@ -158,7 +158,9 @@ def test_a_model_in_memory_drafts_with_the_head_of_the_folder_it_came_from(train
     assert ids[0, len(prompt) :].tolist() == own.tokens
     assert not [one for one in recwarn if "draft head" in str(one.message)]
     shutil.rmtree(copy)
-    with pytest.warns(UserWarning, match="exit 2 was trained for a draft head of its own, which is in its folder"):
+    with pytest.warns(
+        UserWarning, match="exit 2 was trained for a draft head of its own, which is in its folder"
+    ):
         layerskip.generate(hf, prompt, **settings)
     layerskip.generate(hf, prompt, **settings | {"exit_layer": 3})
 

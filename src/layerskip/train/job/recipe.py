@@ -129,7 +129,7 @@ class Recipe(_Strict):
     curriculum: Literal["rotational", "gradual", "all", "fixed"] = "rotational"
     """Exits trained at a step: in turn (rotational), from the last layer down (gradual), all, or those in exits."""
     rotation: Count | None = None
-    """R: each exit is trained once in R steps (rotational curriculum only); null is one exit a step."""
+    """R: each exit is trained once in R steps (rotational only); null or more than the exits: one exit a step."""
     exits: list[Count] | Literal["auto"] | None = None
     """Exit layers to train: null is all, auto 1/8, 1/4, 3/8, 1/2 of the depth, rounded down; paper leaves 1 out."""
     last_every: Count = 1

@@ -80,7 +80,7 @@ def enabled_exits(
 
     `exits` restricts the candidates (all of 1..L-1 without it). `rotational`: of the candidates in order, every
     `rotation`-th is on and the choice moves by one each step, so that `rotation` steps visit each once; the
-    default, one less than the layers or the number of candidates, is one exit a step. `gradual`: from the last
+    default and the most, the number of candidates, is one exit a step. `gradual`: from the last
     layer down, exit k from step (L-k) total / 2L on, all of them by half of the run. `fixed`: the candidates.
     Source: LayerSkip, eq. 6 and section 3.1.2; that the last layer does not rotate is our reading.
     Raises: UserError for an unknown curriculum, a rotation below 1 or exits the model does not have.
@@ -93,11 +93,12 @@ def enabled_exits(
             "curriculum fixed needs a list of exits", f"exits=[...], numbers from 1 to {num_layers}"
         )
     if curriculum == "rotational":
-        period = max(1, len(candidates)) if rotation is None else rotation
-        if period < 1:
+        if rotation is not None and rotation < 1:
             raise UserError(
                 f"rotation is {rotation}", "every rotation-th exit is on at a step; it is at least 1"
             )
+        most = max(1, len(candidates))  # a longer turn would have steps without an exit
+        period = most if rotation is None else min(rotation, most)
         chosen = [k for place, k in enumerate(candidates) if (place - step) % period == 0]
     elif curriculum == "gradual":
         chosen = [k for k in candidates if 2 * num_layers * step >= (num_layers - k) * total]
@@ -139,12 +140,6 @@ class Schedule:
             )
         if self.last_every < 1:
             raise UserError(f"last_every is {self.last_every}", "1 runs every row through all layers")
-        count = len(self.candidates)
-        if self.curriculum == "rotational" and (self.rotation or 0) > max(1, count):
-            raise UserError(
-                f"rotation {self.rotation} is longer than the {count} exits it is over",
-                f"no exit would be on at some steps; rotation={max(1, count)} is one exit a step",
-            )
 
     @classmethod
     def of(cls, num_layers: int, settings: Any, exits: Sequence[int] | None) -> Schedule:
