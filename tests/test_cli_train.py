@@ -93,6 +93,22 @@ def test_the_last_line_holds_every_exit_and_the_folder_is_a_plain_checkpoint(tra
     assert lm.generate("say 1", max_new_tokens=4).stats["mode"] == "self-speculative"
 
 
+def test_the_tiny_recipe_brings_its_data(train):
+    """It was there "to see that everything works" and needed a file to begin with."""
+    code, result, printed, message = train("length=96", data=None)
+    assert code == 0, message
+    assert "20 examples" in printed
+    assert result["steps"] == 4
+
+
+def test_the_anchor_recipe_gives_any_model_one_exit_with_a_head_of_its_own(train, tmp_path):
+    code, result, _, message = train("exits=[2]", "exit_vocab=24", "warmup=0.1", recipe="anchor")
+    assert code == 0, message
+    assert [*result["exits"]] == ["2", "5"]
+    facts = facts_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out").config)
+    assert facts.owns_head(2)
+
+
 def test_json_alone_leaves_nothing_else_on_standard_output(train):
     code, _, printed, message = train("--json")
     assert code == 0
@@ -297,6 +313,11 @@ def lines(file, *records):
 )  # fmt: skip
 def test_what_a_recipe_cannot_do_is_said_before_any_step(refused, settings, says):
     assert says in refused(*settings)
+
+
+def test_the_anchor_recipe_trains_no_model_but_the_one_that_is_named(refused):
+    """Without `model=` a run of finetune trained SmolLM2 unasked."""
+    assert "the recipe has no model" in refused("exits=[2]", recipe="anchor", model=None)
 
 
 def test_data_that_cannot_be_trained_on_is_said_before_any_step(refused, tmp_path):

@@ -55,7 +55,7 @@ def test_a_loss_is_told_with_what_to_do_about_it(analysis):
     text = doctor.verdict(losing, "m", False, None)
     assert "0.40 x [0.30, 0.50] at best" in text
     assert "use plain decoding (--mode ar). It is the default already." in text
-    assert "layerskip train finetune model=m" in text
+    assert "layerskip train anchor model=m" in text
     trained = doctor.verdict(losing, "m", True, Cell(2, 3, 0))
     assert "makes that the default" in trained
     assert "like those it was trained for" in trained

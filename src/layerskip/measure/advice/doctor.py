@@ -85,7 +85,7 @@ def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None, 
     else:
         why = (
             "The exits are not trained; to gain, train them: "
-            f"layerskip train finetune model={name} data=... output=..."
+            f"layerskip train anchor model={name} data=... output=..."
         )
     return f"You will get {gain} at best, with {given}: {plain} {why}"
 

@@ -260,6 +260,10 @@ def read_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(settings, dict):
         raise UserError(f"the recipe {path} is not a list of `key: value` lines")
     settings.setdefault("name", path.stem)
+    if path.parent == FOLDER and isinstance(data := settings.get("data"), str):
+        settings["data"] = str(
+            FOLDER / data
+        )  # a built-in recipe's own; the user's are found from where they stand
     for override in overrides:
         _lay_over(settings, override)
     return recipe_from(settings)

@@ -1,6 +1,6 @@
 """A training run from a recipe: check everything, train, evaluate, leave a plain Hugging Face folder.
 
-    run = prepare(read_recipe("finetune", ["data=chats.jsonl", "output=out"]))
+    run = prepare(read_recipe("anchor", ["model=./your-model", "data=own.jsonl", "output=out"]))
     print(run.plan)
     result = finish(run)
 
@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     if recipe.layers is not None and recipe.layers > num_layers:
         raise UserError(
             f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
-            "layers=null takes its settings as they are; the shipped recipes for any depth are finetune and lora",
+            "layers=null takes its settings as they are; the shipped recipes for any depth are anchor, finetune and lora",
         )
     schedule = schedule_for(recipe, num_layers)
     check_length(recipe, config)
