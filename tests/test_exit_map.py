@@ -191,7 +191,11 @@ def test_a_delta_carries_the_draft_head(trained, folder, tmp_path):
 
 
 def test_a_frozen_model_is_exported_as_it_was(folder, data, tmp_path):
-    finish(prepare(recipe(folder, data, tmp_path / "out", freeze="model")))
+    """Its card told of layer dropout, which it had not, and left out the map and what was frozen."""
+    finish(prepare(recipe(folder, data, tmp_path / "out", freeze="model", p_max=0.0)))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained with early-exit loss" in card
+    assert {"freeze: model", "exit_map: True", "last_loss: kl", "last_every: 2"} < {*card.splitlines()}
     one, other = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -61,6 +61,37 @@ def test_rows_of_a_global_batch_set_the_accumulation_and_the_plan_tells_it(recip
     assert "4 steps of 6 rows (2 x 3 passes)" in console.file.getvalue()
 
 
+def test_the_tokens_of_the_plan_are_those_of_its_epochs(recipe):
+    """One step of sixteen rows over five rows was told as 15.6 k tokens of 4.9 k."""
+    plan = runs.prepare(recipe("steps=null", "epochs=1", "batch_size=2", "global_batch=64")).plan
+    assert (plan["steps"], plan["epochs"], plan["tokens"]) == (1, 1.0, plan["tokens_per_epoch"])
+    plan = runs.prepare(recipe("steps=null", "epochs=3", "batch_size=2", "global_batch=64")).plan
+    assert plan["tokens"] == 3 * plan["tokens_per_epoch"]
+
+
+def test_a_plan_too_short_to_teach_says_how_long_it_should_be(recipe, data):
+    run = runs.prepare(recipe("steps=null", "epochs=2"))
+    [told] = run.warnings
+    needed = -(-100_000 // run.plan["tokens_per_epoch"])
+    assert "teach an exit little. One task needs some 100,000" in told
+    assert told.endswith(f"give more data, or epochs={needed}")
+    [told] = runs.prepare(recipe("steps=4")).warnings
+    assert "or steps=" in told
+    assert runs.prepare(recipe("steps=4000")).warnings == []
+    assert runs.prepare(recipe("e_scale=0")).warnings == []
+
+
+def test_the_plan_adds_up_the_disk(recipe):
+    """Three steps left 2.1 GB and nothing had said so."""
+    prepared = runs.prepare(recipe("keep=1"))
+    weights = 4 * prepared.plan["parameters"]
+    assert prepared.plan["disk_bytes"] == weights + 2 * 3 * weights
+    result = runs.finish(prepared)
+    written = sum(file.stat().st_size for file in Path(result["output"]).rglob("*") if file.is_file())
+    assert weights + 3 * weights < written < 1.5 * prepared.plan["disk_bytes"]
+    assert runs.prepare(recipe("output=null"), planning=True).plan["steps"] == 4
+
+
 def test_automatic_exits_are_eighths_of_the_depth():
     recipe = read_recipe("finetune")
     assert runs.schedule_for(recipe, 32).trained == (4, 8, 12, 16)
@@ -119,7 +150,7 @@ def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monk
     assert Options().plan(replace(facts, exit_layer=2), 5).mode == "self-speculative"
     console = Console(file=io.StringIO(), width=1000)  # paths of tests are long
     print_result(console, result)
-    assert "drafting does not pay yet, 0.80 x" in console.file.getvalue()
+    assert "drafting with the exit does not pay yet, 0.80 x" in console.file.getvalue()
 
 
 def test_figures_of_training_batches_choose_no_default_exit(recipe):
@@ -208,7 +239,7 @@ def test_a_run_that_measured_nothing_says_so_and_decodes_plainly(recipe):
     folder = Path(result["output"])
     card = (folder / "README.md").read_text()
     assert "Nothing was measured." in card
-    assert "Plain decoding is the default: no data were held out" in card
+    assert "No exit drafts by default: no data were held out" in card
     assert [line for line in card.splitlines() if line.startswith("```")] == [
         "```sh",
         "```",

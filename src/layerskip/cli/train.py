@@ -44,7 +44,7 @@ def train(
     chosen = read_recipe(recipe, settings or [])
     console = notes if as_json else out
     out.quiet = out.quiet or not first
-    run = _prepared(chosen, resume, console, first)
+    run = _prepared(chosen, resume, console, first, plan)
     if plan:
         if first:
             print(json.dumps({**run.plan, "warnings": run.warnings}), flush=True)
@@ -59,7 +59,7 @@ def train(
         sys.exit(130)
 
 
-def _prepared(recipe: Recipe, resume: bool, console: Console, first: bool) -> Run:
+def _prepared(recipe: Recipe, resume: bool, console: Console, first: bool, planning: bool) -> Run:
     with progress("loading") if first else nullcontext(silent) as watch:
         import torch
         from transformers.utils import logging
@@ -74,7 +74,7 @@ def _prepared(recipe: Recipe, resume: bool, console: Console, first: bool) -> Ru
         torch.set_num_threads(chosen_threads())
         if first:
             print_recipe(console, recipe)
-        run = prepare(recipe, resume, watch)
+        run = prepare(recipe, resume, watch, planning)
     if first:
         print_plan(console, run.plan, run.warnings)
     return run

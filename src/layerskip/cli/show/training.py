@@ -44,17 +44,19 @@ def print_plan(console: Console, plan: dict[str, Any], warnings: Sequence[str]) 
     n = f"{plan['parameters'] / 1e6:,.1f} M parameters"
     if plan["trainable"] != plan["parameters"]:
         n += f", {plan['trainable'] / 1e6:,.2f} M of them trained"
+    epochs = "epoch" if plan["epochs"] == 1 else "epochs"
     resumes = "" if plan["resumes_at"] is None else f", from step {plan['resumes_at']} on"
     devices = f"{plan['devices']} x {plan['device']}" if plan["devices"] > 1 else plan["device"]
     passes = f" ({plan['rows_per_pass']} x {plan['passes']} passes)" if plan["passes"] > 1 else ""
     held_out = f", {plan['held_out']} examples set aside" if plan["held_out"] else ""
     lines = [
-        f"{plan['steps']:,} steps of {plan['rows_per_step']} rows{passes}, {plan['epochs']:g} epochs, "
+        f"{plan['steps']:,} steps of {plan['rows_per_step']} rows{passes}, {plan['epochs']:g} {epochs}, "
         f"{quantity(plan['tokens'])} tokens{resumes}",
         f"{plan['examples']:,} examples in {plan['rows']:,} rows, {100 * plan['learnt_share']:.0f}% of the tokens "
         f"are learned; {plan['eval_rows']:,} rows to evaluate on{held_out}",
         f"{n}, {plan['layers']} layers; exits {', '.join(map(str, plan['exits'])) or 'none'}",
         f"about {plan['memory_bytes'] / 1e9:.1f} GB of memory per device; {devices}",
+        f"up to {plan['disk_bytes'] / 1e9:.1f} GB of disk: the model and the checkpoints that stand at once",
     ]
     console.print(Text("plan", style="bold") + Text("  " + "\n      ".join(lines)))
     for warning in warnings:
@@ -73,14 +75,14 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         pass  # the last layer alone: no exit was trained
     elif speedup is None:
         told += (
-            ", so no default exit was chosen and decoding is plain. "
+            ", so no default exit was chosen. "
             f"layerskip tune {result['output']} --prompts FILE --save measures one; with eval_data=FILE or "
             "hold_out=N the run chooses"
         )
     elif result["exit_layer"] is None:
         told += (
-            f": drafting does not pay yet, {speedup:.2f} x at best by the cost model; "
-            "decoding is plain by default, train longer"
+            f": drafting with the exit does not pay yet, {speedup:.2f} x at best by the cost model, so it is no "
+            f"default. Train longer{_seen(result)}"
         )
     else:
         head = "" if result["draft_vocab"] is None else f", draft vocabulary {result['draft_vocab']}"
@@ -88,9 +90,23 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             f": default exit layer E = {result['exit_layer']}, draft length K = {result['draft_length']}{head}; "
             f"the cost model predicts {speedup:.2f} x, layerskip bench {result['output']} measures"
         )
+    if speedup is not None:
+        told += (
+            ". It counts the tokens that the draft vocabulary lacks; predictions during the run assume 8,192 that "
+            "lack none"
+        )
     console.print(Text(told, style="yellow" if result["exit_layer"] is None else "dim"))
     console.print(Text(f"written: {result['output']}", style="bold"))
     console.print(Text("its checkpoints are needed for --resume only and may be deleted", style="dim"))
+
+
+def _seen(result: dict[str, Any]) -> str:
+    tokens = result.get("tokens")
+    return (
+        ""
+        if tokens is None
+        else f": this run saw {quantity(tokens)} tokens, that of the built-in model 7.3 M"
+    )
 
 
 def quantity(count: float) -> str:

@@ -77,8 +77,8 @@ def model_card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
         header += [f"base_model: {recipe.model}"] if "/" in recipe.model else []
     lines = [*header, "---", "", f"# {Path(str(result['output'])).name}", ""]
     lines += [
-        f"{base or 'A model from random weights'}, trained with layer dropout and early-exit loss, so that its "
-        "first layers can draft for the rest (LayerSkip, arXiv 2404.16710).",
+        f"{base or 'A model from random weights'}, trained with {'layer dropout and ' if recipe.p_max else ''}"
+        "early-exit loss, so that its first layers can draft for the rest (LayerSkip, arXiv 2404.16710).",
         "",
         "```sh",
         f'layerskip generate ./{Path(str(result["output"])).name} "..."',
@@ -96,7 +96,8 @@ def model_card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     lines += ["", *_default(facts, result)] if facts.trained else []
     keys = (
         "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum", "rotation",
-        "exits", "exit_loss", "learning_rate", "lr_schedule", "dtype", "seed",
+        "exits", "exit_loss", "exit_map", "exit_vocab", "last_every", "last_loss", "freeze",
+        "learning_rate", "lr_schedule", "dtype", "seed",
     )  # fmt: skip
     steps, tokens = result["steps"], result.get("tokens")
     trained = f"{steps} steps" + ("" if tokens is None else f", {tokens:,} tokens with padding")
@@ -122,10 +123,10 @@ def _default(facts: Facts, result: dict[str, Any]) -> list[str]:
     name, speedup = Path(str(result["output"])).name, _number(result["predicted_speedup"], ".2f")
     measure = f"`layerskip tune ./{name} --prompts FILE --save` measures and sets a default"
     if result["predicted_speedup"] is None:
-        return [f"Plain decoding is the default: no data were held out to choose an exit by. {measure}."]
+        return [f"No exit drafts by default: no data were held out to choose one by. {measure}."]
     told = f"the cost model predicts {speedup} x"
     if facts.exit_layer is None:
-        return [f"Drafting does not pay yet: {told} at best, so plain decoding is the default. {measure}."]
+        return [f"Drafting does not pay yet: {told} at best, so no exit drafts by default. {measure}."]
     vocabulary = result["draft_vocab"]
     head = "" if vocabulary is None else f", draft vocabulary the data's {vocabulary:,} most frequent tokens"
     return [

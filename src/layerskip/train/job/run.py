@@ -35,7 +35,7 @@ from layerskip.train.job.loading import (
     rows_of,
     tokenizer_of,
 )
-from layerskip.train.job.plan import Run, arguments_for, plan_of
+from layerskip.train.job.plan import Run, arguments_for, plan_of, short
 from layerskip.train.job.recipe import Recipe, as_yaml, differing_keys, read_recipe
 from layerskip.train.objective.binding import shape
 from layerskip.train.objective.objective import Objective
@@ -72,13 +72,15 @@ def train(
     return finish(prepare(recipe, resume, watch), callbacks)
 
 
-def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) -> Run:
+def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None, planning: bool = False) -> Run:
     """Check a recipe against its output folder, model and data; load all three. Cheap checks come first.
+
+    With `planning` it needs no output folder; such a run is to be looked at, not to be finished.
 
     Raises: UserError.
     """
     _check_installed(recipe)
-    output = checked_output(recipe, resume)
+    output = Path() if planning and recipe.output is None else checked_output(recipe, resume)
     if not recipe.sources:
         raise UserError(
             "the recipe has no data", "data=FILE names .jsonl, .parquet, .txt, a folder or a data set"
@@ -88,7 +90,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
     if recipe.layers is not None and recipe.layers > num_layers:
         raise UserError(
             f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
-            "layers=null takes its settings as they are; the shipped recipes for any depth are anchor, finetune and lora",
+            "layers=null takes its settings as they are; shipped for any depth are anchor, finetune and lora",
         )
     schedule = schedule_for(recipe, num_layers)
     check_length(recipe, config)
@@ -116,6 +118,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None) ->
                 f"lora.layers=[...] from {above[0]} down, or exits=[...] from {lowest} up",
             )
     run.plan = plan_of(run)
+    run.warnings += short(run.plan, recipe)
     if run.checkpoint is not None:
         _check_unchanged(run)
     return run
