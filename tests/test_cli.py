@@ -131,13 +131,28 @@ def test_a_stop_string_ends_the_text_before_it(run, one, folder):
     assert (code, printed) == (0, whole[: whole.index(stops[0])] + "\n")
 
 
+def test_sampling_without_a_seed_draws_one_and_tells_it(one, folder, run):
+    """Two runs with a temperature gave the identical text: the seed was 0 unless given."""
+    hot = ("--temperature", 1.5, "--max-new-tokens", 20)
+    first, second = one(folder, "hello", *hot), one(folder, "hello", *hot)
+    assert first["tokens"] != second["tokens"]
+    assert first["stats"]["seed"] != second["stats"]["seed"]
+    again = one(folder, "hello", *hot, "--seed", first["stats"]["seed"])
+    assert again["tokens"] == first["tokens"]
+    assert one(folder, "hello")["stats"]["seed"] is None
+    _, text, told = run("generate", folder, "hello", *hot)
+    seed = told.rsplit("seed ", 1)[1].split()[0]
+    assert run("generate", folder, "hello", *hot, "--seed", seed)[1] == text
+    assert "seed" not in run("generate", folder, "hello")[2]
+
+
 def test_sampling_is_repeatable_per_seed_and_shaped_by_its_flags(one, folder):
     def tokens(*options):
         return one(folder, "hello", "--max-new-tokens", 20, *SPECULATIVE, *options)["tokens"]
 
     greedy, hot = tokens(), ("--temperature", 1.5)
-    assert tokens(*hot) == tokens(*hot, "--seed", 0) != tokens(*hot, "--seed", 1)
-    assert tokens(*hot) != greedy
+    assert tokens(*hot, "--seed", 0) == tokens(*hot, "--seed", 0) != tokens(*hot, "--seed", 1)
+    assert tokens(*hot, "--seed", 0) != greedy
     for flags in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 0.999)):
         assert tokens(*hot, *flags) == greedy
     assert tokens("--repetition-penalty", 1.8) != greedy

@@ -33,6 +33,7 @@ KEYS += [
     "acceptance",
     "tokens_per_round",
     "layer_passes",
+    "seed",
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 

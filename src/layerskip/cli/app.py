@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerskip.cli.options import default, spread, without
+from layerskip.cli.options import spread, without, worded
 from layerskip.cli.show.terminal import loudness, note, notes, out
 from layerskip.decode.options import DraftOptions, LoadOptions, Options, SamplingOptions
 from layerskip.errors import UserError
@@ -62,7 +63,7 @@ Model = Annotated[
 ]
 Loading = LoadOptions
 Drafting = Annotated[DraftOptions, without("simulate_acceptance")]
-Sampling = Annotated[SamplingOptions, default(seed=0)]
+Sampling = Annotated[SamplingOptions, worded("seed", shown="drawn anew and told")]
 AsJson = Annotated[bool, Option("Print one JSON object per result.", flags=("--json",))]
 Save = Annotated[bool, Option("Write a result file.")]
 
@@ -77,6 +78,17 @@ def merged(*options: Any, **more: Any) -> dict[str, Any]:
     keywords = {name: value for group in options for name, value in vars(group).items()} | more
     _ = Options.parse(keywords).processing
     return keywords
+
+
+def drawn(drafting: DraftOptions, sampling: SamplingOptions) -> dict[str, Any]:
+    """Join what decides an output, with a seed drawn where none is given: torch's generator starts alike each time.
+
+    Raises: UserError as `merged`.
+    """
+    options = merged(drafting, sampling)
+    if sampling.temperature and sampling.seed is None:
+        options["seed"] = secrets.randbits(32)
+    return options
 
 
 def exit_layers(given: str) -> list[int] | None:

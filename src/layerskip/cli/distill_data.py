@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from layerskip.cli.app import AsJson, Loading, Model, Sampling, load, merged, verb
-from layerskip.cli.options import only, worded
+from layerskip.cli.options import default, only, worded
 from layerskip.cli.prompts import PromptOptions, Separator, encoded, unescaped
 from layerskip.cli.show.terminal import Lines, err, note, notes, out, tell
 from layerskip.errors import UserError, hint_of
@@ -42,6 +42,7 @@ def distill_data(
     sampling: Annotated[
         Sampling,
         only("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "chat"),
+        default(seed=0),  # a run that goes on must draw as it began
         worded("batch_size", flags=("--batch",)),
         worded("chat", help="Wrap text prompts as messages."),
     ],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerskip.cli.app import AsJson, Drafting, Loading, Model, Sampling, load, merged, verb
+from layerskip.cli.app import AsJson, Drafting, Loading, Model, Sampling, drawn, load, verb
 from layerskip.cli.options import worded
 from layerskip.cli.show.rounds import print_rounds, show, statistics_line
 from layerskip.cli.show.terminal import note, tell
@@ -37,7 +37,7 @@ def generate(
     layerskip generate smollm2-135m "Why is the sky blue?" --mode self-speculative --exit-layer 2 --draft-length 2
     """
     prompts, ids = _prompts(prompt, prompt_file, batch_file)
-    options = merged(drafting, sampling)  # a slip costs no time
+    options = drawn(drafting, sampling)  # a slip costs no time
     lm = load(model, loading)
     options["chat"] = lm.has_template if sampling.chat is None else sampling.chat
     if batch_file is None and not as_json:
@@ -96,4 +96,5 @@ def _stream(lm: LanguageModel, prompt: str, options: dict[str, Any]) -> None:
 
     rounds = print_rounds(lm, lm.stream(prompt, **options), options["stop"])
     prompt_tokens = sum(round.prompt_tokens for round in rounds)
-    note(statistics_line(statistics(rounds, lm.plan(Options.parse(options)), prompt_tokens)))
+    stats = statistics(rounds, lm.plan(Options.parse(options)), prompt_tokens)
+    note(statistics_line(stats | {"seed": options["seed"]}))

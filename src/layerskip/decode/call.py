@@ -62,6 +62,7 @@ class Call:
         text = "" if self.tokenizer is None else texts.final_text(self.tokenizer, tokens, self.options.stops)
         reason = "error" if error is not None else rounds[-1].finish_reason if rounds else None
         stats = statistics(rounds, self.plan, prompt_tokens)
+        stats["seed"] = self.options.seed if self.options.temperature else None
         return Generation(text, tokens, reason, rounds, stats, error)
 
 

@@ -56,4 +56,6 @@ def statistics_line(stats: dict[str, Any], prefilled: int | None = None) -> str:
             setting = f" E {stats['exit_layer']}, K {stats['draft_length']}" if source == "exit" else ""
             parts.append(f"{source}{'' if stats['policy'] == 'adaptive' else setting} {kept} kept")
         parts.append(f"{stats['tokens_per_round']:.2f} tokens/round")
+    if stats.get("seed") is not None:
+        parts.append(f"seed {stats['seed']}")
     return " · ".join(parts)
