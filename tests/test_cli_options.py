@@ -197,7 +197,7 @@ def test_options_of_a_generation_are_those_of_sampling_and_drafting():
 
 
 def test_load_takes_its_defaults_from_the_options_and_is_checked_by_them():
-    wanted = {name: default for name, (_, default, _) in options_of(LoadOptions).items() if name != "threads"}
+    wanted = {name: default for name, (_, default, _) in options_of(LoadOptions).items()}
     assert load.__kwdefaults__ == wanted
     for name in ("dtype", "stack"):  # before anything is looked for
         with pytest.raises(UserError, match=f"unknown {name} 'x'"):

@@ -100,6 +100,20 @@ def test_an_answer_abandoned_midway_stays_in_the_conversation(texts):
     assert computed(chat) < len(texts.encode(turns))
 
 
+def test_the_pieces_of_a_turn_are_its_text(texts):
+    """A turn came as rounds of token ids only."""
+    chat = texts.chat(max_new_tokens=12, stop="q", **SPECULATIVE)
+    for text in ("hello", "and you?"):
+        found = list(chat.send_text(text))
+        assert "".join(found) == chat.last.text
+        assert len(found) > 1
+    answer = chat.send_text("why")
+    part = next(answer)
+    answer.close()
+    assert chat.last.text.startswith(part)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 3
+
+
 def test_an_answer_abandoned_before_its_first_token_leaves_no_turn(texts):
     chat = texts.chat(max_new_tokens=8)
     answer = chat.send("x" * 100)

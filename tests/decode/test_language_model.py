@@ -68,6 +68,49 @@ def test_streamed_pieces_are_the_text_of_generate(lm, stop):
     assert all(found)
 
 
+def test_a_stop_from_a_generator_is_kept(lm):
+    """It was read once, by the check, and then nothing stopped."""
+    options = Options(stop=(letter for letter in "ab"), logits_processor=iter([]))
+    assert options.stops == options.stops == ("a", "b")
+    assert options.processing is not None
+    with pytest.raises(UserError, match="stop is"):
+        Options(stop=(letter for letter in [1, 2]))
+
+
+def test_load_sets_threads_and_warns_of_busy_cores(folder, monkeypatch, recwarn):
+    """From Python nothing said why decoding was ten times slower, nor what to do."""
+    found = []
+    monkeypatch.setattr("torch.set_num_threads", found.append)
+    layerskip.load(folder, dtype="float32")
+    assert (found, list(recwarn)) == ([], [])
+    layerskip.load(folder, dtype="float32", threads=1)
+    assert found == [1]
+    with pytest.raises(UserError, match="threads must be a whole number, at least 1"):
+        layerskip.load(folder, threads=0)
+    monkeypatch.setattr("layerskip.model.threads.busy_cores", lambda: 1.0)
+    with pytest.warns(UserWarning, match="others keep 1.0 cores busy"):
+        layerskip.load(folder, dtype="float32", stack="hf")
+
+
+def test_load_without_progress_shows_no_bar_of_transformers(folder, monkeypatch):
+    from transformers.utils import logging
+
+    seen = []
+    original = layerskip.decode.load.models.load
+    monkeypatch.setattr(
+        "layerskip.model.load.load",
+        lambda *a, **k: seen.append(logging.is_progress_bar_enabled()) or original(*a, **k),
+    )
+    logging.enable_progress_bar()
+    try:
+        for progress in (True, False):
+            layerskip.load(folder, dtype="float32", progress=progress)
+            assert logging.is_progress_bar_enabled()
+    finally:
+        logging.disable_progress_bar()
+    assert seen == [True, False]
+
+
 def test_streaming_text_reads_its_options_once(lm, monkeypatch):
     parse, parsed = Options.parse, []
     monkeypatch.setattr(Options, "parse", lambda keywords: parsed.append(keywords) or parse(keywords))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerskip.cli.options import spread, without, worded
-from layerskip.cli.show.terminal import loudness, note, notes, out
+from layerskip.cli.show.terminal import loudness, notes, out
 from layerskip.decode.options import DraftOptions, LoadOptions, Options, SamplingOptions
 from layerskip.errors import UserError
 from layerskip.option import Option
@@ -108,22 +108,14 @@ def listed_layers(
 
 
 def load(model: str, how: LoadOptions) -> LanguageModel:
-    """Load a model, saying so on stderr while it takes time; set the CPU threads and warn of busy cores."""
+    """Load a model, saying so on stderr while it takes time, with a thread for each physical core."""
     with notes.status(f"Loading {model} …"):
-        import torch
         from transformers.utils import logging
 
         from layerskip.decode import load as loading
-        from layerskip.model.threads import busy_cores, busy_warning, chosen_threads
+        from layerskip.model.threads import chosen_threads
 
         logging.disable_progress_bar()
         if not loudness.verbose:
             logging.set_verbosity_error()  # what matters of its warnings, we raise
-    threads = chosen_threads(how.threads)
-    torch.set_num_threads(threads)
-    on_cpu = how.device == "cpu" or not torch.cuda.is_available()
-    warning = busy_warning(busy_cores(), threads) if on_cpu else None
-    lm = loading.load(model, **{name: value for name, value in vars(how).items() if name != "threads"})
-    if warning is not None:
-        note(f"warning: {warning}", "yellow")
-    return lm
+    return loading.load(model, **vars(how) | {"threads": chosen_threads(how.threads)})

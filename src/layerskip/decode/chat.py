@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from layerskip.decode.pool import rounded_capacity
 from layerskip.decode.scheduler import Scheduler, Status, Ticket, raising
+from layerskip.decode.text import pieces
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ FIRST = 1024  # tokens that the cache of a conversation holds before it grows
 class Chat:
     """A conversation: one row whose cache is reused up to the longest common token prefix of each turn.
 
-    `LanguageModel.chat` opens one. The cache starts small and grows with the conversation, to `limit` tokens.
+    `LanguageModel.chat` opens one; options, such as `max_new_tokens`, are given there and serve every turn. The
+    cache starts small and grows with the conversation, to `limit` tokens.
     """
 
     def __init__(self, call: Call, engines: EnginePool, limit: int, system: str | None = None) -> None:
@@ -62,6 +64,15 @@ class Chat:
                 self.last = self.call.generation(rounds, len(request.prompt))
                 if self.last.tokens:  # an answer abandoned before its first token leaves no turn
                     self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+
+    def send_text(self, content: str) -> Iterator[str]:
+        """Answer a message, yielding text in pieces, as it comes; see `send`.
+
+        Exact: joined they are the text of `last` (test_the_pieces_of_a_turn_are_its_text).
+        """
+        return pieces(
+            self.call.tokenizer, (round.tokens for round in self.send(content)), self.call.options.stops
+        )
 
     def reset(self) -> None:
         """Forget the conversation but not the system message."""

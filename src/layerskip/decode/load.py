@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +18,13 @@ from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.options import LoadOptions
 from layerskip.errors import UserError
 from layerskip.model import load as models
+from layerskip.model import threads as cores
 from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.native.linear import FORMATS, fast_bfloat16
 from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Unpack
 
     from layerskip.decode.options import Keywords
@@ -70,12 +74,14 @@ def load(
     device_map: Any = LoadOptions.device_map,
     stack: str = LoadOptions.stack,
     quantize: str | None = LoadOptions.quantize,
+    threads: int | None = LoadOptions.threads,
     progress: bool = LoadOptions.progress,
 ) -> LanguageModel:
     """Load a built-in model, a Hugging Face folder, or a hub id.
 
     `stack` is native (fast, Llama-shaped families), hf (the model's own modules) or auto; `quantize` int8 rounds
-    the weights of a native stack on the CPU.
+    the weights of a native stack on the CPU. `threads` sets how many CPU threads torch uses, in the whole process;
+    one per free physical core is fastest, and a warning says where others keep cores busy.
 
     Raises: UserError when it cannot be found or loaded, or fails the parity check.
     """
@@ -84,9 +90,27 @@ def load(
             f"load takes a name or folder, got {type(name).__name__}",
             "for a model in memory: layerskip.generate(hf_model, ...)",
         )
-    LoadOptions(dtype, device, device_map, stack, quantize, progress=progress)  # a slip costs no download
+    LoadOptions(dtype, device, device_map, stack, quantize, threads, progress)  # a slip costs no download
+    if threads is not None:
+        torch.set_num_threads(cores.chosen_threads(threads))
     chosen = resolve_device(device)
-    path = hub.resolve(str(name), progress=progress)
+    busy = cores.busy_cores() if chosen.type == "cpu" else None  # now: loading takes cores itself
+    if (warning := cores.busy_warning(busy, torch.get_num_threads())) is not None:
+        warnings.warn(warning, stacklevel=1)
+    with nullcontext() if progress else _no_bars():
+        return _loaded(str(name), dtype, chosen, device_map, stack, quantize, progress)
+
+
+def _loaded(
+    name: str,
+    dtype: str | torch.dtype,
+    chosen: torch.device,
+    device_map: Any,
+    stack: str,
+    quantize: str | None,
+    progress: bool,
+) -> LanguageModel:
+    path = hub.resolve(name, progress=progress)
     kind = resolve_dtype(dtype, chosen, native=stack != "hf" and device_map is None and native_family(path))
     if quantize in FORMATS and dtype == "auto":
         kind = FORMATS[quantize].dtypes[0]
@@ -98,8 +122,22 @@ def load(
         model, hf = models.load(path, dtype=torch.float32, **given)
     tokenizer = tokenizer_in(path)  # where there is none token ids still work, text says what is missing
     lm = LanguageModel(model, tokenizer, path, hf)
-    lm.facts = checkpoint.facts_of(hf.config, str(name))
+    lm.facts = checkpoint.facts_of(hf.config, name)
     return lm
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence the bars of transformers while it loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 _stacks: WeakKeyDictionary[Any, HuggingFaceStack] = WeakKeyDictionary()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -30,6 +30,9 @@ def vocabulary_size(typed: str) -> int | str:
 
 class _Checked:
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Iterator):  # is read once, and here by several
+                object.__setattr__(self, name, tuple(value))
         check(type(self), vars(self))
         for name, value in vars(self).items():
             if hasattr(value, "item") and isinstance(value, Integral):  # numpy's, which JSON does not take
@@ -49,7 +52,7 @@ class LoadOptions(_Checked):
     stack: str = option("auto", "native, hf or auto.", choices=("auto", "native", "hf"))
     quantize: str | None = option(None, "int8: weights in 8 bit.", shown="off")
     threads: int | None = option(None, "CPU threads.", least=1, shown="one per physical core")
-    progress: bool = option(True, "Show downloads.", offered=False)
+    progress: bool = option(True, "Show the progress of downloads and of loading.", offered=False)
 
 
 @dataclass(frozen=True)
