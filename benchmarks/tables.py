@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/results.md, and the README's transcript, from committed result files.
+"""Write the tables of README.md and docs from committed result files, and those of options from the code.
 
 python benchmarks/tables.py           # prints them
 python benchmarks/tables.py --write   # puts them between their markers
@@ -402,6 +402,37 @@ def _away(found: dict | None, unit: str) -> str:
     return f"{100 * found['mean']:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
 
 
+PYTHON = {
+    "chat": "messages only",
+    "threads": "torch's own number",
+}  # defaults in which the command line differs
+
+
+def options() -> str:
+    from layerskip.decode.options import DraftOptions, SamplingOptions
+
+    return _options(DraftOptions, SamplingOptions)
+
+
+def loading() -> str:
+    from layerskip.decode.options import LoadOptions
+
+    return _options(LoadOptions)
+
+
+def _options(*kinds: type) -> str:
+    """A row per option, as Python has it."""
+    from layerskip.option import options_of
+
+    lines = _head("option", "default", "")
+    for kind in kinds:
+        for name, (_, default, told) in options_of(kind).items():
+            meant = PYTHON.get(name, told.shown)
+            shown = f"`{default!r}`" if meant is None or default is not None else f"`None`: {meant}"
+            lines.append(_line(f"`{name}`", shown, told.help.replace("|", "\\|")))
+    return "\n".join(lines)
+
+
 def _model(path: Path, told: dict) -> str:
     """What a file's model is called now."""
     early = told["model"] == "smollm2-135m" and path.stem[-10:] <= UNTRAINED
@@ -428,6 +459,7 @@ def _share(value: float | None) -> str:
 
 PAGES = {
     "README.md": {"table: gain": gain, "list: price": price, "transcript: demo": demo},
+    "docs/usage.md": {"table: options": options, "table: loading": loading},
     "docs/results.md": {
         "table: builtin": builtin,
         "table: topv2": topv2,
