@@ -137,6 +137,7 @@ def test_a_simulated_bench_says_so_everywhere(run, folder, prompts, tmp_path, mo
     code, printed, _ = run("bench", folder, *prompts, *QUICK, *simulated)
     assert "simulated: drafts are kept at random" in printed
     assert "self-speculative (simulated)" in printed
+    assert "early-exit (not verified)" in printed, "its 4.2 x stood first, without a word on its text"
     assert "equality: not asked of self-speculative" in printed
 
 

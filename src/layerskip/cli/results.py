@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from layerskip.cli.app import load
 from layerskip.cli.show.terminal import Lines, note, notes
@@ -36,7 +43,14 @@ def progress(first: str = "") -> Iterator[Watch]:
             watch(first, 0, 0)
         yield watch
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=notes, transient=True) as bars:
         task = bars.add_task(first, total=None)
         yield lambda what, done, of: bars.update(task, description=what, completed=done, total=of or None)

@@ -79,8 +79,8 @@ class LanguageModel:
     def generate(self, prompt: Any, **keywords: Unpack[Keywords]) -> Any:
         """Continue a prompt (text, messages or token ids), or a list of them.
 
-        Returns a `Generation`, or a list of them in input order. Keywords: fields of `decode.options.Options`, which
-        docs/usage.md lists.
+        Returns a `Generation`, or a list of them in input order. Keywords: fields of `Options`, which docs/usage.md
+        lists.
         Exact: self-speculative output equals plain decoding (tests/test_lossless.py says in which sense).
         Raises: UserError for a request that cannot be honoured; an error that ended a prompt, once all have ended.
         """

@@ -73,15 +73,18 @@ def print_bench(result: dict[str, Any]) -> None:
     if simulated is not None:
         out.print(
             Text(
-                f"simulated: drafts are kept at random, accepted/drafted {simulated}; no output is real",
+                f"simulated: drafts are kept at random, accepted/drafted {simulated} in the mean of many rounds (a "
+                "short run can be ten points off; the speed-up is that of the share it had); no output is real",
                 "yellow",
             )
         )
     label = {name: f"{name} (simulated)" if "simulated" in m else name for name, m in methods.items()}
+    if "early-exit" in label:
+        label["early-exit"] += " (not verified)"
     speeds = Table("method", "tokens/s", "over ar", "accepted", "per round", box=None)
     costs = Table("", "prefill tokens/s", "peak memory", "first call, more", box=None, style="dim")
     for name, figures in methods.items():
-        style = "yellow" if "simulated" in figures else None
+        style = "yellow" if label[name] != name else None
         ratio, peak = result["speedup"].get(f"{name}/ar"), figures["peak_bytes"]
         speeds.add_row(
             label[name],
