@@ -131,6 +131,19 @@ def test_a_stop_string_ends_the_text_before_it(run, one, folder):
     assert (code, printed) == (0, whole[: whole.index(stops[0])] + "\n")
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_an_exit_that_the_model_has_not_is_refused_before_it_is_loaded(run, folder, verb, monkeypatch):
+    """A slip cost fifteen seconds of loading."""
+    monkeypatch.setattr("layerskip.decode.load.load", None)
+    prompt = ("hello",) if verb == "generate" else ()
+    code, _, message = run(verb, folder, *prompt, "--exit-layer", tiny.NUM_LAYERS)
+    assert code == 2
+    assert (
+        f"exit layer {tiny.NUM_LAYERS} is out of range\n  choose one from 1 to {tiny.NUM_LAYERS - 1}"
+        in message
+    )
+
+
 def test_sampling_without_a_seed_draws_one_and_tells_it(one, folder, run):
     """Two runs with a temperature gave the identical text: the seed was 0 unless given."""
     hot = ("--temperature", 1.5, "--max-new-tokens", 20)

@@ -108,6 +108,10 @@ def test_a_wrong_record_is_named_by_line_with_what_to_set(tmp_path, record, mess
 
 def test_missing_empty_and_broken_sources_are_named(tmp_path):
     jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match=r"no file or folder .*nope\.jsonl\n  check the path"):
+        list(
+            examples(str(tmp_path / "nope.jsonl"))
+        )  # names that shared no more than their ending were suggested
     with pytest.raises(UserError, match=r"no file or folder .*trian\.jsonl\n.*'train\.jsonl'"):
         list(examples(tmp_path / "trian.jsonl"))
     for name, content, message in (

@@ -26,6 +26,19 @@ def read_configuration(file: Path) -> dict[str, Any]:
     return config
 
 
+def num_layers_in(folder: Path) -> int | None:
+    """Read how many layers the model of a folder has, without transformers; None where nothing says so.
+
+    Raises: UserError as `read_configuration`.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_configuration(folder / "config.json")
+    parts = [config, *(part for name, part in config.items() if name == "text_config" and part)]
+    named = ("num_hidden_layers", "n_layer", "num_layers")
+    return next((part[name] for part in parts for name in named if part.get(name)), None)
+
+
 def _check(config: dict[str, Any], where: str) -> None:
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):

@@ -108,6 +108,12 @@ def cached(name: str) -> Path | None:
     return next((finished(builtin, cache_folder()) for builtin in builtins() if builtin.name == name), None)
 
 
+def at_hand(name: str) -> Path | None:
+    """Find the folder that `name` stands for where nothing need be downloaded or made."""
+    folder = named_path(name)
+    return cached(name) or (folder if folder.is_dir() else None)
+
+
 def _from_hub(name: str, progress: bool) -> Path:
     """Download `org/name` into huggingface_hub's cache, or find it there when offline."""
     from huggingface_hub import snapshot_download, utils

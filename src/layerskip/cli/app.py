@@ -91,6 +91,19 @@ def drawn(drafting: DraftOptions, sampling: SamplingOptions) -> dict[str, Any]:
     return options
 
 
+def check_exit(model: str, options: dict[str, Any]) -> None:
+    """Refuse an exit layer that the model does not have before it is loaded. Raises: UserError."""
+    if options["exit_layer"] is None:
+        return
+    from layerskip.checkpoint.configuration import num_layers_in
+    from layerskip.checkpoint.facts import Facts
+    from layerskip.checkpoint.resolve import at_hand
+
+    folder = at_hand(model)
+    if folder is not None and (layers := num_layers_in(folder)) is not None:
+        Options.parse(options).plan(Facts(), layers)
+
+
 def exit_layers(given: str) -> list[int] | None:
     """Read --exits: None for all. Raises: UserError."""
     allowed = "--exits is all, or layers from 1 on with commas between: 1,4,8"

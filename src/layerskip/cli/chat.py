@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from rich.text import Text
 
-from layerskip.cli.app import Drafting, Loading, Model, Sampling, drawn, load, verb
+from layerskip.cli.app import Drafting, Loading, Model, Sampling, check_exit, drawn, load, verb
 from layerskip.cli.options import default, without
 from layerskip.cli.show.rounds import print_rounds, statistics_line
 from layerskip.cli.show.terminal import err, note, out
@@ -29,6 +29,7 @@ def chat(
     layerskip chat smollm2-135m --temperature 0.7 --top-p 0.9
     """
     options = drawn(drafting, sampling)
+    check_exit(model, options)
     lm = load(model, loading)
     if not lm.has_template:
         lacks = "tokenizer" if lm.tokenizer is None else "chat template"

@@ -10,7 +10,7 @@ from layerskip.cli.app import AsJson, Loading, Model, load, verb
 from layerskip.cli.options import only
 from layerskip.cli.results import progress
 from layerskip.cli.show.bench import print_coverage
-from layerskip.cli.show.terminal import tell
+from layerskip.cli.show.terminal import note, tell
 from layerskip.decode.options import DraftOptions, Options
 from layerskip.errors import UserError, hint_of
 from layerskip.option import Option
@@ -56,6 +56,11 @@ def draft_vocab(
         texts = _watched((text for path in data for text in vocabulary.documents(path, column)), watch)
         found = vocabulary.frequencies(lm.tokenizer, texts, full)
     ranking = vocabulary.ranked(found.counted)
+    if output is None and (counted := int(found.counted.sum())) < size:
+        raise UserError(
+            f"{counted:,} tokens were counted, too few to say which {size:,} are the most frequent",
+            "give more text the model should write, a smaller --size, or --output FILE to try it out",
+        )
     ids = vocabulary.first_ids(ranking, size, sorted(lm.eos_ids(Options())))
     sizes = [n for n in DRAFT_VOCABULARIES if n < full]
     covered = vocabulary.coverage(found.held_out, ranking, sorted({*sizes, size}))
@@ -77,6 +82,8 @@ def draft_vocab(
     else:
         assert lm.path is not None
         record["file"] = str(write_draft_vocabulary(lm.path, ids, lm.facts))
+        if lm.facts.draft_vocab is not None:
+            note(f"the draft vocabulary that {lm.path} had is replaced", "yellow")
     tell(record, as_json, print_coverage)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerskip.cli.app import AsJson, Drafting, Loading, Model, Sampling, drawn, load, verb
+from layerskip.cli.app import AsJson, Drafting, Loading, Model, Sampling, check_exit, drawn, load, verb
 from layerskip.cli.options import worded
 from layerskip.cli.show.rounds import print_rounds, show, statistics_line
 from layerskip.cli.show.terminal import note, tell
@@ -38,6 +38,7 @@ def generate(
     """
     prompts, ids = _prompts(prompt, prompt_file, batch_file)
     options = drawn(drafting, sampling)  # a slip costs no time
+    check_exit(model, options)
     lm = load(model, loading)
     options["chat"] = lm.has_template if sampling.chat is None else sampling.chat
     if batch_file is None and not as_json:

@@ -6,6 +6,7 @@ for example in examples("train.jsonl.gz", Columns(completion="response")): ...
 from __future__ import annotations
 
 import csv
+import difflib
 import gzip
 import itertools
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip.errors import UserError, nearest
+from layerskip.errors import UserError
 from layerskip.reading import messages_of, named_path, parsed, reason, spoken
 
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -211,7 +212,11 @@ def _hub(source: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if _kind(path) in DATA | TEXT | {*REFUSED} or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = f"in that folder: {nearest(path.name, beside)}" if beside else "check the path"
+        stems = {Path(other).stem: other for other in beside}  # endings are alike anyway
+        close = difflib.get_close_matches(path.stem, stems)
+        hint = (
+            f"did you mean {' or '.join(repr(stems[one]) for one in close)}?" if close else "check the path"
+        )
         raise UserError(f"no file or folder {source}", hint)
     try:
         import datasets
