@@ -341,7 +341,11 @@ def test_a_prompt_file_that_cannot_be_read_is_an_error(fails, folder, tmp_path):
     ("line", "expected"),
     [
         ("hello", "line 3 is not JSON"),
-        ("{}", "line 3: "),
+        ("{}", 'line 3: give either prompt or messages\n  a line is {"prompt": "..."} or'),
+        (
+            '{"promt": "a"}',
+            "line 3: give either prompt or messages\n  it has 'promt': did you mean 'prompt'?",
+        ),
         ('"hello"', "line 3: "),
         ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "give either prompt or messages"),
         ('{"messages": [{"role": "user"}]}', "line 3: messages.0.content"),

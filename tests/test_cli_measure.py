@@ -305,14 +305,16 @@ def test_a_draft_vocabulary_that_cannot_be_made_leaves_the_checkpoint_alone(
 
 
 def test_too_few_tokens_replace_no_draft_vocabulary_and_a_replaced_one_is_told(
-    run, fails, checkpoint, data, tmp_path
+    run, checkpoint, data, tmp_path
 ):
     """Sixteen tokens overwrote the list of a checkpoint without a word."""
     assert run("draft-vocab", checkpoint, "--data", data, "--size", 40)[0] == 0
     before = (checkpoint / "draft_vocab.json").read_bytes()
     file = tmp_path / "short.txt"
     file.write_text("hello")
-    assert "5 tokens were counted, too few" in fails("draft-vocab", checkpoint, "--data", file, "--size", 9)
+    code, _, message = run("draft-vocab", checkpoint, "--data", file, "--size", 9)
+    assert code == 2
+    assert "5 tokens were counted, too few" in message
     assert (checkpoint / "draft_vocab.json").read_bytes() == before
     code, _, message = run("draft-vocab", checkpoint, "--data", data, "--size", 30)
     assert code == 0

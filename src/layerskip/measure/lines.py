@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
         except ValidationError as error:
             raise UserError(
                 f"{path}, line {number}: {_first(error)}",
-                "objects need prompt, messages, turns or conversations",
+                _misspelt(record, ("prompt", "messages"))
+                or 'a line is {"prompt": "..."} or {"messages": [...]}; of Spec-Bench\'s files "turns" is read, of '
+                'ShareGPT\'s "conversations"',
             ) from error
     if not items:
         raise UserError(f"{path} has no prompts", 'one JSON object per line: {"prompt": "..."}')
@@ -142,7 +145,8 @@ def read_likelihoods(path: Path) -> list[LikelihoodLine]:
         except ValidationError as error:
             raise UserError(
                 f"{path}, line {number}: {_first(error)}",
-                "objects need prompt or context, and response, or choices and answer",
+                _misspelt(record, ("prompt", "context", "response", "choices", "answer"))
+                or "objects need prompt or context, and response, or choices and answer",
             ) from error
     if not items:
         raise UserError(
@@ -191,7 +195,15 @@ def _opening(record: Any, where: str) -> Any:
     return {**record, "messages": messages[:answered]}
 
 
+def _misspelt(record: Any, names: Sequence[str]) -> str | None:
+    """Ask for the name that a key of a record comes close to; None where none does."""
+    for key in record if isinstance(record, dict) else ():
+        if key not in names and (close := difflib.get_close_matches(key, names, n=1, cutoff=0.75)):
+            return f"it has {key!r}: did you mean {close[0]!r}?"
+    return None
+
+
 def _first(error: ValidationError) -> str:
     first: Any = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+    where, told = ".".join(str(part) for part in first["loc"]), str(first["msg"])
+    return f"{where}: {told}" if where else told.removeprefix("Value error, ")
