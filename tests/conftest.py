@@ -129,7 +129,7 @@ def fails(run):
         assert code == 2, message
         assert printed == ""
         assert "Traceback" not in message
-        first, *hint = message.rstrip("\n").split("\n")
+        first, *hint = (line for line in message.rstrip("\n").split("\n") if not line.startswith("loading "))
         assert first.startswith("error: ")
         assert len(hint) <= 1
         return message

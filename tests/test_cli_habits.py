@@ -50,6 +50,7 @@ def test_the_shell_completes_verbs_and_options():
 def test_quiet_leaves_nothing_but_errors_on_stderr(run, folder):
     loud = run("generate", folder, "hi", "--max-new-tokens", 2)
     quiet = run("--quiet", "generate", folder, "hi", "--max-new-tokens", 2)
+    assert loud[2].startswith(f"loading {folder}"), "ten silent seconds in a log"
     assert "tokens/s" in loud[2]
     assert quiet == (0, loud[1], "")
     code, _, message = run("--quiet", "generate", folder, "hi", "--exit-layer", 99)

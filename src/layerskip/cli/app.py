@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerskip.cli.options import spread, without, worded
-from layerskip.cli.show.terminal import loudness, notes, out
+from layerskip.cli.show.terminal import loudness, note, notes, out
 from layerskip.decode.options import DraftOptions, LoadOptions, Options, SamplingOptions
 from layerskip.errors import UserError
 from layerskip.option import Option
@@ -122,7 +122,9 @@ def listed_layers(
 
 def load(model: str, how: LoadOptions) -> LanguageModel:
     """Load a model, saying so on stderr while it takes time, with a thread for each physical core."""
-    with notes.status(f"Loading {model} …"):
+    if not notes.is_terminal:
+        note(f"loading {model}")
+    with notes.status(f"Loading {model} …"):  # shown on terminals only
         from transformers.utils import logging
 
         from layerskip.decode import load as loading
