@@ -10,7 +10,7 @@ range and help are those of the field's `Option`; a single parameter may carry a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce, wraps
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -111,7 +111,8 @@ def _parameter(name: str, kind: Any, value: Any, told: Option) -> inspect.Parame
     flags = list(told.flags)
     if not flags and bool in (kind, *get_args(kind)):
         flags = [_flag(name) + ("" if value is False else f"/--no-{_flag(name)[2:]}")]
-    shown = typer.Option(*flags, help=told.help, show_default=told.shown or True)
+    completed = _completed(told.choices) if told.choices else None
+    shown = typer.Option(*flags, help=told.help, show_default=told.shown or True, autocompletion=completed)
     required = value is inspect.Parameter.empty
     return inspect.Parameter(
         name,
@@ -119,6 +120,13 @@ def _parameter(name: str, kind: Any, value: Any, told: Option) -> inspect.Parame
         default=value if required or value != () else None,
         annotation=Annotated[typed, shown],
     )
+
+
+def _completed(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    def completed(begun: str) -> list[str]:
+        return [one for one in choices if one.startswith(begun)]
+
+    return completed
 
 
 def _read(name: str, typed: Any, kind: Any, value: Any, told: Option) -> Any:

@@ -26,13 +26,25 @@ def _recipes(begun: str) -> list[str]:
     return [name for name in recipe_names() if name.startswith(begun)]
 
 
+def _keys(begun: str) -> list[str]:
+    from layerskip.train.job.recipe import NESTED, Recipe
+
+    keys = [key for key in Recipe.model_fields if key not in NESTED]
+    keys += [f"{outer}.{key}" for outer, kind in NESTED.items() for key in kind.model_fields]
+    return [f"{key}=" for key in keys if key.startswith(begun)]
+
+
 Name = Annotated[
     str,
     typer.Argument(help="Built-in recipe or YAML file.", show_default=False, autocompletion=_recipes),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings over the recipe's, such as steps=200 or lora.rank=8.", show_default=False),
+    typer.Argument(
+        help="Settings over the recipe's, such as steps=200 or lora.rank=8.",
+        show_default=False,
+        autocompletion=_keys,
+    ),
 ]
 
 
