@@ -9,7 +9,8 @@ other prompts are wrapped by the chat template. Questions of GSM8K are the last 
 from each category in turn. Decoding is greedy and ends where the model ends it.
 
 Every prompt is decoded by all methods before the next one is begun, led in rotation: plain decoding and
-self-speculation of the model with its shipped E, K, draft vocabulary and policy, the same of the base, and with
+self-speculation of the model with its shipped E, K, draft vocabulary and policy (its exit alone: sources.py has
+copies too), the same of the base, and with
 --hf Hugging Face's `generate`, plain and with `assistant_early_exit`, on the model. The guard is on, and what a
 policy learns from a prompt is forgotten before the next one, as when a command is called (--kept: as in a server).
 A speed-up is the plain seconds of the same model over its own, all prompts of a task together: once the seconds
@@ -123,9 +124,9 @@ class Subject:
 def shipped(lm: LanguageModel, arguments: argparse.Namespace) -> dict[str, Any]:
     """Spell out what a checkpoint drafts with by default, so that another model can be told to do the same."""
     given = {"exit_layer": arguments.exit_layer, "draft_length": arguments.draft_length}
-    plan = lm.plan(Options.parse({"mode": SELF_SPECULATIVE, "guard": True, **given}))
+    plan = lm.plan(Options.parse({"mode": SELF_SPECULATIVE, "drafter": "exit", "guard": True, **given}))
     told = {"exit_layer": plan.exit_layer, "draft_length": plan.draft_length, "policy": plan.policy}
-    told |= {"confidence": plan.confidence or None, "guard": True}
+    told |= {"confidence": plan.confidence or None, "guard": True, "drafter": "exit"}
     head = lm.draft_head(Options.parse({"mode": SELF_SPECULATIVE, **told}))
     return {**told, "draft_vocab": "off" if head is None else head.size}
 

@@ -153,7 +153,7 @@ def test_the_trainer_of_the_documents_runs(folder, tmp_path, monkeypatch):
     exec(compile(block, "training.md", "exec"), {})
     lm = layerskip.load("./my-model")
     assert lm.facts.exits == (2, 3)
-    assert lm.generate("say 1", max_new_tokens=2).stats["mode"] == "ar"
+    assert lm.generate("say 1", max_new_tokens=2).stats["drafter"] == "lookup"
 
 
 def test_the_trl_trainer_of_the_documents_runs_on_a_cpu(tmp_path, monkeypatch):

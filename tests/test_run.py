@@ -144,9 +144,9 @@ def test_exits_that_do_not_pay_yet_leave_plain_decoding_the_default(recipe, monk
     facts = facts_of(AutoConfig.from_pretrained(folder))
     assert facts == Facts((2, 3), recipe="tiny", versions=facts.versions)
     assert "does not pay yet: the cost model predicts 0.80 x at best" in (folder / "README.md").read_text()
-    assert Options().plan(facts, 5).mode == "ar"
-    asked = Options(mode="self-speculative").plan(facts, 5)
-    assert (asked.mode, asked.exit_layer) == ("self-speculative", 1)
+    assert Options().plan(facts, 5).drafter == "lookup"
+    asked = Options(drafter="exit").plan(facts, 5)
+    assert (asked.mode, asked.exit_layer) == ("self-speculative", 2), "the trained exit nearest to a quarter"
     assert Options().plan(replace(facts, exit_layer=2), 5).mode == "self-speculative"
     console = Console(file=io.StringIO(), width=1000)  # paths of tests are long
     print_result(console, result)
@@ -246,7 +246,7 @@ def test_a_run_that_measured_nothing_says_so_and_decodes_plainly(recipe):
         "```text",
         "```",
     ]
-    assert Options().plan(facts_of(AutoConfig.from_pretrained(folder)), 5).mode == "ar"
+    assert Options().plan(facts_of(AutoConfig.from_pretrained(folder)), 5).drafter == "lookup"
 
 
 def test_all_ends_of_the_generation_config_end_a_turn(folder, tmp_path):

@@ -217,7 +217,7 @@ def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
     )
     assert entry(own)["mode"] == "ar"
     assert (entry(own)["policy"], entry(own)["confidence"]) == ("confidence", 0.4)
-    assert layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats["mode"] == "ar"
+    assert layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats["drafter"] == "lookup"
 
 
 def test_a_draft_vocabulary_nobody_ranked_is_the_default_without_an_invented_ranking(own):
