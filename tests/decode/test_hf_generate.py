@@ -85,10 +85,24 @@ def test_drafts_come_from_the_exit_and_num_assistant_tokens_is_their_number(mode
     assert counters.runs[2, L, 13] == 1
 
 
-def test_without_an_exit_layer_decoding_is_plain(model):
+def test_without_an_exit_layer_tokens_are_copied(model):
+    """Prompt lookup is what any model gains by; its number of tokens is that of transformers."""
+    counters = stack_of(model).counters
+    for how, longest in (({}, 17), ({"prompt_lookup_num_tokens": 2}, 3)):
+        counters.reset()
+        ids = model.generate(**masked(ONE), max_new_tokens=NEW, custom_generate=custom_generate, **how)
+        assert torch.equal(ids, greedy())
+        widths = [width for start, stop, width in counters.runs if width != len(ONE[0])]
+        assert 1 < max(widths) <= longest
+        assert counters.runs.total() < NEW
+
+
+def test_with_the_drafter_off_decoding_is_plain(model):
     counters = stack_of(model).counters
     counters.reset()
-    ids = model.generate(**masked(ONE), max_new_tokens=NEW, custom_generate=custom_generate)
+    ids = model.generate(
+        **masked(ONE), max_new_tokens=NEW, custom_generate=custom_generate_with(drafter="off")
+    )
     assert torch.equal(ids, greedy())
     assert counters.runs == {(0, L, 4): 1, (0, L, 1): NEW - 1}
 
@@ -337,7 +351,6 @@ REFUSED = {
     "static cache": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
     "guidance": {"guidance_scale": 1.5},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "draft schedule": {"num_assistant_tokens_schedule": "heuristic"},
     "confidence": {"assistant_confidence_threshold": 0.7},
     "filled cache": {"past_key_values": filled_cache},

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _UNSUPPORTED = {
     "num_beams": (None, 1),
     "penalty_alpha": (None,),
-    "prompt_lookup_num_tokens": (None,),
     "output_scores": (None, False),
     "output_logits": (None, False),
     "output_attentions": (None, False),
@@ -69,10 +68,11 @@ def custom_generate(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Decode as `generate` would, drafting with the first `assistant_early_exit` layers.
+    """Decode as `generate` would, with drafts of the first `assistant_early_exit` layers, else the default ones.
 
     `num_assistant_tokens` is the draft length (transformers fills in 20 where it is unset, so 20 means the
-    checkpoint's own, else 4); without `assistant_early_exit` decoding is plain. Sampling draws its seed from
+    checkpoint's own, else 4). Without `assistant_early_exit` drafts are copied from the text so far, at most
+    `prompt_lookup_num_tokens` a round, beside the exit where it is trained and pays. Sampling draws its seed from
     torch's global generator, so `torch.manual_seed` repeats it; the law is that of `generate`, the draws are
     not. Returns what `generate` returns.
     Raises: UserError for an option that cannot be honoured.
@@ -95,10 +95,12 @@ def custom_generate_with(
     tokenizer: Any = None,
     stop_strings: str | Sequence[str] | None = None,
     draft_length: int | None = None,
+    drafter: str | None = None,
 ) -> Callable[..., Any]:
     """Bind what transformers does not pass on to a `custom_generate` callable.
 
     The streamer sees the prompt and then each round's committed tokens (one row only, as in transformers).
+    `drafter` is auto, exit, lookup or off.
     Raises: UserError for stop strings without a tokenizer.
     """
     if stop_strings and tokenizer is None:
@@ -119,7 +121,7 @@ def custom_generate_with(
     ) -> Any:
         return _generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
-            model_kwargs, tokenizer, stops, draft_length, stream_prompt=True,
+            model_kwargs, tokenizer, stops, {"draft_length": draft_length, "drafter": drafter},
         )  # fmt: skip
 
     # transformers reads the signature to find extra arguments; the wrapped one would offer `streamer`.
@@ -138,19 +140,16 @@ def _generate(
     model_kwargs: dict[str, Any],
     tokenizer: Any = None,
     stops: tuple[str, ...] = (),
-    draft_length: int | None = None,
-    stream_prompt: bool = False,
+    bound: dict[str, Any] | None = None,
 ) -> Any:
     _refuse(config, model_kwargs, synced_gpus)
     if streamer is not None and input_ids.shape[0] > 1:
         raise UserError("a streamer shows one row", "generate rows one by one to stream them")
     lm = wrapped(model, tokenizer)
-    mode = "self-speculative" if config.assistant_early_exit is not None else "ar"
-    asked = None if config.num_assistant_tokens == _NO_CHOICE else config.num_assistant_tokens
-    drafts = draft_length if draft_length is not None else asked
-    options = Options(mode=mode, exit_layer=config.assistant_early_exit, draft_length=drafts)
+    options = _options(config, bound or {})
     plan = lm.plan(options)
     head = lm.draft_head(options) if lm.facts.owns_head(plan.exit_layer) else None
+    controller = lm.controllers_of(plan, head) if plan.controlled else None
     sampling = Sampling(temperature=1.0) if config.do_sample else Sampling()  # warpers come as processors
     seed = int(torch.randint(2**62, ())) if config.do_sample else 0
     ends = _Ends(config, criteria, tokenizer, stops)
@@ -170,6 +169,8 @@ def _generate(
                 max_new_tokens=max(1, ends.max_length - len(row)),
                 exit_layer=plan.exit_layer,
                 draft_length=plan.draft_length,
+                confidence=plan.confidence,
+                controller=None if controller is None else controller(),
                 eos=frozenset(ends.eos),
                 processing=Processing(sampling, own, padding),
                 seed=seed,
@@ -186,7 +187,7 @@ def _generate(
     engines = _engines(model, lm.stack)
     engine = engines.take(len(requests), capacity, head)
     new: list[list[int]] = [[] for _ in requests]
-    if streamer is not None and stream_prompt:
+    if streamer is not None and bound is not None:  # else transformers has shown the prompt
         streamer.put(input_ids.cpu())
     try:
         for place, round in raising(Scheduler(engine).run(requests)):
@@ -198,6 +199,21 @@ def _generate(
     if streamer is not None:
         streamer.end()
     return _result(config, input_ids, new, ends.eos)
+
+
+def _options(config: Any, bound: dict[str, Any]) -> Options:
+    """Read who drafts, and how much. Raises: UserError for what excludes each other."""
+    exit_layer, asked = config.assistant_early_exit, config.num_assistant_tokens
+    drafts = bound.get("draft_length")
+    if drafts is None and exit_layer is not None and asked != _NO_CHOICE:
+        drafts = asked
+    return Options(
+        exit_layer=exit_layer,
+        draft_length=drafts,
+        drafter=bound.get("drafter"),
+        copy_length=config.prompt_lookup_num_tokens,
+        temperature=1.0 if config.do_sample else 0.0,
+    )
 
 
 _pools: WeakKeyDictionary[Any, EnginePool] = WeakKeyDictionary()

@@ -162,7 +162,7 @@ class LanguageModel:
             )
         strings, ends = texts.split_stops(self.tokenizer, options.stops)
         head, eos = self._draft_head(options, plan), self.eos_ids(options) | ends
-        controller = self._controllers(plan, head) if plan.controlled else None
+        controller = self.controllers_of(plan, head) if plan.controlled else None
         return Call(options, plan, self.tokenizer, head, controller, eos, strings)
 
     def plan(self, options: Options) -> Plan:
@@ -225,7 +225,7 @@ class LanguageModel:
             return size or 0 if self.facts.draft_vocab is None else 0
         return len(set(ranked[:size]))
 
-    def _controllers(self, plan: Plan, head: Head | None) -> Callable[[], Controller]:
+    def controllers_of(self, plan: Plan, head: Head | None) -> Callable[[], Controller]:
         """Say whose controller a request gets: that of its plan, whose experience serves later calls too.
 
         What is not timed must not depend on other requests: there each one has its own.
