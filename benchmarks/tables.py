@@ -316,6 +316,46 @@ def policies() -> str:
     return "\n".join([*lines, "", note])
 
 
+SOURCES = {"default": "default", "lookup": "lookup alone", "exit": "exit alone"}
+
+
+def sources() -> str:
+    """What each source gains by kind of text, a table per model."""
+    parts = []
+    for path in _newest_of_each("sources_*.json"):
+        result = json.loads(path.read_text())
+        told = result["configuration"]
+        names = [name for name in SOURCES if name in result["mean"]]
+        lines = _head(
+            "kind of text", *(cell for name in names for cell in (SOURCES[name], "tokens per round"))
+        )
+        for kind, by_name in result["kinds"].items():
+            cells = []
+            for name in names:
+                one = by_name[name]
+                cells += [_interval(one["speedup"]), f"{one['tokens_per_round']:.2f}"]
+            lines.append(_line(kind, *cells))
+        lines.append(
+            _line("mean", *(cell for name in names for cell in (_interval(result["mean"][name]), "")))
+        )
+        prompts = next(iter(result["kinds"].values()))["default"]["prompts"]
+        lines += [
+            "",
+            f"`{told['model']}`, speed-up over our own plain decoding, {prompts} prompts a kind, up to "
+            f"{told['max_new_tokens']} tokens, greedy, {told['dtype']}, {told['threads']} threads of an "
+            f"{told['cpu']}; brackets are 95% intervals over prompts. All outputs are those of plain decoding "
+            f"([{path.name}](benchmarks/results/{path.name})).",
+            "",
+        ]
+        parts.append("\n".join(lines).rstrip())
+    return "\n\n".join(parts)
+
+
+def _interval(ratio: dict) -> str:
+    low, high = ratio["ci95"]
+    return f"{ratio['ratio']:.2f} x [{low:.2f}, {high:.2f}]"
+
+
 def builtin() -> str:
     """The built-in model and its base, task by task, and what training cost."""
     path = newest("builtin_*.json")
@@ -459,6 +499,7 @@ def _share(value: float | None) -> str:
 
 PAGES = {
     "README.md": {"table: gain": gain, "list: price": price, "transcript: demo": demo},
+    "docs/drafting.md": {"table: sources": sources},
     "docs/usage.md": {"table: options": options, "table: loading": loading},
     "docs/results.md": {
         "table: builtin": builtin,

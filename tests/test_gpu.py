@@ -56,8 +56,13 @@ SAMPLED = Processing(Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)
 def test_captured_rounds_are_the_rounds_of_the_host(family, processing):
     """In float64, where padding to a bucket cannot turn a near tie over."""
     stack = on_device(family, torch.float64)
-    for exit_layer, draft_length in ((2, 3), (4, 6), (None, 0)):
-        options = {"processing": processing, "seed": 3, "capacity": 120}
+    for exit_layer, draft_length, more in (
+        (2, 3, {}),
+        (4, 6, {}),
+        (None, 0, {}),
+        (None, 5, {"drafter": "lookup"}),
+    ):
+        options = {"processing": processing, "seed": 3, "capacity": 120, **more}
         host = decode(stack, PROMPTS, 70, exit_layer, draft_length, device_rounds=False, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a failed capture warns and goes on eagerly

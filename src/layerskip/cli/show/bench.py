@@ -36,15 +36,17 @@ def print_contests(model: str, lm: LanguageModel, results: Sequence[Contest]) ->
         )
     out.print(table)
     plan = results[0].speculative.stats
-    settings = f"E = {plan['exit_layer']} of {lm.stack.num_layers} layers, K = {plan['draft_length']}"
+    exits = f"exit E = {plan['exit_layer']} of {lm.stack.num_layers} layers, K = {plan['draft_length']}"
+    settings = {"lookup": "copies from the text so far", "auto": f"{exits}, and copies"}.get(
+        plan["drafter"], exits
+    )
     dtype = str(lm.stack.dtype).removeprefix("torch.")
     out.print(Text(f"{settings}, greedy, {dtype} on {lm.stack.device}", style="dim"))
     if not lm.facts.trained:
         out.print(
             Text(
-                f"{model} has no trained exits yet: its early layers were never taught to predict, so most drafts "
-                "are rejected and self-speculation is slower than plain decoding here. What this shows is that "
-                "the output is the same nevertheless.",
+                f"{model} has no trained exits: drafts are copied from the text so far, which gains where it "
+                "repeats itself.",
                 style="yellow",
             )
         )
@@ -107,7 +109,11 @@ def print_bench(result: dict[str, Any]) -> None:
             out.print(Text(f"{name}: {_ratio(ratio)}"))
     own = methods.get("self-speculative")
     if own is not None:
-        text = f"E = {own['exit_layer']}, K = {own['draft_length']}, draft vocabulary {own['draft_vocab']}"
+        text = f"drafter {own['drafter']}"
+        if own["drafter"] in ("exit", "auto"):
+            text += (
+                f", E = {own['exit_layer']}, K = {own['draft_length']}, draft vocabulary {own['draft_vocab']}"
+            )
         text += "" if own["policy"] == "fixed" else f", {own['policy']}"
         if (predicted := result["predicted_speedup"]) is not None:
             text += f"; the cost model predicts {predicted:.2f} x from this run's step times"
