@@ -128,30 +128,37 @@ def accept(
     Exact: chi-square and closed form in tests/decode/test_accept.py, through the engine in test_engine_laws.py.
     Source: Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318).
     """
-    length, vocabulary = draft.shape[-1], p.shape[-1]
-    p, index = p.double(), draft[..., None]
+    length, p = draft.shape[-1], p.double()
+    index = draft[..., None]
     p_draft = p[..., :length, :].gather(-1, index)[..., 0]  # [*, K]
     q_draft = 1.0 if q is None else q.double().gather(-1, index)[..., 0]
     keep = uniforms[..., :length].double() * q_draft < p_draft  # [*, K]
-    drafted = (
-        torch.ones_like(keep) if counts is None else torch.arange(length, device=p.device) < counts[..., None]
-    )
-    keep = keep & drafted
+    drafted = torch.full(keep.shape[:-1], length, device=p.device) if counts is None else counts  # [*]
+    keep = keep & (torch.arange(length, device=p.device) < drafted[..., None])
     kept = keep.long().cumprod(-1).sum(-1)  # [*]
-    at = kept[..., None]  # nothing was drafted after the last draft: the residual is p itself
-    target = p.gather(-2, at[..., None].expand(*at.shape, vocabulary))[..., 0, :]  # [*, V]
-    if q is None:
-        rejected = torch.cat([draft, torch.zeros_like(at)], -1).gather(-1, at)  # [*, 1]
-        judged = torch.cat([drafted, torch.zeros_like(at, dtype=torch.bool)], -1).gather(-1, at)
-        residual = target.scatter(-1, rejected, target.gather(-1, rejected).masked_fill(judged, 0.0))
-    else:
-        laws = torch.cat(
-            [q.double() * drafted[..., None], torch.zeros_like(p[..., :1, :])], -2
-        )  # [*, K + 1, V]
-        law = laws.gather(-2, at[..., None].expand(*at.shape, vocabulary))[..., 0, :]
-        residual = (target - law).clamp(min=0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)
-    return kept, draw(residual, uniforms[..., -1])
+    following = _at(p, kept)  # [*, V]
+    if length:  # behind the last draft there is no residual: p itself
+        last = kept.clamp(max=length - 1)
+        rejected = draft.gather(-1, last[..., None])[..., 0]
+        rest = residual(following, None if q is None else _at(q, last), rejected)
+        following = torch.where((kept < drafted)[..., None], rest, following)
+    return kept, draw(following, uniforms[..., -1])
+
+
+def residual(p: Tensor, q: Tensor | None, rejected: Tensor) -> Tensor:
+    """Say what the token behind a rejected draft is drawn from: max(p - q, 0), or p where that vanishes.
+
+    Shapes: p, q [*, V], rejected int64 [*] -> float64 [*, V], not normalised. q None: all its mass is on the draft.
+    """
+    p = p.double()
+    rest = p.scatter(-1, rejected[..., None], 0.0) if q is None else (p - q.double()).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+
+
+def _at(laws: Tensor, place: Tensor) -> Tensor:
+    """Pick one law of each row. Shapes: [*, K, V], [*] -> [*, V]."""
+    index = place[..., None, None].expand(*place.shape, 1, laws.shape[-1])
+    return laws.gather(-2, index)[..., 0, :]
 
 
 def accept_greedy(draft: Tensor, targets: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:

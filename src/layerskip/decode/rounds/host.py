@@ -120,20 +120,17 @@ class HostRounds:
             if not sound[i]:
                 raise sampling.not_finite()
             law, state = processing.law_logits(logits[i], row.tokens + draft.tokens[:i], state)
-            p = sampling.warp(law, processing.sampling)[None]  # [1, V]
+            p = sampling.warp(law, processing.sampling)  # [V]
+            keep, following = row.numbers((n + i, KEEP), (n, NEXT), device=torch.device("cpu"))
             if token is None:
-                drawn = sampling.draw(p[0], row.numbers((n, NEXT), device=p.device)[0])
-                return Verdict(i, int(drawn), state)
-            drafted, own = torch.tensor([token], device=p.device), draft.laws[i] if draft.laws else None
-            q = None if own is None else own[None]  # [1, V]
-            uniforms = row.numbers((n + i, KEEP), (n, NEXT), device=p.device)
-            kept, following = sampling.accept(drafted, q, p.expand(2, -1), uniforms)
-            if not kept:
-                return Verdict(i, int(following), state)
+                return Verdict(i, int(sampling.draw(p, following.to(p.device))), state)
+            q = draft.laws[i] if draft.laws else None  # [V]
+            # The rule of `accept`, which would build a residual for every draft that is kept too.
+            if not float(keep) * (1.0 if q is None else float(q[token])) < float(p[token]):
+                rest = sampling.residual(p, q, torch.tensor(token, device=p.device))
+                return Verdict(i, int(sampling.draw(rest, following.to(p.device))), state)
             if token in row.request.eos:
-                return Verdict(
-                    i + 1, token, state
-                )  # the row ends with this draft; what follows is not committed
+                return Verdict(i + 1, token, state)  # the row ends here; what follows is not committed
         raise AssertionError("the last turn has returned")
 
     def _agreements(
