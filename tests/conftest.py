@@ -26,6 +26,10 @@ FULL = os.environ.get("LAYERSKIP_FULL") == "1"
 # its norms round to float32.
 CLOSE = {torch.float32: 2e-4, torch.float64: 1e-6}
 
+# Values of up to 5 mixed with weights that sum to one: float32 rounds scores of up to 10 and their exponentials;
+# bfloat16 rounds weights and result, by 2^-9 each.
+ATTENTION = {torch.float32: 1e-5, torch.bfloat16: 5 * 2**-8}
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

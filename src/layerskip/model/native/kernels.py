@@ -1,4 +1,4 @@
-"""`kernels.cpp`, compiled once with the machine's own C++ compiler and called through ctypes.
+"""`kernels.cpp` and what it includes, compiled once with the machine's own C++ compiler and called through ctypes.
 
     found = kernels()                      # None without a compiler, or with LAYERSKIP_KERNELS=off
     kernels_reason()                       # why not, or None
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from layerskip.model.step import Step
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]  # it includes the others
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -258,5 +259,5 @@ def _fingerprint(compiler: list[str]) -> str:
         processor += "".join(
             sorted({x for x in lines if x.startswith(("flags", "model name", "Features", "CPU "))})
         ).encode()
-    everything = [SOURCE.read_bytes(), str(FLAGS).encode(), version, processor]
+    everything = [*(source.read_bytes() for source in SOURCES), str(FLAGS).encode(), version, processor]
     return hashlib.sha256(b"\0".join(everything)).hexdigest()[:16]

@@ -1,0 +1,262 @@
+// Attention of few positions on the CPU that reads every key and value of the cache once.
+//
+// A block is SLOTS slots of one key head. Its keys and its values are laid out for the vector unit once and used for
+// all queries: the query heads that share the key head, at every position of the call. A chunk is some blocks in a row
+// that one thread takes in order; it leaves for each query the largest score, the weighted values and the sum of the
+// weights (relative to that score). At the end the chunks of a query are added up.
+//
+// Exact: blocks and chunks begin at fixed slots, and sums run over slots, blocks and chunks in order. So what a
+// position gets depends on what it sees alone, neither on its company nor on the number of threads. A slot adds
+// nothing to a position that may not see it, a NaN in it included; a slot that no position sees is not read.
+//
+// bfloat16 is multiplied in pairs and summed in float32, so weights are rounded to bfloat16 (as FlashAttention does;
+// the error is of the size of the result's own rounding), and it is the rounded ones that sum to one.
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "numbers.h"
+#include "vectors.h"
+
+constexpr int SLOTS = 64;
+
+struct Shape {  // of one call; strides in elements
+    int64_t rows, width, heads, kv_heads, size, rotary;  // B, T, query heads, H, d, rotary dimensions (0: none)
+    int64_t qkv_row, qkv_position;                       // strides of qkv [B, T, heads + 2 H, d]
+    int64_t cache_row, cache_head;                       // strides of the cache [rows, 2 H, slots, d]
+    int64_t window, copies;                              // 0: none; how often a single row is written
+    float scale;
+};
+
+// Memory that begins at a cache line and is kept from call to call.
+template <typename T>
+struct Buffer {
+    std::vector<T> kept;
+    T *sized(int64_t count) {
+        constexpr int64_t line = 64 / sizeof(T);
+        if (int64_t(kept.size()) < count + line) kept.resize(count + line);
+        return kept.data() + (-(uintptr_t(kept.data()) / sizeof(T)) & (line - 1));
+    }
+};
+
+struct Seen {  // slots of a block
+    int first, stop;
+    bool any() const { return first < stop; }
+    bool operator==(const Seen &other) const { return first == other.first && stop == other.stop; }
+};
+
+// The largest score of a block; those that are not seen become -inf.
+static inline float largest_of(float *scores, Seen seen) {
+    std::fill(scores, scores + seen.first, -INFINITY);
+    std::fill(scores + seen.stop, scores + SLOTS, -INFINITY);
+    auto larger = [](auto a, auto b) { return a > b ? a : b; };  // b where either is a NaN
+    Floats most = Floats{} - FLT_MAX;
+    for (int j = 0; j < SLOTS; j += LANES) most = larger(loaded<Floats>(scores + j), most);
+    return over_lanes<LANES>(most, larger);
+}
+
+// Turn scores of a block into weights, and add them to `total`, lane by lane.
+template <typename T>
+static inline void weigh(const float *scores, float largest, float scale, T *weights, float *total) {
+    Floats sum = loaded<Floats>(total);
+    for (int j = 0; j < SLOTS; j += LANES)
+        sum += rounded_to(weights + j, exponential<Floats, Words>((loaded<Floats>(scores + j) - largest) * scale));
+    kept(total, sum);
+}
+
+template <typename T, int D>  // D is the head size where it is a common one, 0 for any
+class Attention {
+    struct Row { int64_t task, first, stop; };  // its first task; the blocks that any of its positions sees
+    struct Task { int64_t row, head, chunk; };
+
+    const Shape &s;
+    const T *qkv, *cache;
+    const int64_t *cache_rows, *positions;
+    const int64_t group = s.heads / s.kv_heads, queries = s.width * group;  // of a task
+    std::vector<Row> rows;
+    std::vector<Task> tasks;  // row by row, head by head, chunk by chunk
+
+    int64_t size() const { return D ? D : s.size; }
+    int64_t bytes() const { return size() * sizeof(T); }
+    int64_t words() const { return (bytes() + 3) / 4; }
+    int64_t width() const { return (size() + LANES - 1) / LANES * LANES; }
+    int64_t stride() const { return width() + LANES; }  // of sums: weighted values, and the sum of weights lane by lane
+
+    // Four chunks of one block, so that a short context occupies several threads, then chunks of four.
+    static int64_t chunk_of(int64_t block) { return block < 4 ? block : block / 4 + 3; }
+    static int64_t first_block(int64_t chunk) { return chunk < 4 ? chunk : 4 * (chunk - 3); }
+
+    int64_t first_seen(int64_t position) const {
+        return s.window && position >= s.window ? position - s.window + 1 : 0;
+    }
+    Seen seen(int64_t position, int64_t block) const {
+        int64_t begin = block * SLOTS;
+        return {int(std::max<int64_t>(first_seen(position) - begin, 0)),
+                int(std::min<int64_t>(position + 1 - begin, SLOTS))};
+    }
+    const T *keys_of(const Task &task, int64_t block) const {
+        return cache + cache_rows[task.row] * s.cache_row + task.head * s.cache_head + block * SLOTS * size();
+    }
+    int64_t first_block_of(const Task &task) const { return std::max(first_block(task.chunk), rows[task.row].first); }
+
+    // Ask for rows of the block that comes next while one is laid out. Into the second cache: the first one's few
+    // outstanding lines would hold the loop up.
+    void ask_for(const T *from, int count) const {
+        for (int64_t i = 0; i < count * bytes(); i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+    }
+
+    // Keys [SLOTS, d] to words [words, SLOTS], 0 where no position sees the slot.
+    void lay_keys(const T *keys, Seen any, const T *next, uint32_t *to) const {
+        const char *from = (const char *)keys;
+        for (int j = 0; j < SLOTS; j += EDGE) {
+            ask_for(next + j * size(), EDGE);
+            int64_t w = 0;
+            if (j >= any.first && j + EDGE <= any.stop)
+                for (; w + EDGE <= bytes() / 4; w += EDGE)
+                    transposed(from + j * bytes() + 4 * w, bytes(), (char *)(to + w * SLOTS + j), 4 * SLOTS);
+            for (; w < words(); ++w)
+                for (int i = j; i < j + EDGE; ++i) {
+                    uint32_t word = 0;
+                    if (i >= any.first && i < any.stop)
+                        std::memcpy(&word, from + i * bytes() + 4 * w, std::min<int64_t>(4, bytes() - 4 * w));
+                    to[w * SLOTS + i] = word;
+                }
+        }
+    }
+
+    // Values [SLOTS, d] to words [SLOTS / IN_WORD, width] of the same dimension of neighbouring slots.
+    void lay_values(const float *values, Seen any, const float *next, uint32_t *to) const {
+        for (int j = any.first; j < any.stop; ++j) {
+            ask_for(next + j * size(), 1);
+            std::memcpy(to + j * width(), values + j * size(), bytes());
+        }
+    }
+    void lay_values(const bf16 *values, Seen any, const bf16 *next, uint32_t *to) const {
+        for (int j = any.first / 2 * 2; j < any.stop; j += 2) {  // the slot beside a single one is not read
+            const bf16 *first = values + std::max(j, any.first) * size();
+            const bf16 *second = values + std::min(j + 1, any.stop - 1) * size();
+            ask_for(next + j * size(), 2);
+            interleaved(first, second, size(), to + j / 2 * width());
+        }
+    }
+
+    struct Scratch {
+        uint32_t *laid;
+        float *scores;
+        T *weights;
+    };
+
+    // One chunk: asked [queries, words] -> sums [queries, stride], largest [queries].
+    void run(const Task &task, const Task &next, const char *asked, float *sums, float *largest, const Scratch &own) const {
+        const int64_t *position = positions + task.row * s.width, apart = s.kv_heads * s.cache_head;  // keys from values
+        std::fill(sums, sums + queries * stride(), 0.f);
+        std::fill(largest, largest + queries, -FLT_MAX);  // finite: scores that are all -inf must not make a NaN
+        const int64_t stop = std::min(first_block(task.chunk + 1), rows[task.row].stop);
+        for (int64_t block = first_block_of(task); block < stop; ++block) {
+            auto sees = [&](int64_t q) { return seen(position[q / group], block); };
+            Seen any = {SLOTS, 0};
+            for (int64_t q = 0; q < queries; q += group)
+                if (Seen one = sees(q); one.any()) any = {std::min(any.first, one.first), std::max(any.stop, one.stop)};
+            const T *keys = keys_of(task, block);
+            const T *later = block + 1 < stop ? keys + SLOTS * size() : keys_of(next, first_block_of(next));
+            lay_keys(keys, any, later, own.laid);
+            for (int64_t q = 0; q < queries; q += QUERIES)
+                product<T>(std::min<int64_t>(QUERIES, queries - q), asked + 4 * q * words(), words(), own.laid, SLOTS, 0,
+                           words() * IN_WORD<T>, {own.scores + q * SLOTS, SLOTS, false});
+            for (int64_t q = 0; q < queries; ++q) {
+                if (!sees(q).any()) continue;
+                float most = largest_of(own.scores + q * SLOTS, sees(q)), *sum = sums + q * stride();
+                if (most <= largest[q]) continue;
+                float factor = exponential((largest[q] - most) * s.scale);
+                for (int64_t i = 0; i < stride(); ++i) sum[i] *= factor;
+                largest[q] = most;
+            }
+            for (int64_t q = 0; q < queries; ++q)
+                if (sees(q).any())
+                    weigh(own.scores + q * SLOTS, largest[q], s.scale, own.weights + q * SLOTS,
+                          sums + q * stride() + width());
+            lay_values(keys + apart, any, later + apart, own.laid);
+            for (int64_t q = 0, same; q < queries; q += same) {
+                for (same = 1; same < QUERIES && q + same < queries && sees(q + same) == sees(q);) ++same;
+                if (sees(q).any())
+                    product<T>(same, own.weights + q * SLOTS, SLOTS / IN_WORD<T>, own.laid, width(), sees(q).first,
+                               sees(q).stop, {sums + q * stride(), stride(), true});
+            }
+        }
+    }
+
+    // Add the chunks of one query up; `factors` has room for them.
+    void combine(int64_t b, int64_t head, int64_t query, const float *sums, const float *largest, float *factors,
+                 T *out) const {
+        int64_t position = positions[b * s.width + query / group];
+        int64_t first = chunk_of(first_seen(position) / SLOTS), count = chunk_of(position / SLOTS) - first + 1;
+        int64_t before = chunk_of(rows[b].first), chunks = chunk_of(rows[b].stop - 1) - before + 1;
+        int64_t at = (rows[b].task + head * chunks + first - before) * queries + query;
+        float most = -FLT_MAX, each[LANES];
+        for (int64_t i = 0; i < count; ++i) most = std::max(most, largest[at + i * queries]);
+        for (int64_t i = 0; i < count; ++i) factors[i] = exponential((largest[at + i * queries] - most) * s.scale);
+        auto added_up = [&](int64_t from) {
+            Floats sum = {};
+            for (int64_t i = 0; i < count; ++i)
+                sum += factors[i] * loaded<Floats>(sums + (at + i * queries) * stride() + from);
+            return sum;
+        };
+        float total = over_lanes<LANES>(added_up(width()), [](auto a, auto b) { return a + b; });
+        int64_t place = (b * s.width + query / group) * group + query % group;
+        for (int64_t from = 0; from < width(); from += LANES) {
+            kept(each, added_up(from) / total);
+            for (int64_t i = from; i < std::min(from + LANES, size()); ++i)
+                store(out[(place * s.kv_heads + head) * size() + i], each[i - from]);
+        }
+    }
+
+public:
+    Attention(const Shape &shape, const T *qkv, const T *cache, const int64_t *cache_rows, const int64_t *positions)
+        : s(shape), qkv(qkv), cache(cache), cache_rows(cache_rows), positions(positions) {
+        for (int64_t b = 0; b < s.rows; ++b) {
+            const int64_t *own = positions + b * s.width;
+            int64_t first = first_seen(*std::min_element(own, own + s.width)) / SLOTS;
+            int64_t last = *std::max_element(own, own + s.width) / SLOTS;
+            rows.push_back({int64_t(tasks.size()), first, last + 1});
+            for (int64_t head = 0; head < s.kv_heads; ++head)
+                for (int64_t chunk = chunk_of(first); chunk <= chunk_of(last); ++chunk) tasks.push_back({b, head, chunk});
+        }
+    }
+
+    // out [B, T, place in group, H, d].
+    void operator()(T *out) const {
+        static thread_local Buffer<float> kept_sums, kept_largest, kept_scores, kept_factors;
+        static thread_local Buffer<uint32_t> kept_laid;
+        static thread_local Buffer<T> kept_weights;
+        static thread_local Buffer<char> kept_asked;
+        const int64_t count = tasks.size(), most = count / s.kv_heads, asked_bytes = 4 * queries * words();
+        float *sums = kept_sums.sized(count * queries * stride()), *largest = kept_largest.sized(count * queries);
+        char *asked = kept_asked.sized(s.rows * s.kv_heads * asked_bytes);  // queries of a key head side by side
+        for (int64_t b = 0; b < s.rows; ++b)
+            for (int64_t head = 0; head < s.heads; ++head)
+                for (int64_t t = 0; t < s.width; ++t) {
+                    int64_t query = t * group + head % group;
+                    char *to = asked + (b * s.kv_heads + head / group) * asked_bytes + 4 * query * words();
+                    std::memcpy(to, qkv + b * s.qkv_row + t * s.qkv_position + head * size(), bytes());
+                    std::fill(to + bytes(), to + 4 * words(), 0);  // the second half of an odd size's last word
+                }
+#pragma omp parallel if (count > 1)
+        {
+            float *factors = kept_factors.sized(most);
+            Scratch own = {kept_laid.sized(std::max(words() * SLOTS, SLOTS / IN_WORD<T> * width())),
+                           kept_scores.sized(queries * SLOTS), kept_weights.sized(queries * SLOTS)};
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; ++i)
+                run(tasks[i], tasks[std::min(i + 1, count - 1)],
+                    asked + (tasks[i].row * s.kv_heads + tasks[i].head) * asked_bytes, sums + i * queries * stride(),
+                    largest + i * queries, own);
+#pragma omp for schedule(static) collapse(3)
+            for (int64_t b = 0; b < s.rows; ++b)
+                for (int64_t head = 0; head < s.kv_heads; ++head)
+                    for (int64_t query = 0; query < queries; ++query)
+                        combine(b, head, query, sums, largest, factors, out);
+        }
+    }
+};

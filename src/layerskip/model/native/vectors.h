@@ -1,0 +1,188 @@
+// What attention needs of the vector unit, in GCC's and clang's vector types; intrinsics only where there are none.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "numbers.h"
+
+// Of a product QUERIES rows times VECTORS vectors are summed at once, in registers.
+constexpr int QUERIES = 6;
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 2;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, VECTORS = 4;
+#else
+constexpr int LANES = 4, VECTORS = 2;
+#endif
+
+template <typename T, int N>
+struct Vector { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
+typedef Vector<float, LANES>::type Floats;
+typedef Vector<uint32_t, LANES>::type Words;
+
+template <typename To>
+static inline To loaded(const void *from) {
+    To x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+template <typename From>
+static inline void kept(void *to, From x) { std::memcpy(to, &x, sizeof x); }
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICKED(a, b, ...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
+#endif
+#define INLINED __attribute__((always_inline)) static inline
+
+// Transpose EDGE rows of EDGE words (strides in bytes), and interleave two rows of bfloat16: word i holds first[i] in
+// its low half and second[i] in its high one. Vectors of 32 bytes are slow where the machine has none.
+#ifdef __AVX__
+constexpr int EDGE = 8;
+INLINED void transposed(const char *from, int64_t stride, char *to, int64_t to_stride) {
+    typedef Vector<uint32_t, 8>::type Eight;
+    typedef Vector<uint64_t, 4>::type Pairs;
+    Pairs a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        Eight one = loaded<Eight>(from + i * stride), two = loaded<Eight>(from + (i + 1) * stride);
+        a[i] = (Pairs)PICKED(one, two, 0, 8, 1, 9, 4, 12, 5, 13);
+        a[i + 1] = (Pairs)PICKED(one, two, 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; ++k) {
+            b[i + 2 * k] = PICKED(a[i + k], a[i + k + 2], 0, 4, 2, 6);
+            b[i + 2 * k + 1] = PICKED(a[i + k], a[i + k + 2], 1, 5, 3, 7);
+        }
+    for (int i = 0; i < 4; ++i) {
+        kept(to + i * to_stride, PICKED(b[i], b[i + 4], 0, 1, 4, 5));
+        kept(to + (i + 4) * to_stride, PICKED(b[i], b[i + 4], 2, 3, 6, 7));
+    }
+}
+INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, uint32_t *to) {
+    typedef Vector<uint16_t, 16>::type Sixteen;
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) {
+        Sixteen a = loaded<Sixteen>(first + i), b = loaded<Sixteen>(second + i);
+        kept(to + i, PICKED(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+        kept(to + i + 8, PICKED(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    }
+    for (; i < size; ++i) to[i] = first[i].bits | uint32_t(second[i].bits) << 16;
+}
+#else
+constexpr int EDGE = 4;
+INLINED void transposed(const char *from, int64_t stride, char *to, int64_t to_stride) {
+    typedef Vector<uint32_t, 4>::type Four;
+    typedef Vector<uint64_t, 2>::type Pairs;
+    Pairs a[4];
+    for (int i = 0; i < 4; i += 2) {
+        Four one = loaded<Four>(from + i * stride), two = loaded<Four>(from + (i + 1) * stride);
+        a[i] = (Pairs)PICKED(one, two, 0, 4, 1, 5);
+        a[i + 1] = (Pairs)PICKED(one, two, 2, 6, 3, 7);
+    }
+    for (int k = 0; k < 2; ++k) {
+        kept(to + 2 * k * to_stride, PICKED(a[k], a[k + 2], 0, 2));
+        kept(to + (2 * k + 1) * to_stride, PICKED(a[k], a[k + 2], 1, 3));
+    }
+}
+INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, uint32_t *to) {
+    for (int64_t i = 0; i < size; ++i) to[i] = first[i].bits | uint32_t(second[i].bits) << 16;
+}
+#endif
+
+// Join the lanes two by two, always in the same order.
+template <int N, typename Join>
+static inline float over_lanes(typename Vector<float, N>::type x, Join join) {
+    typename Vector<float, N / 2>::type halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    auto joined = join(halves[0], halves[1]);
+    if constexpr (N == 2) return joined[0];
+    else return over_lanes<N / 2>(joined, join);
+}
+
+// Store floats in their dtype; returns what they became.
+static inline Floats rounded_to(float *to, Floats x) {
+    kept(to, x);
+    return x;
+}
+static inline Floats rounded_to(bf16 *to, Floats x) {
+#ifdef __AVX512BF16__
+    __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
+    Words wide = (Words)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
+#else
+    Words bits = loaded<Words>(&x), wide = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    auto narrow = __builtin_convertvector(wide >> 16, Vector<uint16_t, LANES>::type);
+#endif
+    kept(to, narrow);
+    return (Floats)wide;
+}
+
+// Products are over words of 32 bits, one float or a pair of bfloat16 each.
+template <typename T>
+constexpr int IN_WORD = 4 / sizeof(T);
+
+template <typename T>
+static inline Floats added(Floats sum, Words a, uint32_t b) {
+    if constexpr (IN_WORD<T> == 1) return sum + (Floats)a * loaded<float>(&b);
+#ifdef __AVX512BF16__
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(int(b)));
+#else
+    uint32_t low = b << 16, high = b & 0xffff0000u;
+    sum += (Floats)(a << 16) * loaded<float>(&low);
+    return sum + (Floats)(a & 0xffff0000u) * loaded<float>(&high);
+#endif
+}
+
+struct Sums {  // where the sums of a product go, and whether to those that are there
+    float *at;
+    int64_t stride;
+    bool onto;
+};
+
+// Q rows times N vectors: rows [Q, stride of words], vectors [words, width], elements [first, stop) of each. Of a pair
+// that lies half outside, the outer element is taken as 0 whatever it is.
+template <typename T, int Q, int N>
+static void multiplied(const char *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t first,
+                       int64_t stop, const Sums &to) {
+    Floats sum[Q][N];
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) sum[q][v] = to.onto ? loaded<Floats>(to.at + q * to.stride + v * LANES) : Floats{};
+    auto step = [&](int64_t w, uint32_t mask) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) {
+            Words vector = loaded<Words>(vectors + w * width + v * LANES) & mask;
+#pragma GCC unroll 8
+            for (int q = 0; q < Q; ++q)
+                sum[q][v] = added<T>(sum[q][v], vector, loaded<uint32_t>(rows + 4 * (q * stride + w)));
+        }
+    };
+    constexpr int64_t in = IN_WORD<T>;
+    if (first % in) step(first / in, 0xffff0000u);
+    for (int64_t w = (first + in - 1) / in; w < stop / in; ++w) step(w, 0xffffffffu);
+    if (stop % in) step(stop / in, 0x0000ffffu);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) kept(to.at + q * to.stride + v * LANES, sum[q][v]);
+}
+
+// Up to QUERIES rows times vectors of any width that is a multiple of LANES.
+template <typename T, int Q = QUERIES>
+static void product(int count, const void *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t first,
+                    int64_t stop, const Sums &to) {
+    if constexpr (Q > 1)
+        if (count < Q) return product<T, Q - 1>(count, rows, stride, vectors, width, first, stop, to);
+    const char *from = static_cast<const char *>(rows);
+    int64_t at = 0;
+    for (; at + VECTORS * LANES <= width; at += VECTORS * LANES)
+        multiplied<T, Q, VECTORS>(from, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
+    for (; at < width; at += LANES)
+        multiplied<T, Q, 1>(from, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
+}
