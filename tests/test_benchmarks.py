@@ -27,6 +27,30 @@ def script(monkeypatch):
     return call
 
 
+def test_attention_compares_bits_before_it_times_passes(script, folder, capsys, monkeypatch):
+    given = (
+        "--model",
+        folder,
+        "--dtype",
+        "float32",
+        "--contexts",
+        "70,128",
+        "--widths",
+        "3",
+        "--turns",
+        2,
+        "--threads",
+        1,
+    )
+    script("attention", *given)
+    first, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == "the bits of single steps: 2 contexts, 2 widths"
+    assert [row.split()[:2] for row in rows] == [["70", "1"], ["70", "3"], ["128", "1"], ["128", "3"]]
+    monkeypatch.setattr("torch.equal", lambda *_: False)
+    with pytest.raises(SystemExit, match="1 positions behind 70 differ"):
+        script("attention", *given)
+
+
 @pytest.fixture
 def topv2(script, folder, tmp_path):
     """Run topv2.py on the tiny checkpoint and twelve items; `work` is its folder of finished items."""

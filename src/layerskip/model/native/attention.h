@@ -1,21 +1,24 @@
 // Attention of few positions on the CPU that reads every key and value of the cache once.
 //
-// A block is SLOTS slots of one key head. Its keys and its values are laid out for the vector unit once and used for
-// all queries: the query heads that share the key head, at every position of the call. A chunk is some blocks in a row
-// that one thread takes in order; it leaves for each query the largest score, the weighted values and the sum of the
+// A block is SLOTS slots of one key head. Its keys and its values are laid out for the vector unit once and used
+// for all queries: the query heads that share the key head, at every position of the call. A chunk is a few blocks
+// that one thread takes in order; it leaves for each query the largest score, the weighted values and the sum of
 // weights (relative to that score). At the end the chunks of a query are added up.
 //
 // Exact: blocks and chunks begin at fixed slots, and sums run over slots, blocks and chunks in order. So what a
 // position gets depends on what it sees alone, neither on its company nor on the number of threads. A slot adds
 // nothing to a position that may not see it, a NaN in it included; a slot that no position sees is not read.
 //
-// bfloat16 is multiplied in pairs and summed in float32, so weights are rounded to bfloat16 (as FlashAttention does;
-// the error is of the size of the result's own rounding), and it is the rounded ones that sum to one.
+// bfloat16 is multiplied in pairs and summed in float32. So weights are rounded to bfloat16, as FlashAttention
+// does, and it is the rounded ones that sum to one; the error is of the size of the result's own rounding.
 #pragma once
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "numbers.h"
 #include "vectors.h"
@@ -69,7 +72,8 @@ static inline void weigh(const float *scores, float largest, float scale, T *wei
 template <typename T, int D>  // D is the head size where it is a common one, 0 for any
 class Attention {
     struct Row { int64_t task, first, stop; };  // its first task; the blocks that any of its positions sees
-    struct Task { int64_t row, head, chunk; };
+    struct Task { int64_t row, head, first, blocks, before; };  // its blocks; how many all tasks before it have
+    struct Scratch { uint32_t *laid; float *scores; T *weights; };  // of one thread
 
     const Shape &s;
     const T *qkv, *cache;
@@ -77,12 +81,13 @@ class Attention {
     const int64_t group = s.heads / s.kv_heads, queries = s.width * group;  // of a task
     std::vector<Row> rows;
     std::vector<Task> tasks;  // row by row, head by head, chunk by chunk
+    int64_t num_blocks = 0;
 
     int64_t size() const { return D ? D : s.size; }
     int64_t bytes() const { return size() * sizeof(T); }
     int64_t words() const { return (bytes() + 3) / 4; }
     int64_t width() const { return (size() + LANES - 1) / LANES * LANES; }
-    int64_t stride() const { return width() + LANES; }  // of sums: weighted values, and the sum of weights lane by lane
+    int64_t stride() const { return width() + LANES; }  // of sums: weighted values; sum of weights, lane by lane
 
     // Four chunks of one block, so that a short context occupies several threads, then chunks of four.
     static int64_t chunk_of(int64_t block) { return block < 4 ? block : block / 4 + 3; }
@@ -96,26 +101,26 @@ class Attention {
         return {int(std::max<int64_t>(first_seen(position) - begin, 0)),
                 int(std::min<int64_t>(position + 1 - begin, SLOTS))};
     }
-    const T *keys_of(const Task &task, int64_t block) const {
-        return cache + cache_rows[task.row] * s.cache_row + task.head * s.cache_head + block * SLOTS * size();
+    const T *keys_of(const Task &task) const {
+        return cache + cache_rows[task.row] * s.cache_row + task.head * s.cache_head + task.first * SLOTS * size();
     }
-    int64_t first_block_of(const Task &task) const { return std::max(first_block(task.chunk), rows[task.row].first); }
 
-    // Ask for rows of the block that comes next while one is laid out. Into the second cache: the first one's few
-    // outstanding lines would hold the loop up.
+    // Ask for rows of the block that comes next while one is laid out: for the second cache, since the first one
+    // waits for few lines at once.
     void ask_for(const T *from, int count) const {
-        for (int64_t i = 0; i < count * bytes(); i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+        for (int64_t i = 0; i < count * bytes(); i += 64)
+            __builtin_prefetch(reinterpret_cast<const char *>(from) + i, 0, 2);
     }
 
     // Keys [SLOTS, d] to words [words, SLOTS], 0 where no position sees the slot.
     void lay_keys(const T *keys, Seen any, const T *next, uint32_t *to) const {
-        const char *from = (const char *)keys;
+        const char *from = reinterpret_cast<const char *>(keys);
         for (int j = 0; j < SLOTS; j += EDGE) {
             ask_for(next + j * size(), EDGE);
             int64_t w = 0;
             if (j >= any.first && j + EDGE <= any.stop)
                 for (; w + EDGE <= bytes() / 4; w += EDGE)
-                    transposed(from + j * bytes() + 4 * w, bytes(), (char *)(to + w * SLOTS + j), 4 * SLOTS);
+                    transposed(from + j * bytes() + 4 * w, bytes(), to + w * SLOTS + j, SLOTS);
             for (; w < words(); ++w)
                 for (int i = j; i < j + EDGE; ++i) {
                     uint32_t word = 0;
@@ -126,7 +131,7 @@ class Attention {
         }
     }
 
-    // Values [SLOTS, d] to words [SLOTS / IN_WORD, width] of the same dimension of neighbouring slots.
+    // Values [SLOTS, d] to words [SLOTS / IN_WORD, width] that hold one dimension of neighbouring slots.
     void lay_values(const float *values, Seen any, const float *next, uint32_t *to) const {
         for (int j = any.first; j < any.stop; ++j) {
             ask_for(next + j * size(), 1);
@@ -134,7 +139,7 @@ class Attention {
         }
     }
     void lay_values(const bf16 *values, Seen any, const bf16 *next, uint32_t *to) const {
-        for (int j = any.first / 2 * 2; j < any.stop; j += 2) {  // the slot beside a single one is not read
+        for (int j = any.first / 2 * 2; j < any.stop; j += 2) {  // a slot outside is not read: its pair stands in
             const bf16 *first = values + std::max(j, any.first) * size();
             const bf16 *second = values + std::min(j + 1, any.stop - 1) * size();
             ask_for(next + j * size(), 2);
@@ -142,42 +147,37 @@ class Attention {
         }
     }
 
-    struct Scratch {
-        uint32_t *laid;
-        float *scores;
-        T *weights;
-    };
-
-    // One chunk: asked [queries, words] -> sums [queries, stride], largest [queries].
-    void run(const Task &task, const Task &next, const char *asked, float *sums, float *largest, const Scratch &own) const {
-        const int64_t *position = positions + task.row * s.width, apart = s.kv_heads * s.cache_head;  // keys from values
+    // One chunk: asked, the words of its queries, to sums [queries, stride] and largest [queries].
+    void run(const Task &task, const Task &next, const uint32_t *asked, float *sums, float *largest,
+             const Scratch &own) const {
+        const int64_t *position = positions + task.row * s.width, apart = s.kv_heads * s.cache_head;
         std::fill(sums, sums + queries * stride(), 0.f);
         std::fill(largest, largest + queries, -FLT_MAX);  // finite: scores that are all -inf must not make a NaN
-        const int64_t stop = std::min(first_block(task.chunk + 1), rows[task.row].stop);
-        for (int64_t block = first_block_of(task); block < stop; ++block) {
-            auto sees = [&](int64_t q) { return seen(position[q / group], block); };
+        for (int64_t i = 0; i < task.blocks; ++i) {
+            auto sees = [&](int64_t q) { return seen(position[q / group], task.first + i); };
             Seen any = {SLOTS, 0};
             for (int64_t q = 0; q < queries; q += group)
-                if (Seen one = sees(q); one.any()) any = {std::min(any.first, one.first), std::max(any.stop, one.stop)};
-            const T *keys = keys_of(task, block);
-            const T *later = block + 1 < stop ? keys + SLOTS * size() : keys_of(next, first_block_of(next));
+                if (Seen one = sees(q); one.any())
+                    any = {std::min(any.first, one.first), std::max(any.stop, one.stop)};
+            const T *keys = keys_of(task) + i * SLOTS * size(), *values = keys + apart;
+            const T *later = i + 1 < task.blocks ? keys + SLOTS * size() : keys_of(next);
             lay_keys(keys, any, later, own.laid);
             for (int64_t q = 0; q < queries; q += QUERIES)
-                product<T>(std::min<int64_t>(QUERIES, queries - q), asked + 4 * q * words(), words(), own.laid, SLOTS, 0,
-                           words() * IN_WORD<T>, {own.scores + q * SLOTS, SLOTS, false});
+                product<T>(std::min<int64_t>(QUERIES, queries - q), asked + q * words(), words(), own.laid, SLOTS,
+                           0, words() * IN_WORD<T>, {own.scores + q * SLOTS, SLOTS, false});
             for (int64_t q = 0; q < queries; ++q) {
                 if (!sees(q).any()) continue;
                 float most = largest_of(own.scores + q * SLOTS, sees(q)), *sum = sums + q * stride();
                 if (most <= largest[q]) continue;
                 float factor = exponential((largest[q] - most) * s.scale);
-                for (int64_t i = 0; i < stride(); ++i) sum[i] *= factor;
+                for (int64_t j = 0; j < stride(); ++j) sum[j] *= factor;
                 largest[q] = most;
             }
             for (int64_t q = 0; q < queries; ++q)
                 if (sees(q).any())
                     weigh(own.scores + q * SLOTS, largest[q], s.scale, own.weights + q * SLOTS,
                           sums + q * stride() + width());
-            lay_values(keys + apart, any, later + apart, own.laid);
+            lay_values(values, any, later + apart, own.laid);
             for (int64_t q = 0, same; q < queries; q += same) {
                 for (same = 1; same < QUERIES && q + same < queries && sees(q + same) == sees(q);) ++same;
                 if (sees(q).any())
@@ -212,46 +212,60 @@ class Attention {
         }
     }
 
+    // Put the queries of a key head side by side, in whole words: asked [B, H, queries, words].
+    void gather(uint32_t *asked) const {
+        for (int64_t b = 0; b < s.rows; ++b)
+            for (int64_t t = 0; t < s.width; ++t)
+                for (int64_t head = 0; head < s.heads; ++head) {
+                    int64_t at = (b * s.kv_heads + head / group) * queries + t * group + head % group;
+                    uint32_t *to = asked + at * words();
+                    to[words() - 1] = 0;  // an odd size fills half of it
+                    std::memcpy(to, qkv + b * s.qkv_row + t * s.qkv_position + head * size(), bytes());
+                }
+    }
+
 public:
     Attention(const Shape &shape, const T *qkv, const T *cache, const int64_t *cache_rows, const int64_t *positions)
         : s(shape), qkv(qkv), cache(cache), cache_rows(cache_rows), positions(positions) {
         for (int64_t b = 0; b < s.rows; ++b) {
             const int64_t *own = positions + b * s.width;
             int64_t first = first_seen(*std::min_element(own, own + s.width)) / SLOTS;
-            int64_t last = *std::max_element(own, own + s.width) / SLOTS;
-            rows.push_back({int64_t(tasks.size()), first, last + 1});
+            int64_t stop = *std::max_element(own, own + s.width) / SLOTS + 1;
+            rows.push_back({int64_t(tasks.size()), first, stop});
             for (int64_t head = 0; head < s.kv_heads; ++head)
-                for (int64_t chunk = chunk_of(first); chunk <= chunk_of(last); ++chunk) tasks.push_back({b, head, chunk});
+                for (int64_t chunk = chunk_of(first); chunk <= chunk_of(stop - 1); ++chunk) {
+                    int64_t from = std::max(first_block(chunk), first), to = std::min(first_block(chunk + 1), stop);
+                    tasks.push_back({b, head, from, to - from, num_blocks});
+                    num_blocks += to - from;
+                }
         }
     }
 
     // out [B, T, place in group, H, d].
     void operator()(T *out) const {
         static thread_local Buffer<float> kept_sums, kept_largest, kept_scores, kept_factors;
-        static thread_local Buffer<uint32_t> kept_laid;
+        static thread_local Buffer<uint32_t> kept_asked, kept_laid;
         static thread_local Buffer<T> kept_weights;
-        static thread_local Buffer<char> kept_asked;
-        const int64_t count = tasks.size(), most = count / s.kv_heads, asked_bytes = 4 * queries * words();
+        const int64_t count = tasks.size();
         float *sums = kept_sums.sized(count * queries * stride()), *largest = kept_largest.sized(count * queries);
-        char *asked = kept_asked.sized(s.rows * s.kv_heads * asked_bytes);  // queries of a key head side by side
-        for (int64_t b = 0; b < s.rows; ++b)
-            for (int64_t head = 0; head < s.heads; ++head)
-                for (int64_t t = 0; t < s.width; ++t) {
-                    int64_t query = t * group + head % group;
-                    char *to = asked + (b * s.kv_heads + head / group) * asked_bytes + 4 * query * words();
-                    std::memcpy(to, qkv + b * s.qkv_row + t * s.qkv_position + head * size(), bytes());
-                    std::fill(to + bytes(), to + 4 * words(), 0);  // the second half of an odd size's last word
-                }
+        uint32_t *asked = kept_asked.sized(s.rows * s.kv_heads * queries * words());
+        gather(asked);
 #pragma omp parallel if (count > 1)
         {
-            float *factors = kept_factors.sized(most);
+            float *factors = kept_factors.sized(count / s.kv_heads);
             Scratch own = {kept_laid.sized(std::max(words() * SLOTS, SLOTS / IN_WORD<T> * width())),
                            kept_scores.sized(queries * SLOTS), kept_weights.sized(queries * SLOTS)};
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; ++i)
-                run(tasks[i], tasks[std::min(i + 1, count - 1)],
-                    asked + (tasks[i].row * s.kv_heads + tasks[i].head) * asked_bytes, sums + i * queries * stride(),
-                    largest + i * queries, own);
+            int64_t thread = 0, threads = 1;  // each takes tasks in a row that have as many blocks
+#ifdef _OPENMP
+            thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#endif
+            for (int64_t i = 0; i < count; ++i) {
+                const Task &task = tasks[i], &next = tasks[std::min(i + 1, count - 1)];
+                if ((2 * task.before + task.blocks) * threads / (2 * num_blocks) == thread)
+                    run(task, next, asked + (task.row * s.kv_heads + task.head) * queries * words(),
+                        sums + i * queries * stride(), largest + i * queries, own);
+            }
+#pragma omp barrier
 #pragma omp for schedule(static) collapse(3)
             for (int64_t b = 0; b < s.rows; ++b)
                 for (int64_t head = 0; head < s.kv_heads; ++head)

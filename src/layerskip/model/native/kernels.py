@@ -87,10 +87,7 @@ class Kernels:
                 self._calls[name, dtype] = call
 
     def norm(self, h: Tensor, gain: Tensor, eps: float, copies: int = 1) -> Tensor:
-        """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D].
-
-        Source: RMSNorm (arXiv 1910.07467).
-        """
+        """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D]."""
         h, width = h.contiguous(), h.shape[-1]
         out = torch.empty_like(h) if copies == 1 else h.new_empty((1, copies, width))
         rows = h.numel() // width if copies == 1 else 1
@@ -99,10 +96,7 @@ class Kernels:
         return out
 
     def swiglu(self, x: Tensor, copies: int = 1) -> Tensor:
-        """Multiply silu(gate) by up. Shapes: [..., 2 F] -> [..., F].
-
-        Source: SwiGLU (arXiv 2002.05202).
-        """
+        """Multiply silu(gate) by up. Shapes: [..., 2 F] -> [..., F]."""
         width = x.shape[-1] // 2
         out = x.new_empty((*x.shape[:-1], width))
         rows = out.numel() // width if copies == 1 else 1

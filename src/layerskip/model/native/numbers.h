@@ -32,7 +32,7 @@ static inline T rounded(float x) {
 // below -87.7. F may be a vector; W is its bits.
 template <typename F, typename W>
 static inline F exponential(F x) {
-    constexpr float whole = 12582912.f + 127.f;  // 1.5 * 2^23, from where floats are integers, and the exponent's bias
+    constexpr float whole = 12582912.f + 127.f;  // 1.5 * 2^23: floats there are integers; and the exponent's bias
     const F low = F{} - 88.f;
     x = low > x ? low : x;  // a NaN stays
     F biased = x * 1.44269504f + whole, n = biased - whole;

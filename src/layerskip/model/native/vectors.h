@@ -41,11 +41,11 @@ static inline void kept(void *to, From x) { std::memcpy(to, &x, sizeof x); }
 #endif
 #define INLINED __attribute__((always_inline)) static inline
 
-// Transpose EDGE rows of EDGE words (strides in bytes), and interleave two rows of bfloat16: word i holds first[i] in
-// its low half and second[i] in its high one. Vectors of 32 bytes are slow where the machine has none.
+// Transpose EDGE rows of EDGE words (`stride` in bytes, `to_stride` in words). Interleave two rows of bfloat16: word
+// i holds first[i] in its low half and second[i] in its high one. GCC is slow with vectors that the machine has not.
 #ifdef __AVX__
 constexpr int EDGE = 8;
-INLINED void transposed(const char *from, int64_t stride, char *to, int64_t to_stride) {
+INLINED void transposed(const char *from, int64_t stride, uint32_t *to, int64_t to_stride) {
     typedef Vector<uint32_t, 8>::type Eight;
     typedef Vector<uint64_t, 4>::type Pairs;
     Pairs a[8], b[8];
@@ -76,7 +76,7 @@ INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, ui
 }
 #else
 constexpr int EDGE = 4;
-INLINED void transposed(const char *from, int64_t stride, char *to, int64_t to_stride) {
+INLINED void transposed(const char *from, int64_t stride, uint32_t *to, int64_t to_stride) {
     typedef Vector<uint32_t, 4>::type Four;
     typedef Vector<uint64_t, 2>::type Pairs;
     Pairs a[4];
@@ -144,16 +144,20 @@ struct Sums {  // where the sums of a product go, and whether to those that are 
     bool onto;
 };
 
-// Q rows times N vectors: rows [Q, stride of words], vectors [words, width], elements [first, stop) of each. Of a pair
-// that lies half outside, the outer element is taken as 0 whatever it is.
+// Q rows times N vectors: rows [Q, stride] and vectors [words, width] of words, elements [first, stop) of them. Of
+// a pair that is half outside, the element outside counts as 0 whatever it is. (GCC keeps the sums in registers only
+// where it is told to unroll.)
 template <typename T, int Q, int N>
 static void multiplied(const char *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t first,
                        int64_t stop, const Sums &to) {
     Floats sum[Q][N];
+    float *at[Q];
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q)
+    for (int q = 0; q < Q; ++q) {
+        at[q] = to.at + q * to.stride;
 #pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) sum[q][v] = to.onto ? loaded<Floats>(to.at + q * to.stride + v * LANES) : Floats{};
+        for (int v = 0; v < N; ++v) sum[q][v] = to.onto ? loaded<Floats>(at[q] + v * LANES) : Floats{};
+    }
     auto step = [&](int64_t w, uint32_t mask) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int v = 0; v < N; ++v) {
@@ -170,13 +174,13 @@ static void multiplied(const char *rows, int64_t stride, const uint32_t *vectors
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) kept(to.at + q * to.stride + v * LANES, sum[q][v]);
+        for (int v = 0; v < N; ++v) kept(at[q] + v * LANES, sum[q][v]);
 }
 
 // Up to QUERIES rows times vectors of any width that is a multiple of LANES.
 template <typename T, int Q = QUERIES>
-static void product(int count, const void *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t first,
-                    int64_t stop, const Sums &to) {
+static void product(int count, const void *rows, int64_t stride, const uint32_t *vectors, int64_t width,
+                    int64_t first, int64_t stop, const Sums &to) {
     if constexpr (Q > 1)
         if (count < Q) return product<T, Q - 1>(count, rows, stride, vectors, width, first, stop, to);
     const char *from = static_cast<const char *>(rows);
