@@ -29,7 +29,7 @@ struct Shape {  // of one call; strides in elements
     int64_t rows, width, heads, kv_heads, size, rotary;  // B, T, query heads, H, d, rotary dimensions (0: none)
     int64_t qkv_row, qkv_position;                       // strides of qkv [B, T, heads + 2 H, d]
     int64_t cache_row, cache_head;                       // strides of the cache [rows, 2 H, slots, d]
-    int64_t window, copies;                              // 0: none; how often a single row is written
+    int64_t window, padded;                              // 0: none; rows written, those behind T repeat the first
     float scale;
 };
 

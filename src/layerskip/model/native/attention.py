@@ -63,23 +63,23 @@ class Attention:
         cache: Cache,
         window: int | None,
         rotary: bool,
-        copies: int = 1,
+        padded: int = 0,
     ) -> Tensor:
         """Write this call's keys and values, attend, and return heads in the order (place in group, key head).
 
-        Shapes: qkv [B, T, heads + 2 H, d] (may be changed) -> [B, T, heads d]; a single position's result may be
-        wanted in `copies`, [1, copies, heads d].
+        Shapes: qkv [B, T, heads + 2 H, d] (may be changed) -> [B, T, heads d]; one row's result may be wanted
+        `padded` by repeating its first position, [1, padded, heads d].
         """
         angles = self._angles(step, cache.capacity) if rotary else None
         if self.kernels is not None and step.width <= MOST_EXACT_ROWS:
             return self.kernels.attention(
-                qkv, self.heads, self.scale, angles, cache, layer, step, window, copies
+                qkv, self.heads, self.scale, angles, cache, layer, step, window, padded
             )
         if angles is not None:
             qkv = self._turned(qkv, *angles)
         cache.write_both(layer, qkv[:, :, self.heads :].transpose(1, 2), step)
         mixed = self._mixed(qkv, layer, step, cache, window)
-        return mixed if copies == 1 else mixed.repeat(1, copies, 1)
+        return repeated(mixed, padded) if padded else mixed
 
     def _mixed(self, qkv: Tensor, layer: int, step: Step, cache: Cache, window: int | None) -> Tensor:
         """Attend over the slots in use with torch's kernel. Shapes: as in `__call__`.
@@ -163,3 +163,8 @@ class Attention:
         if size != qkv.shape[-1]:
             turned = torch.cat((turned, qkv[:, :, :turning, size:]), -1)
         return torch.cat((turned, qkv[:, :, turning:]), 2)
+
+
+def repeated(h: Tensor, rows: int) -> Tensor:
+    """Pad one row's positions to so many by repeating the first. Shapes: [1, T, D] -> [1, rows, D]."""
+    return torch.cat((h, h[:, :1].expand(-1, rows - h.shape[1], -1)), 1)

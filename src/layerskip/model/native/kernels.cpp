@@ -8,14 +8,14 @@
 #include "attention.h"
 #include "numbers.h"
 
-// A single row may be wanted several times over (see `Packed` in linear.py): row 0 of `out` is copied behind itself.
+// More rows may be wanted than there are (see `Packed` in linear.py): row 0 of `out` stands for those behind.
 template <typename T>
-static void copy_behind(T *out, int64_t width, int64_t copies) {
-    for (int64_t i = 1; i < copies; ++i) std::memcpy(out + i * width, out, width * sizeof(T));
+static void fill_behind(T *out, int64_t width, int64_t rows, int64_t padded) {
+    for (int64_t i = rows; i < padded; ++i) std::memcpy(out + i * width, out, width * sizeof(T));
 }
 
 template <typename T>
-static void norm(const T *h, const T *gain, T *out, int64_t rows, int64_t width, int64_t copies, float eps) {
+static void norm(const T *h, const T *gain, T *out, int64_t rows, int64_t width, int64_t padded, float eps) {
 #pragma omp parallel for if (rows > 32)
     for (int64_t row = 0; row < rows; ++row) {
         const T *x = h + row * width;
@@ -27,12 +27,12 @@ static void norm(const T *h, const T *gain, T *out, int64_t rows, int64_t width,
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) store(y[i], load(x[i]) * inverse * load(gain[i]));
     }
-    copy_behind(out, width, copies);
+    fill_behind(out, width, rows, padded);
 }
 
 // gate and up stand side by side: [rows, 2 width] -> silu(gate) * up [rows, width].
 template <typename T>
-static void swiglu(const T *x, T *out, int64_t rows, int64_t width, int64_t copies) {
+static void swiglu(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {
 #pragma omp parallel for if (rows > 32)
     for (int64_t row = 0; row < rows; ++row) {
         const T *gate = x + 2 * row * width, *up = gate + width;
@@ -43,7 +43,7 @@ static void swiglu(const T *x, T *out, int64_t rows, int64_t width, int64_t copi
             store(y[i], g / (1.f + exponential(std::min(-g, 88.f))) * load(up[i]));
         }
     }
-    copy_behind(out, width, copies);
+    fill_behind(out, width, rows, padded);
 }
 
 // Turn queries in place; put turned keys and the values at their slots. `cos`, `sin`: [B, T, rotary].
@@ -82,18 +82,18 @@ static void attend(const Shape &s, const T *qkv, const T *cache, const int64_t *
 
 #define EXPORT(T, suffix)                                                                                       \
     extern "C" void norm_##suffix(const T *h, const T *gain, T *out, int64_t rows, int64_t width,              \
-                                  int64_t copies, float eps) {                                                 \
-        norm(h, gain, out, rows, width, copies, eps);                                                          \
+                                  int64_t padded, float eps) {                                                 \
+        norm(h, gain, out, rows, width, padded, eps);                                                          \
     }                                                                                                          \
-    extern "C" void swiglu_##suffix(const T *x, T *out, int64_t rows, int64_t width, int64_t copies) {         \
-        swiglu(x, out, rows, width, copies);                                                                   \
+    extern "C" void swiglu_##suffix(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {         \
+        swiglu(x, out, rows, width, padded);                                                                   \
     }                                                                                                          \
     extern "C" void attention_##suffix(const Shape *s, T *qkv, const T *cos, const T *sin, T *cache,           \
                                        const int64_t *cache_rows, const int64_t *positions,                    \
                                        const int64_t *slots, T *out) {                                         \
         rotate_and_store(*s, qkv, cos, sin, cache, cache_rows, slots);                                         \
         attend(*s, qkv, cache, cache_rows, positions, out);                                                  \
-        copy_behind(out, s->heads * s->size, s->copies);                                                       \
+        fill_behind(out, s->heads * s->size, s->width, s->padded);                                                       \
     }
 
 EXPORT(float, f32)

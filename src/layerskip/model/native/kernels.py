@@ -56,7 +56,7 @@ class Shape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "width", "heads", "kv_heads", "size", "rotary")),
         *((name, ctypes.c_int64) for name in ("qkv_row", "qkv_position", "cache_row", "cache_head")),
-        *((name, ctypes.c_int64) for name in ("window", "copies")),
+        *((name, ctypes.c_int64) for name in ("window", "padded")),
         ("scale", ctypes.c_float),
     ]
 
@@ -65,8 +65,7 @@ class Shape(ctypes.Structure):
 class Kernels:
     """The compiled regions. All take contiguous CPU tensors of one dtype in `SUFFIXES`.
 
-    With `copies` above 1 the input is a single row (or that many equal ones): it is computed once and the result
-    is written `copies` times, [1, copies, ...].
+    Few rows may be padded (see `linear.Packed`): those that are live are computed, the others repeat the first.
     """
 
     library: Any
@@ -86,21 +85,22 @@ class Kernels:
                 call.argtypes, call.restype = types, None
                 self._calls[name, dtype] = call
 
-    def norm(self, h: Tensor, gain: Tensor, eps: float, copies: int = 1) -> Tensor:
-        """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D]."""
+    def norm(self, h: Tensor, gain: Tensor, eps: float, live: int | None = None) -> Tensor:
+        """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D].
+
+        Rows behind the first `live` are padding: they repeat the first one's result.
+        """
         h, width = h.contiguous(), h.shape[-1]
-        out = torch.empty_like(h) if copies == 1 else h.new_empty((1, copies, width))
-        rows = h.numel() // width if copies == 1 else 1
+        out, rows = torch.empty_like(h), h.numel() // width
         call = self._calls["norm", h.dtype]
-        call(h.data_ptr(), gain.data_ptr(), out.data_ptr(), rows, width, copies, eps)
+        call(h.data_ptr(), gain.data_ptr(), out.data_ptr(), live or rows, width, rows, eps)
         return out
 
-    def swiglu(self, x: Tensor, copies: int = 1) -> Tensor:
-        """Multiply silu(gate) by up. Shapes: [..., 2 F] -> [..., F]."""
+    def swiglu(self, x: Tensor, live: int | None = None) -> Tensor:
+        """Multiply silu(gate) by up. Shapes: [..., 2 F] -> [..., F]; `live` as in `norm`."""
         width = x.shape[-1] // 2
-        out = x.new_empty((*x.shape[:-1], width))
-        rows = out.numel() // width if copies == 1 else 1
-        self._calls["swiglu", x.dtype](x.data_ptr(), out.data_ptr(), rows, width, copies)
+        out, rows = x.new_empty((*x.shape[:-1], width)), x.numel() // (2 * width)
+        self._calls["swiglu", x.dtype](x.data_ptr(), out.data_ptr(), live or rows, width, rows)
         return out
 
     def attention(
@@ -113,12 +113,12 @@ class Kernels:
         layer: int,
         step: Step,
         window: int | None,
-        copies: int = 1,
+        padded: int = 0,
     ) -> Tensor:
         """Turn queries and keys, write keys and values at the step's slots, attend.
 
         Shapes: qkv [B, T, heads + 2 H, d] (changed in place), rotary two of [B, T, r] -> [B, T, heads d], heads in
-        the order (place in their group, key head).
+        the order (place in their group, key head); one row's T positions may be `padded` by repeating the first.
         """
         rows, width, total, size = qkv.shape
         store = cache.both[layer]
@@ -127,13 +127,13 @@ class Kernels:
         shape = Shape(
             rows, width, heads, (total - heads) // 2, size, 0 if rotary is None else cos.shape[-1],
             qkv.stride(0), qkv.stride(1), store.stride(0), store.stride(1), window or 0,
-            copies, scale,
+            padded, scale,
         )  # fmt: skip
         if "kernels" not in step.shared:
             index = torch.tensor(step.rows) if step.index is None else step.index.contiguous()
             step.shared["kernels"] = (index, step.positions.contiguous(), step.slots.contiguous())
         index, positions, slots = step.shared["kernels"]
-        out = qkv.new_empty((rows, width if copies == 1 else copies, heads * size))
+        out = qkv.new_empty((rows, padded or width, heads * size))
         self._calls["attention", qkv.dtype](
             shape, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), store.data_ptr(), index.data_ptr(),
             positions.data_ptr(), slots.data_ptr(), out.data_ptr(),

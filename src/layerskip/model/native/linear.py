@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SINGLE_ROW = 4  # how often a packed product is given a single row
+LEAST_ROWS = 4  # a packed product is given so many rows at least: four are faster than one, two or three
 ROWS_HINT = 16  # oneDNN lays weights out for about this many rows: as fast at one, much faster at nine
 PROBED_ROWS = (2, 3, 5, 9, 16, 33, 96)
 
@@ -75,8 +75,8 @@ class Plain(Linear):
 class Packed(Linear):
     """oneDNN's product with weights reordered once, what Inductor's freezing does (the same private operators).
 
-    Four rows are faster than one (a sixth, on Zen 4), and a single row of a long inner dimension is summed in
-    another order than several: callers repeat a single row `SINGLE_ROW` times.
+    Four rows are a fifth faster than one, two or three (on Zen 4), and a single row of a long inner dimension is
+    summed in another order than several: callers give it `LEAST_ROWS` at least.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -165,8 +165,8 @@ class Format:
     """What it costs and gains, in a line of help."""
     tolerance: float
     """Relative difference of the median position's logits from the model's own that its parity check allows."""
-    single_row: int = 1
-    """How often a single row is given to a product, so that its bits are those it has beside others."""
+    least_rows: int = 1
+    """The least rows a product is given, so that the bits of one are those it has beside others."""
 
 
 def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
@@ -191,11 +191,11 @@ def packed(weight: Tensor, bias: Tensor | None = None, quantize: str | None = No
     return Packed(weight, bias) if packs(weight.dtype, weight.device) else Plain(weight.contiguous(), bias)
 
 
-def single_row_of(quantize: str | None, dtype: torch.dtype, device: torch.device) -> int:
-    """How often a single row is given to a product, see `Packed` and `Format`."""
+def least_rows_of(quantize: str | None, dtype: torch.dtype, device: torch.device) -> int:
+    """The least rows a product is given, see `Packed` and `Format`."""
     if quantize is not None:
-        return FORMATS[quantize].single_row
-    return SINGLE_ROW if packs(dtype, device) else 1
+        return FORMATS[quantize].least_rows
+    return LEAST_ROWS if packs(dtype, device) else 1
 
 
 def require_format(quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -215,10 +215,10 @@ def require_format(quantize: str | None, dtype: torch.dtype, device: torch.devic
         )
 
 
-def row_exact(linears: Sequence[Linear], dtype: torch.dtype, single_row: int) -> bool:
+def row_exact(linears: Sequence[Linear], dtype: torch.dtype, least_rows: int) -> bool:
     """Try one product of each shape: has a row the same bits alone as beside up to 95 others?
 
-    Alone means repeated `single_row` times, as the stack does.
+    Alone means repeated to `least_rows`, as the stack does.
     """
     generator = torch.Generator().manual_seed(0)
     for linear in {(x.in_features, x.out_features): x for x in linears}.values():
@@ -227,7 +227,7 @@ def row_exact(linears: Sequence[Linear], dtype: torch.dtype, single_row: int) ->
         for count in PROBED_ROWS:
             together, added = linear(x[:count]), linear.added_to(h[:count], x[:count])
             for i in {0, count // 2, count - 1}:
-                alone, residual = x[i].repeat(single_row, 1), h[i].repeat(single_row, 1)
+                alone, residual = x[i].repeat(least_rows, 1), h[i].repeat(least_rows, 1)
                 if not torch.equal(together[i], linear(alone)[0]):
                     return False
                 if not torch.equal(added[i], linear.added_to(residual, alone)[0]):

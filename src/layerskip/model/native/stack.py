@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
-from layerskip.model.native.attention import SLOTS, Attention
+from layerskip.model.native.attention import SLOTS, Attention, repeated
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
-from layerskip.model.native.linear import Packed, packed, packs, row_exact, single_row_of
+from layerskip.model.native.linear import Packed, least_rows_of, packed, packs, row_exact
 from layerskip.model.parity import probe_tokens
 from layerskip.model.stack import Counters, Stack
 from layerskip.model.step import Step
@@ -80,11 +80,11 @@ class NativeStack(Stack):
             config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
             rotary, self.context, exact=False, kernels=self.kernels,
         )  # fmt: skip
-        self.single_row = single_row_of(quantize, self.dtype, self.device)
+        self.least_rows = least_rows_of(quantize, self.dtype, self.device)
         self.attention.exact = (
             packs(self.dtype, self.device)
             and self.attention.can_be_exact
-            and row_exact([*self.layers[0].linears, self.head], self.dtype, self.single_row)
+            and row_exact([*self.layers[0].linears, self.head], self.dtype, self.least_rows)
         )
         self.row_exact = self.attention.exact = self.attention.exact and self._is_row_exact()
 
@@ -111,39 +111,40 @@ class NativeStack(Stack):
     def _run(
         self, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        copies = self.single_row if h.shape[:2] == (1, 1) else 1
-        if copies > 1:
-            h = h.expand(1, copies, -1).contiguous()  # [1, 4, D]: see `Packed`
+        live, padded = step.width, 0
+        if h.shape[0] == 1 and live < self.least_rows:
+            h, padded = repeated(h, self.least_rows), self.least_rows  # [1, 4, D]: see `Packed`
         tapped = {}
         for index in layers:
             layer = self.layers[index]
-            h = layer.out.added_to(h, self._attended(layer, index, h, step, cache, copies))
-            gate_up = layer.gate_up(self._normed(layer.before_mlp, h, copies))
-            h = layer.down.added_to(h, self._activated(gate_up, copies))
+            h = layer.out.added_to(h, self._attended(layer, index, h, step, cache, padded))
+            gate_up = layer.gate_up(self._normed(layer.before_mlp, h, live if padded else None))
+            h = layer.down.added_to(h, self._activated(gate_up, live if padded else None))
             if index + 1 in taps:
                 tapped[index + 1] = h[:, : step.width]
         return h[:, : step.width], tapped
 
-    def _attended(self, layer: Layer, index: int, h: Tensor, step: Step, cache: Cache, copies: int) -> Tensor:
+    def _attended(self, layer: Layer, index: int, h: Tensor, step: Step, cache: Cache, padded: int) -> Tensor:
         """Attend in one layer; write its keys and values. Shapes: h [B, T', D] -> [B, T', heads d]."""
         heads, kv_heads, width = self.attention.heads, self.attention.kv_heads, step.width
-        qkv = layer.qkv(self._normed(layer.before_attention, h, copies))  # [B, T', (heads + 2 H) d]
+        normed = self._normed(layer.before_attention, h, width if padded else None)
+        qkv = layer.qkv(normed)  # [B, T', (heads + 2 H) d]
         qkv = qkv[:, :width].view(-1, width, heads + 2 * kv_heads, self.attention.size)
         if layer.q_norm is not None and layer.k_norm is not None:
             query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], 2)
             qkv = torch.cat((self._normed(layer.q_norm, query), self._normed(layer.k_norm, key), value), 2)
-        return self.attention(qkv, index, step, cache, layer.window, layer.rotary, copies)
+        return self.attention(qkv, index, step, cache, layer.window, layer.rotary, padded)
 
-    def _normed(self, norm: Norm, h: Tensor, copies: int = 1) -> Tensor:
-        """Shapes: [..., D] -> [..., D]; `copies` equal rows need computing once."""
+    def _normed(self, norm: Norm, h: Tensor, live: int | None = None) -> Tensor:
+        """Shapes: [..., D] -> [..., D]; rows behind the first `live` are padding."""
         if self.kernels is not None and norm.gain.dtype == h.dtype:
-            return self.kernels.norm(h, norm.gain, norm.eps, copies)
+            return self.kernels.norm(h, norm.gain, norm.eps, live)
         return norm(h)
 
-    def _activated(self, gate_up: Tensor, copies: int) -> Tensor:
+    def _activated(self, gate_up: Tensor, live: int | None) -> Tensor:
         """Shapes: [B, T', 2 F] -> [B, T', F], F the width of the MLP."""
         if self.kernels is not None and ACTIVATIONS[self.gated] is F.silu:
-            return self.kernels.swiglu(gate_up, copies)
+            return self.kernels.swiglu(gate_up, live)
         gate, up = gate_up.chunk(2, -1)
         return ACTIVATIONS[self.gated](gate) * up
 
@@ -151,14 +152,14 @@ class NativeStack(Stack):
         size, project = (self.vocab_size, self.head) if head is None else (head.size, head.project)
         shape, rows = h.shape[:-1], h[..., 0].numel()
         self.counters.head_rows[size] += rows
-        if rows == 1 and self.single_row > 1:
-            h = h.reshape(1, 1, -1).expand(1, self.single_row, -1).contiguous()
+        if rows < self.least_rows:
+            h = repeated(h.reshape(1, rows, -1), self.least_rows)
         return project(self._normed(self.finish, h)).float().view(-1, size)[:rows].view(*shape, size)
 
     def products(self) -> None:
         """Run every matrix product of a plain step and nothing else: the floor of its time."""
         inputs = {
-            size: torch.zeros(1, self.single_row, size, dtype=self.dtype, device=self.device)
+            size: torch.zeros(1, self.least_rows, size, dtype=self.dtype, device=self.device)
             for linear in (*self.layers[0].linears, self.head)
             for size in (linear.in_features, linear.out_features)
         }
