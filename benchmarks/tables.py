@@ -70,22 +70,41 @@ def demo() -> str:
     return "\n".join(["```text", "$ make demo", *lines, "```"])
 
 
+KINDS = {
+    "chat": "chat",
+    "qa": "short questions",
+    "summaries": "news summaries",
+    "translation": "translation",
+    "retrieval": "answers from given passages",
+    "maths": "maths questions",
+    "gsm8k": "maths questions (GSM8K)",
+    "humaneval": "code (HumanEval)",
+}
+
+
 def gain() -> str:
-    """Five rows for the first page: what drafting gains on each kind of text."""
-    result = json.loads(newest("builtin_*.json").read_text())
-    told, drafting = result["configuration"], result["drafting"]
-    lines = _head("text", "outputs equal to plain decoding", "tokens per round", "speed-up")
-    for task, models in result["tasks"].items():
-        row = models["model"]["methods"]["self-speculative"]
-        equal = f"{row['equal']} of {row['prompts']}"
-        lines.append(_line(TASKS[task], equal, f"{row['tokens_per_round']:.2f}", _ratio(row["speedup"])))
+    """A row per kind of text for the first page: what the default gains, without and with a trained exit."""
+    base, model = (
+        json.loads(newest(f"sources_{name}_*.json").read_text())
+        for name in ("smollm2-135m-base", "smollm2-135m")
+    )
+    told = model["configuration"]
+    lines = _head("text", "nothing trained: copies", "tokens per round", "trained exit, and copies", "tokens per round")
+    for kind, name in KINDS.items():
+        cells = []
+        for result in (base, model):
+            own = result["kinds"][kind]["default"]
+            cells += [_interval(own["speedup"]), f"{own['tokens_per_round']:.2f}"]
+        lines.append(_line(name, *cells))
+    outputs = [own["default"] for result in (base, model) for own in result["kinds"].values()]
+    equal, of = (sum(own[key] for own in outputs) for key in ("equal", "prompts"))
     lines += [
-        _line(f"mean of {len(result['mean_of'])}", "", "", _ratio(result["mean"]["model"]["speedup"])),
+        _line("mean", *(cell for result in (base, model) for cell in (_interval(result["mean"]["default"]), ""))),
         "",
-        f"The built-in model drafts with its first {drafting['exit_layer']} layers, {drafting['draft_length']} "
-        "tokens a round, with `--guard`. Brackets are 95% intervals over prompts. Greedy decoding, "
-        f"{told['dtype']}, {told['threads']} threads of an {told['device_name']}. The baseline is our own "
-        "plain decoding of the same model.",
+        f"Speed-up of the default over our own plain decoding of the same model: `smollm2-135m-base`, and "
+        f"`smollm2-135m` with its trained exit. {equal} of {of} outputs are those of plain decoding, token for "
+        f"token. Greedy, up to {told['max_new_tokens']} tokens, {told['dtype']}, {told['threads']} threads of an "
+        f"{told['device_name']}; brackets are 95% intervals over prompts.",
     ]
     return "\n".join(lines)
 

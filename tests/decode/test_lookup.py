@@ -284,3 +284,23 @@ def test_copies_are_captured_at_few_shapes():
     assert record.tokens == decode(stack, [[4, 4, 4, 4]], 60).tokens
     assert isinstance(record.engine.device_rounds.graphs, Graphs)
     assert 1 <= len(captured) <= 8
+
+
+def test_rows_that_copy_unlike_many_tokens_are_not_padded_where_the_stack_can_tell_them_apart():
+    """Two rows copy, a third says something new: no position is computed for nothing, and the bits are the same."""
+    prompts = [[4, 4, 4, 4, 4, 4], [7, 8, 9, 10, 11], [5, 6, 5, 6, 5, 6, 5]]
+    each = lambda i: {"controller": controller("lookup", 5)}  # noqa: E731
+    for name, padded in (("llama+native", False), ("llama", True)):
+        stack = tiny.stack(name)
+        alone = [decode(stack, [prompt], 24).tokens[0] for prompt in prompts]
+        stack.counters.reset()
+        record = decode(stack, prompts, 24, each=each)
+        assert record.tokens == alone
+        steps = {}
+        for rounds in record.rounds:
+            for round in rounds[1:]:
+                steps.setdefault(round.step_id, []).append(len(round.draft) + 1)
+        unequal = [counts for counts in steps.values() if len(set(counts)) > 1]
+        assert unequal, "rows of one step copied unlike many tokens"
+        plain = [counts for counts in steps.values() if set(counts) == {1}]
+        assert stack.counters.runs[0, L, 1] == len(plain) + (0 if padded else len(unequal))

@@ -54,7 +54,7 @@ class Facts:
         choices=("auto", "exit", "lookup", "off"),
     )
     match_min: int | None = option(None, "Copy behind matches of at least so many tokens.", least=1, most=32)
-    copy_length: int | None = option(None, "Copy so many tokens a round at most.", least=1, most=64)
+    copy_length: int | None = option(None, "Copy so many tokens a round at most.", least=1, most=31)
     confidence: float | None = option(
         None, "Stop drafting where the exit's largest probability is below this.", least=0, most=1
     )

@@ -63,11 +63,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Copying:
-    """When a row copies from its own text: behind matches of at least `shortest` tokens, `longest` at most."""
+    """When a row copies from its own text: behind matches of at least `shortest` tokens, `longest` at most.
+
+    `padded`: rows of a step are as wide as the widest, so a copied token adds a position to each of them.
+    """
 
     shortest: int = 1
     longest: int = LONGEST
     costs: RowCosts = FLAT_ROW_COSTS
+    padded: bool = False
 
 
 class Drafted(NamedTuple):
@@ -277,7 +281,8 @@ class Controller:
         for length, chance in enumerate(chances, 1):
             right *= chance
             expected += right
-            price = (costs(num_rows + length) - step + step / num_rows) / step * slower
+            positions = num_rows + length * (num_rows if self.copying.padded else 1)
+            price = (costs(positions) - step + step / num_rows) / step * slower
             best = max(best, (expected / price, length))
         return best[1]
 
@@ -296,7 +301,8 @@ class Controller:
         plain = arm == self.plain
         if arm.source == LOOKUP and not plain:
             assert self.copying is not None
-            costs, positions = self.copying.costs, len(rows) + sum(row.drafted for row in rows)
+            costs, copied = self.copying.costs, sum(row.drafted for row in rows)
+            positions = len(rows) + (len(rows) * drafted if self.copying.padded else copied)
             arm, price = self.copies, price * costs(positions) / costs(len(rows))
         if self.timed and not choice.probes:  # a probe's time is not the arm's
             book.add(arm, seconds / price)

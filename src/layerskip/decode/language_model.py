@@ -244,7 +244,7 @@ class LanguageModel:
             return Controller(
                 control.Prices.of(self.stack, head, costs),
                 arms,
-                copying=plan.copying and replace(plan.copying, costs=costs),
+                copying=plan.copying and replace(plan.copying, costs=costs, padded=not self.stack.ragged),
                 trained=plan.exit_layer in self.facts.exits,
                 guard=plan.guard,
                 timed=plan.timed,

@@ -75,6 +75,9 @@ class Stack(ABC):
     dtype: torch.dtype
     device: torch.device  # where tokens go in and logits come out
     counters: Counters
+    ragged: bool = (
+        False  # several positions of one cache row may stand in a call as rows of one position each
+    )
     row_exact: bool = False  # 16 bit only: a token's bits do not depend on how many a call brings
 
     @abstractmethod

@@ -55,15 +55,14 @@ class HostRounds:
         proposal = self.drafter(choice.source).draft(rows, limits)
         drafts = proposal.drafts
         counts = [len(draft.tokens) + 1 for draft in drafts]
-        step = span(rows, starts, counts, self.stack, self.cache)
-        states = proposal.states
-        if states is None:
-            given = [[row.tokens[-1], *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
-            padded = [tokens + tokens[-1:] * (step.width - len(tokens)) for tokens in given]
-            states = self.stack.embed(torch.tensor(padded, device=self.stack.device), step)  # [B, T, D]
         above = [k for k in choice.probes if k > proposal.layers]
-        h, taps = self.stack.run(states, proposal.layers, depth, step, self.cache, taps=above)
-        live = [h[b, :count] for b, count in enumerate(counts)]
+        if proposal.states is None:
+            given = [[row.tokens[-1], *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
+            live, taps = self._run_given(rows, starts, given, depth, above)
+        else:
+            step = span(rows, starts, counts, self.stack, self.cache)
+            h, taps = self.stack.run(proposal.states, proposal.layers, depth, step, self.cache, taps=above)
+            live = [h[b, :count] for b, count in enumerate(counts)]
         logits = self.stack.logits(torch.cat(live) if len(live) > 1 else live[0])  # [N, V]
         verdicts = self.judge(rows, drafts, logits)
         own = torch.split(logits, counts)
@@ -80,6 +79,36 @@ class HostRounds:
             )
             for b, (row, draft, verdict, part) in enumerate(zip(rows, drafts, verdicts, own, strict=True))
         ]
+
+    def _run_given(
+        self, rows: Sequence[Row], starts: Sequence[int], given: list[list[int]], depth: int, taps: list[int]
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Run all layers over tokens that are known: [T_b, D] of each row, and the taps [B, T, D].
+
+        Rows of unequal length are not padded where the stack takes each position as a row of its own.
+        """
+        counts = [len(tokens) for tokens in given]
+        if self.stack.ragged and not taps and len(set(counts)) > 1:
+            places = [
+                (row, start + i)
+                for row, start, count in zip(rows, starts, counts, strict=True)
+                for i in range(count)
+            ]
+            step = span(
+                [row for row, _ in places],
+                [at for _, at in places],
+                [1] * len(places),
+                self.stack,
+                self.cache,
+            )
+            tokens = torch.tensor([[token] for tokens in given for token in tokens], device=self.stack.device)
+            h, _ = self.stack.run(self.stack.embed(tokens, step), 0, depth, step, self.cache)  # [N, 1, D]
+            return [*torch.split(h[:, 0], counts)], {}
+        step = span(rows, starts, counts, self.stack, self.cache)
+        padded = [tokens + tokens[-1:] * (step.width - len(tokens)) for tokens in given]
+        states = self.stack.embed(torch.tensor(padded, device=self.stack.device), step)  # [B, T, D]
+        h, tapped = self.stack.run(states, 0, depth, step, self.cache, taps=taps)
+        return [h[b, :count] for b, count in enumerate(counts)], tapped
 
     def judge(self, rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[Verdict]:
         """Accept each row's draft against the target's logits [N, V], N = sum of drafts + 1.

@@ -75,6 +75,7 @@ class NativeStack(Stack):
         self.kernels = (
             kernels() if compiled and self.device.type == "cpu" and self.dtype in SUFFIXES else None
         )
+        self.ragged = self.kernels is not None
         self.gated = activation_of(config)
         self.attention = Attention(
             config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
