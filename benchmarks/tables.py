@@ -280,6 +280,8 @@ def topv2_table(result: dict) -> list[str]:
 
 def tuning() -> str:
     """A row per model: what was predicted and what was measured, on other prompts."""
+    from layerskip.measure.advice.cells import worded
+
     heads = ("model", "choice", "predicted", "measured", "over the best of a 4 x 4 grid", "outputs equal")
     lines = _head(*heads)
     told = {}
@@ -287,9 +289,12 @@ def tuning() -> str:
         result = json.loads(path.read_text())
         told, compared = result["configuration"], result["tuned_against_best"]
         for name, row in (("doctor", result["doctor_choice"]), ("tune", result["tuner_choice"])):
-            setting = (
-                f"{name}: E {row['exit_layer']}, K {row['draft_length']}, vocabulary {row['draft_vocab']}"
-            )
+            copies = {
+                "drafter": "exit",
+                "match_min": None,
+                "copy_length": None,
+            }  # files before there were any
+            setting = f"{name}: {worded({**copies, **row}).removeprefix('exit, ')}"
             setting += "" if row["policy"] == "fixed" else f", {row['policy']}"
             cells = [f"[{_model(path, told)}](benchmarks/results/{path.name})", setting]
             cells += [f"{row['predicted_speedup']:.2f} x", _ratio(row["speedup"])]

@@ -6,9 +6,10 @@
 
 Of every prompts file the first --choose lines go to the doctor and the tuner, the next --measure lines to the grid:
 every (E, K) of --exits x --draft-length with the draft vocabulary predicted best for it, and the two choices, in
-turn with plain decoding on every prompt, ends of sequence respected. Reported: the doctor's predicted against the
-measured speed-up of its choice; the tuner's choice against the best cell of the grid, by paired bootstrap over
-prompts (the best cell is picked by the very numbers it is compared with, which favours it).
+turn with plain decoding on every prompt, ends of sequence respected. Both may choose copies, alone or beside an
+exit; the grid is of exits alone. Reported: the doctor's predicted against the measured speed-up of its choice; the
+tuner's choice against the best cell of the grid, by paired bootstrap over prompts (the best cell is picked by the
+very numbers it is compared with, which favours it).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import layerskip
 from layerskip.cli.prompts import encoded, unescaped
 from layerskip.cli.results import progress
 from layerskip.decode.load import resolve_device
+from layerskip.measure.advice.cells import Analysis, Cell, worded
 from layerskip.measure.advice.doctor import examine
 from layerskip.measure.advice.prediction import (
     LENGTHS,
-    Analysis,
-    Cell,
     analyse,
     candidate_exits,
     default_cell,
+    predict_copies,
     spread,
 )
 from layerskip.measure.advice.tune import Race, Trial, finalists, halving, tuned
@@ -123,10 +124,11 @@ def measured(
     exits = sorted({*candidate_exits(lm), *grid_exits})
     analysis = analyse(lm, chosen, budget, exits, size, watch=watch)
     doctor = examine(lm, analysis, lm.has_template and not arguments.no_chat, lm.path.name if lm.path else "")
+    by_doctor = Trial.predicted_by(analysis.recommended or analysis.best)
+    predict_copies(lm, analysis, watch)
     racing = finalists(analysis, default_cell(lm))
     race = halving(lm, racing, chosen, budget, arguments.seconds, watch=watch)
     grid = grid_of(analysis, grid_exits, lengths)
-    by_doctor = Trial(analysis.best.cell, analysis.best.speedup)
     by_tuner = Trial(race[0].cell, race[0].predicted, race[0].confidence, race[0].policy)
     trials = {(trial.cell, trial.policy): trial for trial in (by_tuner, by_doctor, *grid)}
     again = Race(lm, [[prompt] for prompt in others], budget)
@@ -185,7 +187,7 @@ def show(result: dict[str, Any]) -> None:
         found = row["speedup"]
         sure = "" if row["policy"] == "fixed" else f", {row['policy']} {row['confidence'] or ''}".rstrip()
         return (
-            f"E {row['exit_layer']:>2}, K {row['draft_length']:>2}, vocabulary {row['draft_vocab']}{sure}: "
+            f"{worded(row)}{sure}: "
             f"predicted {row['predicted_speedup']:.2f} x, measured {found['ratio']:.2f} x "
             f"[{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}], outputs equal {row['equal']} of {row['of']}"
         )

@@ -345,7 +345,7 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
 ):
     import record
 
-    from layerskip.measure.advice.prediction import Cell
+    from layerskip.measure.advice.cells import Cell
     from layerskip.measure.advice.tune import Race, Trial
     from layerskip.measure.speed import round_times
 

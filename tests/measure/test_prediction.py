@@ -1,6 +1,7 @@
 """Predictions: rounds and times put together as arithmetic says, whatever the times are."""
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,17 @@ from layerskip.checkpoint.facts import Facts
 from layerskip.decode.language_model import LanguageModel
 from layerskip.errors import UserError
 from layerskip.measure.advice import prediction
-from layerskip.measure.advice.prediction import Cell, analyse, candidate_exits, candidate_sizes, default_cell
+from layerskip.measure.advice.cells import Cell
+from layerskip.measure.advice.prediction import (
+    analyse,
+    candidate_exits,
+    candidate_sizes,
+    default_cell,
+    predict_copies,
+)
 from layerskip.measure.speed import round_times
 from layerskip.measure.speed.round_times import RoundTimes
+from layerskip.model.cost import RowCosts
 
 PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5]]
 L = tiny.NUM_LAYERS
@@ -83,6 +92,55 @@ def test_the_confidence_policy_is_predicted_at_least_as_well_as_its_own_exit_can
     assert analyse(lm, PROMPTS, 20, exits=[2], draft_vocab="off", batch_size=2).confident is None
 
 
+REPEATING = [[7, 7, 7], [5, 9, 20, 33, 5, 9, 20], [9]]
+CHEAP = RowCosts(((1, 1.0), (64, 1.63)))  # a hundredth of a pass for every position more
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_copies_are_predicted_from_their_rounds_and_what_several_positions_cost(lm, monkeypatch, batch_size):
+    monkeypatch.setattr(prediction, "round_times", lambda *given, **more: layers(prediction.TIMED_LENGTHS))
+    monkeypatch.setattr(lm, "row_costs", lambda measured=True: CHEAP)
+    lm.facts = Facts(exits=(1, 2), exit_layer=1, draft_length=4, match_min=2)
+    analysis = analyse(lm, REPEATING, 20, exits=[1, 2], draft_vocab="off", batch_size=batch_size)
+    assert (
+        [one.cell for one in analysis.copies]
+        == [
+            Cell(match_min=2, copy_length=16),
+            replace(analysis.best.cell, match_min=2, copy_length=16),
+            Cell(1, 4, 0, 2, 16),  # the default
+        ][: 2 if analysis.best.cell == Cell(1, 4, 0) else 3]
+    )
+    for one in analysis.copies:
+        rounds, cell = one.rounds, one.cell
+        copies = L * (1 + 0.01 * (batch_size * (1 + rounds.drafted) - 1)) / CHEAP(batch_size)
+        seconds = np.where(rounds.copied, copies, L + cell.exit_layer * rounds.drafted).sum()
+        assert rounds.tokens.sum() == len(REPEATING) * 19
+        assert one.speedup == pytest.approx(len(REPEATING) * 19 * L / seconds)
+        assert one.round_s == pytest.approx(seconds / len(rounds.drafted))
+        assert one.interval[0] <= one.speedup <= one.interval[1]
+    alone, both = (one.rounds.by_source for one in analysis.copies[:2])
+    assert alone["lookup"]["accepted"] > 0
+    assert set(alone) == {"lookup"}
+    assert both["exit"]["accepted"] > 0
+    assert analysis.copies[0].rounds.plain_share > 0
+    assert not lm.controllers, "what a prediction has learnt is not kept"
+
+
+def test_tune_predicts_copies_of_every_kind_once(lm, monkeypatch):
+    monkeypatch.setattr(prediction, "round_times", lambda *given, **more: layers(prediction.TIMED_LENGTHS))
+    analysis = analyse(lm, REPEATING, 20, exits=[1, 2], draft_vocab="off")
+    for _ in range(2):
+        predict_copies(lm, analysis)
+        cells = [one.cell for one in analysis.copies]
+        assert len(cells) == len(set(cells)) == 3 * len(prediction.MATCHES) * len(prediction.COPY_LENGTHS)
+    assert {cell.exit_layer for cell in cells} == {0, 1, 2}
+    leading = {one.cell for one in analysis.best_of(lambda cell: cell.exit_layer)}
+    assert {replace(cell, match_min=0, copy_length=0) for cell in cells} == {Cell(), *leading}
+    for name, one in analysis.sources.items():
+        same = [other for other in [*analysis.copies, *analysis.cells] if other.cell.drafter == name]
+        assert one.speedup == max(other.speedup for other in same)
+
+
 def test_rounds_are_measured_from_one_context_and_in_turns(lm):
     lm.stack.counters.reset()
     times = round_times.round_times(lm, [5, 6, 7], [1, 4], [1, 3], [0, 24], turns=2)
@@ -145,9 +203,13 @@ def test_candidate_vocabularies_end_where_the_ranked_list_does(lm, monkeypatch):
 
 
 def test_the_default_cell_is_what_the_checkpoint_drafts_with(lm):
-    assert default_cell(lm) is None
+    assert default_cell(lm) == Cell(match_min=1, copy_length=16), "copies need no training"
     lm.facts = Facts(exits=(2,), exit_layer=2, draft_length=3)
+    assert default_cell(lm) == Cell(2, 3, 0, 1, 16)
+    lm.facts = Facts(exits=(2,), exit_layer=2, draft_length=3, drafter="exit")
     assert default_cell(lm) == Cell(2, 3, 0)
+    lm.facts = Facts(exits=(2,), drafter="off")
+    assert default_cell(lm) is None
 
 
 def test_outputs_that_end_at_once_leave_nothing_to_predict(lm):

@@ -10,9 +10,11 @@ import pytest
 import layerskip
 import tiny
 from layerskip.decode.language_model import LanguageModel
+from layerskip.decode.options import Options
 from layerskip.errors import UserError
-from layerskip.measure.advice import tune
-from layerskip.measure.advice.prediction import Cell, Predicted, candidate_sizes
+from layerskip.measure.advice import prediction, tune
+from layerskip.measure.advice.cells import Analysis, Cell, Predicted
+from layerskip.measure.advice.prediction import candidate_sizes
 from layerskip.measure.advice.tune import Race, Trial, finalists, halving, save_choice
 from layerskip.measure.exits.replay import replay
 
@@ -22,22 +24,13 @@ PROMPTS = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5]]
 class Surface:
     """An analysis as far as the race looks at it."""
 
-    confident = None
+    confident, best, best_of, of = None, Analysis.best, Analysis.best_of, Analysis.of
 
-    def __init__(self, speedups):
+    def __init__(self, speedups, copies=()):
         rounds = replay(np.ones(4, bool), 2)
         made = [Predicted(Cell(*cell), s, (s, s), rounds, 1.0) for cell, s in speedups.items()]
         self.cells = sorted(made, key=lambda one: -one.speedup)
-
-    @property
-    def best(self):
-        return self.cells[0]
-
-    def best_of(self, key):
-        found = {}
-        for one in self.cells:
-            found.setdefault(key(one.cell), one)
-        return list(found.values())
+        self.copies = [Predicted(Cell(*cell), s, (s, s), rounds, 1.0) for cell, s in copies]
 
 
 @pytest.fixture
@@ -84,6 +77,20 @@ def test_finalists_are_the_best_of_each_leading_exit_then_the_best_of_the_rest()
     ]  # fmt: skip
     assert all(trial.policy == "fixed" for trial in chosen if trial is not adaptive)
     assert adaptive.interval is None, "nobody predicted it"
+
+
+def test_the_best_copies_race_beside_the_exits():
+    alone = {(0, 0, 0, m, n): 1.2 + m / 100 + n / 1000 for m in (1, 2, 3) for n in (4, 8)}
+    beside = {(2, 4, 0, m, n): 1.3 - m / 100 + n / 1000 for m in (1, 2, 3) for n in (4, 8)}
+    surface = Surface({(2, 4, 0): 0.6, (3, 4, 0): 0.5}, [*alone.items(), *beside.items()])
+    chosen = finalists(surface, default=Cell(0, 0, 0, 1, 4))
+    told = [(trial.cell, trial.policy) for trial in chosen]
+    both = [Cell(2, 4, 0, 1, 8), Cell(2, 4, 0, 1, 4)]
+    lookup = [Cell(0, 0, 0, 3, 8), Cell(0, 0, 0, 3, 4), Cell(0, 0, 0, 1, 4)]
+    assert told == [
+        (both[0], "fixed"), (both[0], "adaptive"), (both[1], "fixed"), *((cell, "fixed") for cell in lookup),
+        (Cell(2, 4, 0), "fixed"), (Cell(2, 4, 0), "adaptive"), (Cell(3, 4, 0), "fixed"),
+    ]  # fmt: skip
 
 
 def test_the_other_policies_race_beside_the_fixed_one():
@@ -205,6 +212,7 @@ def test_the_choice_becomes_the_default_of_the_checkpoint(own):
     assert save_choice(lm, winner) == own / "config.json"
     assert entry(own) == {
         "exit_layer": 2, "draft_length": 3, "draft_vocab_size": 0, "mode": "self-speculative", "policy": "fixed",
+        "drafter": "exit",
     }  # fmt: skip
     stats = layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats
     assert (stats["mode"], stats["exit_layer"], stats["draft_length"]) == ("self-speculative", 2, 3)
@@ -215,9 +223,41 @@ def test_what_is_not_faster_leaves_plain_decoding_the_default(own):
         layerskip.load(own, device="cpu"),
         Trial(Cell(2, 3, 0), 1.2, 0.4, "confidence", seconds={0: [(0.9, 1.0)], 1: [(1.6, 1.0)]}),
     )
-    assert entry(own)["mode"] == "ar"
+    assert (entry(own)["mode"], entry(own)["drafter"]) == ("ar", "off")
     assert (entry(own)["policy"], entry(own)["confidence"]) == ("confidence", 0.4)
-    assert layerskip.load(own, device="cpu").generate("hello", max_new_tokens=8).stats["drafter"] == "lookup"
+    lm = layerskip.load(own, device="cpu")
+    assert lm.generate("hello", max_new_tokens=8).stats["mode"] == "ar"
+    asked = lm.generate("hello", max_new_tokens=8, mode="self-speculative", match_min=2).stats
+    assert asked["drafter"] == "lookup", "who asks for drafts all the same gets some"
+
+
+FASTER = {0: [(1.5, 1.0)], 1: [(1.6, 1.0)]}
+
+
+def test_copies_that_won_are_the_default_and_what_is_said_of_an_exit_stays(own):
+    save_choice(layerskip.load(own, device="cpu"), Trial(Cell(2, 3, 0), 1.2, seconds=FASTER))
+    before = entry(own)
+    winner = Trial(Cell(match_min=2, copy_length=8), 1.3, seconds=FASTER)
+    save_choice(layerskip.load(own, device="cpu"), winner)
+    assert entry(own) == {**before, "drafter": "lookup", "match_min": 2, "copy_length": 8}
+    lm = layerskip.load(own, device="cpu")
+    stats = lm.generate("hello", max_new_tokens=8).stats
+    assert (stats["drafter"], stats["draft_length"]) == ("lookup", 0)
+    assert prediction.default_cell(lm) == winner.cell
+    assert lm.generate("hello", drafter="exit", max_new_tokens=8).stats["exit_layer"] == 2
+
+
+def test_both_that_won_are_measured_as_they_are_by_default_afterwards(own):
+    lm = layerskip.load(own, device="cpu")
+    winner = Trial(Cell(2, 3, 40, 1, 4), 1.3, seconds=FASTER)
+    measured = lm.plan(Options.parse(winner.options))
+    save_choice(lm, winner)
+    assert (entry(own)["drafter"], entry(own)["match_min"], entry(own)["copy_length"]) == ("auto", 1, 4)
+    again = layerskip.load(own, device="cpu")
+    assert again.plan(Options()) == measured
+    assert prediction.default_cell(again) == winner.cell
+    save_choice(again, Trial(Cell(2, 3, 0), 1.2, seconds=FASTER))
+    assert {"match_min", "copy_length"}.isdisjoint(entry(own)), "an exit alone copies nothing"
 
 
 def test_a_draft_vocabulary_nobody_ranked_is_the_default_without_an_invented_ranking(own):

@@ -1,4 +1,4 @@
-"""The verb doctor: which exit, which draft length, does it pay here? Predicted."""
+"""The verb doctor: which source of drafts, with which settings, does it pay here? Predicted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Asked(PromptOptions):
 
 @verb
 def doctor(model: Model, asked: Asked, loading: Loading, given: Given, as_json: AsJson = False) -> None:
-    """Say what self-speculation would gain here, with which settings, and what stands in its way.
+    """Say what each source of drafts (copies, an exit, both) would gain here, and what stands in its way.
 
     layerskip doctor smollm2-135m
     """

@@ -1,4 +1,4 @@
-"""The verb tune: which exit, which draft length, does it pay here? Measured."""
+"""The verb tune: which source of drafts, with which settings, does it pay here? Measured."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def tune(
     save: Annotated[bool, Option("Make the choice the checkpoint's default.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the fastest exit layer, draft length and draft vocabulary for your prompts, by measurement.
+    """Find what drafts fastest for your prompts (copies, an exit, both) with which settings, by measurement.
 
     layerskip tune ./my-model --prompts prompts.jsonl --save
     """
     lines = asked.lines()
     lm, load_s = loaded(model, loading)
-    from layerskip.measure.advice.doctor import cell_text
-    from layerskip.measure.advice.prediction import analyse, default_cell
+    from layerskip.measure.advice.prediction import analyse, default_cell, predict_copies
     from layerskip.measure.advice.tune import finalists, halving, save_choice, tuned
     from layerskip.measure.proof.equality import equality_promised
 
     budget, (_, items) = asked.max_new_tokens, asked.encoded(lm, lines)
     with progress() as watch:
         analysis = analyse(lm, items, budget, asked.exits, asked.draft_vocab, batch_size, watch)
+        predict_copies(lm, analysis, watch)
         trials = finalists(analysis, default_cell(lm))
         ranked = halving(lm, trials, items, budget, seconds, batch_size, watch)
     if (wrong := next((trial for trial in ranked if trial.differing), None)) and equality_promised(lm):
         where = f"that of prompt {wrong.differing[0] + 1} and {len(wrong.differing) - 1} more of {wrong.of}"
-        setting = f"{cell_text(wrong.cell)}, policy {wrong.policy}"
+        setting = f"{wrong.cell}, policy {wrong.policy}"
         lost = f"not lossless: with {setting} outputs differ from plain decoding, {where}"
         err.print(Text(lost, style="bold red"))
         err.print(Text(f"nothing is saved; layerskip doctor {shlex.quote(model)} looks for the cause"))

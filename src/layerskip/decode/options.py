@@ -218,7 +218,8 @@ class Options(SamplingOptions, DraftOptions):
         """Say whether an exit is used and whether rows copy."""
         if mode == "early-exit":
             return True, False
-        drafter = self.drafter or ("exit" if self._asks_exit else None) or facts.drafter or "auto"
+        default = "auto" if facts.drafter in (None, "off") else facts.drafter  # off, but drafts are asked for
+        drafter = self.drafter or ("exit" if self._asks_exit else default)
         exits = drafter == "exit" or (drafter == "auto" and (self._asks_exit or facts.pays))
         copies = drafter in ("auto", "lookup")
         if copies and self.simulate_acceptance is not None:

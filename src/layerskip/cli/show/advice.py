@@ -1,10 +1,10 @@
-"""How doctor's and tune's findings look in a terminal: the verdict first, then curve, cells, checks."""
+"""How doctor's and tune's findings look in a terminal: the verdict first, then sources, curve, cells, checks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from layerskip.cli.show.terminal import bar, out, share
@@ -22,6 +22,7 @@ def print_doctor(result: dict[str, Any]) -> None:
     for warning in checks["warnings"]:
         out.print(Text(f"warning: {warning}", style="yellow"))
     out.print(sameness_line(checks))
+    print_sources(result)
     print_curve(result)
     print_cells(result)
     for line in facts(result):
@@ -46,6 +47,23 @@ def sameness_line(checks: dict[str, Any]) -> Text:
     return Text(
         f"{where}: {ties}, and in {dtype} they may turn over here; --dtype float32 is exact", "yellow"
     )
+
+
+def print_sources(result: dict[str, Any]) -> None:
+    """Print what each source of drafts is predicted to give; the one recommended is marked."""
+    from layerskip.measure.advice.cells import worded
+
+    table = Table("source", Column("predicted", no_wrap=True), "per round", "plain rounds", "with", box=None)
+    for name, row in result["sources"].items():
+        table.add_row(
+            name,
+            speedup(row["predicted_speedup"], row["interval"]),
+            f"{row['tokens_per_round']:.2f}",
+            share(row["plain_share"]),
+            worded(row).removeprefix(f"{name}, "),
+            style="bold green" if name == result["recommended_drafter"] else None,
+        )
+    out.print(table)
 
 
 def print_curve(result: dict[str, Any]) -> None:
@@ -112,27 +130,28 @@ def facts(result: dict[str, Any]) -> list[str]:
 
 def print_tune(result: dict[str, Any]) -> None:
     """Print what was measured, the choice on top, then all settings of the race by rank."""
+    from layerskip.measure.advice.cells import worded
+
     best = result["best"]
     gain, ends = best["measured_speedup"], best["measured_interval"]
     pays = ends[0] > 1
-    setting = f"E {best['exit_layer']}, K {best['draft_length']}, draft vocabulary {best['draft_vocab']}"
+    setting = worded(best)
     if best["policy"] == "adaptive":
         setting += ", policy adaptive"
     if best["policy"] == "confidence":
         setting += f", drafting stops under a confidence of {best['confidence']}"
-    measured = f"{speedup(gain, ends)} over plain decoding, measured"
-    then = "" if pays else "; not faster, so plain decoding (--mode ar) is the choice"
-    out.print(Text(f"{setting}: {measured}{then}", style="bold green" if pays else "bold yellow"))
+    found = f"{speedup(gain, ends)} over plain decoding, measured"
+    then = "" if pays else "; not faster, so plain decoding (--drafter off) is the choice"
+    out.print(Text(f"{setting}: {found}{then}", style="bold green" if pays else "bold yellow"))
     equal, of = (sum(row[key] for row in result["measured"]) for key in ("equal", "of"))
     style = "green" if equal == of else "bold yellow"
     out.print(Text(f"equality: {equal} of {of} outputs are those of plain decoding", style=style))
-    table = Table("E", "K", "vocabulary", "policy", "predicted", "measured", "accepted", "runs", box=None)
+    measured = Column("measured", no_wrap=True)
+    table = Table("setting", "policy", "predicted", measured, "accepted", "runs", box=None)
     for row in result["measured"]:
         sure = row["policy"] if row["confidence"] is None else f"conf. {row['confidence']}"
         table.add_row(
-            str(row["exit_layer"]),
-            str(row["draft_length"]),
-            str(row["draft_vocab"]),
+            worded(row),
             sure,
             f"{row['predicted_speedup']:.2f} x",
             speedup(row["speedup"]["ratio"], row["speedup"]["ci95"]),

@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from layerskip.decode.options import Options
-from layerskip.measure.advice.prediction import Analysis, Cell, default_cell
+from layerskip.measure.advice.prediction import default_cell
 from layerskip.measure.proof.cases import Case
 from layerskip.measure.proof.certificate import shortly
 from layerskip.measure.proof.equality import HOLDS, equality_promised
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.measure.advice.cells import Analysis, Cell
 
 TRAINED_AGREEMENT = 0.5  # of an exit in the lower half: SmolLM2's untrained ones reach a tenth
 MARK = "qzx"  # stands for an answer, to see what a template puts behind it
@@ -30,19 +31,17 @@ def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str, also: 
 
     `name` is how the user calls the model, `also` the options that let tune look at the same.
     """
-    best = analysis.best
     checks = {**ending(lm, analysis, chat), **sameness(lm, analysis)}
     trained = lm.facts.trained or _looks_trained(lm, analysis)
-    pays = best.interval[0] > 1
     return {
         "verdict": verdict(analysis, name, trained, default_cell(lm), also),
-        "recommended_mode": "self-speculative" if pays else "ar",
+        "recommended_mode": "ar" if analysis.recommended is None else "self-speculative",
         "trained_exits": trained,
         "exits": list(lm.facts.exits),
         "layers": lm.stack.num_layers,
         **analysis.record(),
         "checks": checks,
-        "memory": memory(lm, best.cell),
+        "memory": memory(lm, analysis.best.cell),
     }
 
 
@@ -53,46 +52,58 @@ def _looks_trained(lm: LanguageModel, analysis: Analysis) -> bool:
 
 
 def verdict(analysis: Analysis, name: str, trained: bool, default: Cell | None, also: str = "") -> str:
-    """Say in a sentence or two what to do."""
-    best = analysis.best
-    low, high = best.interval
-    cell = best.cell
-    given = f"--exit-layer {cell.exit_layer} --draft-length {cell.draft_length}"
-    given += f" --draft-vocab {cell.draft_vocab or 'off'}"
+    """Say in a few sentences which source of drafts earns what, and what to do."""
+    chosen, confirm = analysis.recommended, f"layerskip tune {name}{also} --save"
+    best = chosen or max(analysis.sources.values(), key=lambda one: one.speedup)
+    given, (low, high) = flags(best.cell), best.interval
     gain = f"{best.speedup:.2f} x [{low:.2f}, {high:.2f}]"
-    confirm = f"layerskip tune {name}{also} --save"
-    if low > 1:
-        if cell == default:
-            return f"You will get {gain} with self-speculation as it is the default: {given}."
-        now = next((one for one in analysis.cells if one.cell == default), None)
-        than = f" (the default, {cell_text(now.cell)}, is predicted {now.speedup:.2f} x)" if now else ""
-        return f"You will get {gain} with {given}{than}; {confirm} measures it and makes it the default."
-    keep = (
-        "It is the default already."
-        if default is None
-        else f"{confirm} measures it and makes that the default."
-    )
-    plain = f"use plain decoding (--mode ar). {keep}"
-    if high >= 1:
-        return f"About even: {gain} at best, with {given}. Until it is measured to gain, {plain}"
-    curve = analysis.seen.agreement[cell.exit_layer]
-    if trained:
-        why = (
-            f"The exits are trained, but exit {cell.exit_layer} agrees with the whole model at "
-            f"{100 * curve:.0f}% of the positions of these prompts. Give prompts like those it was trained for "
-            f"(--prompts), or train it further on such data: layerskip train finetune model={name} data=..."
+    if chosen is None:
+        told = f"You will get {gain} at best, with {given}: use plain decoding (--drafter off). "
+        told += (
+            f"{confirm} measures it and makes that the default." if default else "It is the default already."
         )
+    elif best.cell == default:
+        told = f"You will get {gain} by default, which is {given}."
     else:
-        why = (
-            "The exits are not trained; to gain, train them: "
-            f"layerskip train anchor model={name} data=... output=..."
-        )
-    return f"You will get {gain} at best, with {given}: {plain} {why}"
+        now = analysis.of(default)
+        than = f" (the default, {now.cell}, is predicted {now.speedup:.2f} x)" if now else ""
+        told = f"You will get {gain} with {given}{than}; {confirm} measures it and makes it the default."
+    if chosen is not None and low <= 1:
+        told += " The interval does not exclude a loss: measure before you rely on it."
+    told += f" {_earnings(analysis)}"
+    return told if best.cell.draft_length and chosen else f"{told} {_about_exits(analysis, name, trained)}"
 
 
-def cell_text(cell: Cell) -> str:
-    vocab = f"draft vocabulary {cell.draft_vocab}" if cell.draft_vocab else "no draft vocabulary"
-    return f"E {cell.exit_layer}, K {cell.draft_length}, {vocab}"
+def flags(cell: Cell) -> str:
+    """Spell a setting as options, copies as the checkpoint has them."""
+    exit = f"--exit-layer {cell.exit_layer} --draft-length {cell.draft_length}"
+    exit += f" --draft-vocab {cell.draft_vocab or 'off'}"
+    both = f"--drafter {cell.drafter}"
+    return {"exit": exit, "lookup": both, "auto": f"{both} {exit} --guard"}[cell.drafter]
+
+
+def _earnings(analysis: Analysis) -> str:
+    """Say what each source is predicted to give."""
+    words = {"lookup": "copies alone (lookup)", "exit": "exit {} alone", "auto": "both (auto)"}
+    told = [
+        f"{words[name].format(one.cell.exit_layer)} {one.speedup:.2f} x"
+        for name, one in analysis.sources.items()
+    ]
+    return f"Predicted: {', '.join(told)}."
+
+
+def _about_exits(analysis: Analysis, name: str, trained: bool) -> str:
+    """Say why exits earn nothing here, and what would change that."""
+    exit_layer = analysis.best.cell.exit_layer
+    if not trained:
+        train = f"layerskip train anchor model={name} data=... output=..."
+        return f"The exits are not trained; to gain from them, train them: {train}"
+    return (
+        f"The exits are trained, but exit {exit_layer} agrees with the whole model at "
+        f"{100 * analysis.seen.agreement[exit_layer]:.0f}% of the positions of these prompts. Give prompts like "
+        f"those it was trained for (--prompts), or train it further on such data: "
+        f"layerskip train finetune model={name} data=..."
+    )
 
 
 # -- does an output end --------------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from layerskip.decode.language_model import LanguageModel
-    from layerskip.measure.advice.prediction import Analysis, Cell, Predicted
+    from layerskip.measure.advice.cells import Analysis, Cell, Predicted
 
-FINALISTS = 6
+FINALISTS = 6  # of exits alone
 LEADING_EXITS = 3  # each sends its best cell
+COPIES = 2  # settings that copy, alone and beside an exit
 LEAST_TURNS = 2  # of a rung
 LAST_TURNS = 8  # at least, of the last one; fewer where there are fewer prompts
 WARM_UP = 8  # new tokens of a first call
@@ -76,9 +77,14 @@ class Trial:
         return ratio_of_sums(*zip(*(pair for pairs in played for pair in pairs), strict=True))
 
     @property
+    def pays(self) -> bool:
+        """Whether it was measured to be faster than plain decoding."""
+        return self.measured().low > 1
+
+    @property
     def mode(self) -> str:
-        """What to decode by: plainly where it was not measured to be faster."""
-        return "self-speculative" if self.measured().low > 1 else "ar"
+        """What to decode by: plainly where it does not pay."""
+        return "self-speculative" if self.pays else "ar"
 
     def record(self) -> dict[str, Any]:
         found = self.measured()
@@ -95,23 +101,28 @@ class Trial:
 
 
 def finalists(analysis: Analysis, default: Cell | None = None, count: int = FINALISTS) -> list[Trial]:
-    """Choose what is worth measuring: the best cell of each leading exit, then the best of the others.
+    """Choose what is worth measuring: the best cell of each leading exit, then the best of the others, then copies.
 
     The checkpoint's present default comes on top, and the other policies: the best cell of the confidence policy
     where it was predicted, and the adaptive one, which starts from the best cell and finds its own.
     """
     leading = analysis.best_of(lambda cell: cell.exit_layer)[:LEADING_EXITS]
     rows = analysis.best_of(lambda cell: (cell.exit_layer, cell.draft_length))  # sizes hardly differ
-    own = [one for one in analysis.cells if one.cell == default]
     chosen: dict[Cell, Predicted] = {one.cell: one for one in leading}
     for one in rows:
         if len(chosen) < count:
             chosen.setdefault(one.cell, one)
-    chosen |= {one.cell: one for one in own}
+    adaptive = [analysis.best]
+    for drafter in ("lookup", "auto"):
+        copies = [one for one in analysis.copies if one.cell.drafter == drafter]
+        best = sorted(copies, key=lambda one: -one.speedup)[:COPIES]
+        chosen |= {one.cell: one for one in best}
+        adaptive += best[:1] if drafter == "auto" else []
+    chosen |= {one.cell: one for one in [analysis.of(default)] if one}
     trials = [Trial.predicted_by(one) for one in chosen.values()]
     if analysis.confident is not None:
         trials.append(Trial.predicted_by(analysis.confident, "confidence"))
-    trials.append(Trial.predicted_by(analysis.best, "adaptive"))
+    trials += [Trial.predicted_by(one, "adaptive") for one in adaptive]
     return sorted(trials, key=lambda trial: -trial.predicted)
 
 
@@ -239,9 +250,9 @@ class _Run:
 def tuned(analysis: Analysis, ranked: Sequence[Trial]) -> dict[str, Any]:
     """Join prediction and measurement: `best` is the race's winner."""
     record, rows, winner = analysis.record(), [trial.record() for trial in ranked], ranked[0].measured()
-    names = ("exit_layer", "draft_length", "draft_vocab", "policy", "confidence", "predicted_speedup")
     best = {
-        **{name: rows[0][name] for name in names},
+        **{name: rows[0][name] for name in (*ranked[0].cell.record(), "policy", "confidence")},
+        "predicted_speedup": rows[0]["predicted_speedup"],
         "interval": ranked[0].interval and list(ranked[0].interval),
         "measured_speedup": winner.ratio,
         "measured_interval": winner.ci95,
@@ -253,18 +264,26 @@ def tuned(analysis: Analysis, ranked: Sequence[Trial]) -> dict[str, Any]:
 def save_choice(lm: LanguageModel, trial: Trial) -> Path:
     """Make a measured setting the checkpoint's default; where it was not faster, plain decoding.
 
+    What it says of an exit is kept where copies alone won: `--drafter exit` goes by it.
     Raises: UserError when the model has no folder, or one that cannot be written.
     """
     if lm.path is None:
         raise UserError("this model has no folder to write into", "save it, load it from there, tune again")
+    cell = trial.cell
+    exit = {
+        "exit_layer": cell.exit_layer,
+        "draft_length": cell.draft_length,
+        "draft_vocab_size": cell.draft_vocab,
+        "policy": trial.policy,
+        "confidence": trial.confidence,
+    }
     checkpoint.write_entry(
         lm.path,
         lm.facts,
-        exit_layer=trial.cell.exit_layer,
-        draft_length=trial.cell.draft_length,
-        draft_vocab_size=trial.cell.draft_vocab,
         mode=trial.mode,
-        policy=trial.policy,
-        confidence=trial.confidence,
+        drafter=cell.drafter if trial.pays else "off",
+        match_min=cell.match_min or None,
+        copy_length=cell.copy_length or None,
+        **(exit if cell.draft_length else {}),
     )
     return lm.path / "config.json"

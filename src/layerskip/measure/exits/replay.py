@@ -9,6 +9,7 @@ every draft length:
 
 Exact: rounds, accepted drafts and tokens are the engine's own (tests/measure/test_replay.py), whatever ends the
 output. Behind a miss nobody knows what would be drafted: a low confidence or an end of sequence there is not seen.
+Where copies draft too, where a round begins matters: see `sources.replay_sources`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from layerskip.decode.control import EXIT, LOOKUP
+
 
 class Replayed(NamedTuple):
     """The rounds of one output behind its first token; int64 [R] each."""
@@ -26,6 +29,12 @@ class Replayed(NamedTuple):
     accepted: np.ndarray
     tokens: np.ndarray  # committed
     looked: np.ndarray  # 1 where drafting stopped before a draw, for want of confidence
+    copied: np.ndarray  # 1 where the drafts were copied from the text so far
+
+    @classmethod
+    def of(cls, rounds: Sequence[tuple[int, ...]]) -> Replayed:
+        """Take rounds one by one, each with its five numbers."""
+        return cls(*np.array(rounds, np.int64).reshape(-1, len(cls._fields)).T)
 
     @property
     def tokens_per_round(self) -> float:
@@ -36,6 +45,22 @@ class Replayed(NamedTuple):
         """Accepted over drafted; None where nothing was drafted."""
         drafted = int(self.drafted.sum())
         return int(self.accepted.sum()) / drafted if drafted else None
+
+    @property
+    def plain_share(self) -> float:
+        """Share of rounds in which nothing was drafted."""
+        return float((self.drafted == 0).mean()) if len(self.drafted) else 0.0
+
+    @property
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Count rounds that drafted, their drafts and those accepted, as `decode.generation.by_source` does."""
+        counts = {}
+        for source, copied in ((EXIT, 0), (LOOKUP, 1)):
+            own = (self.copied == copied) & (self.drafted > 0)
+            if own.any():
+                sums = {name: int(getattr(self, name)[own].sum()) for name in ("drafted", "accepted")}
+                counts[source] = {"rounds": int(own.sum()), **sums}
+        return counts
 
 
 def replay(
@@ -55,8 +80,8 @@ def replay(
     """
     end = len(bits)
     budget = end if budget is None else budget
-    right = _runs(np.asarray(bits, bool)).tolist()
-    sure = None if confidence is None else _runs(np.asarray(confidence) >= threshold).tolist()
+    right = runs(np.asarray(bits, bool)).tolist()
+    sure = None if confidence is None else runs(np.asarray(confidence) >= threshold).tolist()
     rounds = []
     n = 0
     while n < end:
@@ -66,9 +91,9 @@ def replay(
         finished = n + accepted == end  # the last token was drafted: an end of sequence, none follows it
         drafted = accepted if finished else limit
         tokens = accepted if finished else accepted + 1
-        rounds.append((drafted, accepted, tokens, int(limit < allowed and not finished)))
+        rounds.append((drafted, accepted, tokens, int(limit < allowed and not finished), 0))
         n += tokens
-    return Replayed(*np.array(rounds, np.int64).reshape(-1, 4).T)
+    return Replayed.of(rounds)
 
 
 def joined(parts: Sequence[Replayed]) -> Replayed:
@@ -82,7 +107,7 @@ def by_place(drafted: np.ndarray, accepted: np.ndarray, draft_length: int) -> li
     return [b / a if a else None for a, b in zip(judged, kept, strict=True)]
 
 
-def _runs(ones: np.ndarray) -> np.ndarray:
+def runs(ones: np.ndarray) -> np.ndarray:
     """Count the ones in a row from each place on: bool [N] -> int64 [N]."""
     places = np.arange(len(ones))
     zeros = np.where(ones, len(ones), places)

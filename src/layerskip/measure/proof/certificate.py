@@ -119,6 +119,8 @@ def shortly(lm: LanguageModel, prompts: list[list[int]], max_new_tokens: int, ca
         replace(case, on_device=True),
         replace(case, policy="confidence", rows=len(prompts)),
         replace(case, draft_length=2 * case.draft_length),
+        replace(case, drafter="lookup"),
+        replace(case, drafter="auto"),
     ]
     return [stability.twice(equality, case), equality.check(few, Clock(float("inf")))]
 
