@@ -64,14 +64,17 @@ OURS: dict[str, dict[str, Any]] = {
     "lookup": {"drafter": "lookup"},
     "exit": {"drafter": "exit", "guard": True},
 }
-AR, HF, HF_LOOKUP = "ar", "hf", "hf-lookup-"
+AR, HF, HF_LOOKUP, ECONOMIZE = "ar", "hf", "hf-lookup-", "economize-"
+PEERS = (HF, ECONOMIZE)  # by whole calls: they do not tell tokens as they come
 
 
 def methods_of(
     lm: LanguageModel, names: Sequence[str], stops: Sequence[str], temperature: float
 ) -> dict[str, Method]:
     """Build the methods by name; ours end where the model does."""
-    hf = ways.hugging_face_model(lm, lm.stack.dtype) if any(name.startswith(HF) for name in names) else None
+    hf = (
+        ways.hugging_face_model(lm, lm.stack.dtype) if any(name.startswith(PEERS) for name in names) else None
+    )
     made = {}
     for name in names:
         ends = {"eos_token_id": None, "stop": tuple(stops), "temperature": temperature}
@@ -81,8 +84,13 @@ def methods_of(
             made[name] = fresh(lm, {**OURS[name], **ends})
         elif name == HF or name.startswith(HF_LOOKUP):
             made[name] = Method(name, peer(hf, name.removeprefix(HF_LOOKUP)), 0)
+        elif name.startswith(ECONOMIZE):
+            made[name] = Method(name, economize(hf, int(name.removeprefix(ECONOMIZE))), 0)
         else:
-            raise UserError(f"unknown method {name!r}", f"of ar, {', '.join(OURS)}, hf, hf-lookup-TOKENS")
+            raise UserError(
+                f"unknown method {name!r}",
+                f"of ar, {', '.join(OURS)}, hf, hf-lookup-TOKENS, economize-TOKENS",
+            )
     return made
 
 
@@ -100,6 +108,24 @@ def peer(hf: Any, tokens: str) -> Any:
             pad_token_id=0,
             **lookup,
         )
+        run.tokens = out[0, len(prompt) :].tolist()
+        run.arrivals.append((time.perf_counter() - began, len(run.tokens)))
+        return run
+
+    return decode
+
+
+def economize(hf: Any, tokens: int) -> Any:
+    """Wrap economize's greedy `generate` with its prompt lookup (Apache-2.0, from PyPI; no dependency of ours)."""
+    import economize as peers
+    from economize.techniques.lookup import LookupConfig
+
+    model = peers.apply(hf, LookupConfig(match="latest"))
+    decoding = peers.DecodeConfig(cycle_length=tokens + 1)
+
+    def decode(index: int, prompt: list[int], budget: int) -> Run:
+        ids, run, began = torch.tensor([prompt], device=hf.device), Run(), time.perf_counter()
+        out = model.generate(ids, max_new_tokens=budget, decoding=decoding)
         run.tokens = out[0, len(prompt) :].tolist()
         run.arrivals.append((time.perf_counter() - began, len(run.tokens)))
         return run
@@ -158,9 +184,9 @@ def columns(found: Sequence[Record], name: str, temperature: float) -> tuple[np.
     sums: dict[int, list[float]] = {}
     for one in found:
         a, b = one["runs"][AR], one["runs"][name]
-        key = "call_s" if name.startswith(HF) else "decode_s"
-        size = "tokens" if name.startswith(HF) else "decode_tokens"
-        alike = a[size] / max(1, b[size]) if temperature or name.startswith(HF) else 1.0
+        key = "call_s" if name.startswith(PEERS) else "decode_s"
+        size = "tokens" if name.startswith(PEERS) else "decode_tokens"
+        alike = a[size] / max(1, b[size]) if temperature or name.startswith(PEERS) else 1.0
         total = sums.setdefault(one["index"], [0.0, 0.0])
         total[0] += a[key]
         total[1] += b[key] * alike
@@ -277,7 +303,9 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = record.comparison(__doc__, ",".join(KINDS))
     parser.add_argument(
-        "--methods", default="ar,default", help="ar, default, lookup, exit, hf, hf-lookup-TOKENS"
+        "--methods",
+        default="ar,default",
+        help="ar, default, lookup, exit, hf, hf-lookup-TOKENS, economize-TOKENS",
     )
     parser.add_argument("--limit", type=int, default=12, help="prompts of a kind")
     parser.add_argument("--max-new-tokens", type=int, default=256)

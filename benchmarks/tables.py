@@ -89,7 +89,9 @@ def gain() -> str:
         for name in ("smollm2-135m-base", "smollm2-135m")
     )
     told = model["configuration"]
-    lines = _head("text", "nothing trained: copies", "tokens per round", "trained exit, and copies", "tokens per round")
+    lines = _head(
+        "text", "nothing trained: copies", "tokens per round", "trained exit, and copies", "tokens per round"
+    )
     for kind, name in KINDS.items():
         cells = []
         for result in (base, model):
@@ -99,7 +101,9 @@ def gain() -> str:
     outputs = [own["default"] for result in (base, model) for own in result["kinds"].values()]
     equal, of = (sum(own[key] for own in outputs) for key in ("equal", "prompts"))
     lines += [
-        _line("mean", *(cell for result in (base, model) for cell in (_interval(result["mean"]["default"]), ""))),
+        _line(
+            "mean", *(cell for result in (base, model) for cell in (_interval(result["mean"]["default"]), ""))
+        ),
         "",
         f"Speed-up of the default over our own plain decoding of the same model: `smollm2-135m-base`, and "
         f"`smollm2-135m` with its trained exit. {equal} of {of} outputs are those of plain decoding, token for "

@@ -388,3 +388,57 @@ def test_doctor_and_tuner_are_held_against_a_grid_on_other_prompts(
     from layerskip.measure.exits.draw import speedup_surface
 
     assert speedup_surface(result, tmp_path / "surface.png").stat().st_size > 1000
+
+
+# -- sources of drafts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(script, folder, data, tmp_path, monkeypatch):
+    """Run a script on the kinds that the few lines have, on the tiny checkpoint; returns what it saved."""
+    import record
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(record, "HERE", tmp_path)
+
+    def call(name, *more, saved):
+        script(name, "--model", folder, "--data", data, "--tasks", "chat,qa,humaneval", "--limit", 2, "--save",
+               "--max-new-tokens", 10, "--dtype", "float32", "--threads", 1, "--work", tmp_path / "work",
+               *more)  # fmt: skip
+        [file] = (tmp_path / "results").glob(f"{saved}_tiny_float32_cpu_*.json")
+        return json.loads(file.read_text())
+
+    return call
+
+
+def test_sources_are_measured_by_kind_of_text(sources, monkeypatch, tmp_path, capsys):
+    import tables
+
+    result = sources("sources", "--methods", "default,lookup,exit", saved="sources")
+    assert list(result["kinds"]) == ["chat", "qa", "humaneval"]
+    for told in result["kinds"].values():
+        assert list(told) == ["ar", "default", "lookup", "exit"]
+        assert all(
+            told[name]["equal"] == told[name]["prompts"] == 2 for name in ("default", "lookup", "exit")
+        )
+        assert set(told["lookup"]["by_source"]) <= {"lookup"}
+        assert set(told["exit"]["by_source"]) <= {"exit"}
+        assert told["ar"]["tokens_per_round"] == told["ar"]["plain_share"] == 1.0
+    assert list(result["mean"]) == ["default", "lookup", "exit"]
+    assert "| mean | **" in capsys.readouterr().out
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    assert "| humaneval | " in tables.sources()
+
+
+def test_sampled_sources_and_peers_are_files_of_their_own(sources):
+    sampled = sources("sources", "--methods", "default", "--temperature", 0.8, saved="sources-sampled")
+    assert sampled["kinds"]["qa"]["default"]["speedup"]["ratio"] > 0
+    peers = sources("sources", "--methods", "default,hf,hf-lookup-3", saved="sources-peers")
+    assert list(peers["mean"]) == ["default", "hf", "hf-lookup-3"]
+
+
+def test_the_worst_prompts_are_those_with_fewest_tokens_per_round(sources, monkeypatch, capsys):
+    result = sources("worst", saved="worst")
+    assert result["tokens_per_round"] == sorted(result["tokens_per_round"])
+    assert result["tried"] >= len(result["tokens_per_round"]) == 2
+    assert " x [" in capsys.readouterr().out

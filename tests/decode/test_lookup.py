@@ -9,6 +9,7 @@ from laws import FAILS, PASSES, exact_first_tokens, first_tokens, p_value, small
 from layerskip.checkpoint.facts import Facts
 from layerskip.decode import control
 from layerskip.decode.control import LOOKUP, Choice, Controller, Copying, Prices
+from layerskip.decode.engine import Engine
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.request import Request
 from layerskip.decode.rounds import host
@@ -156,27 +157,22 @@ def lm():
     return LanguageModel(tiny.stack("llama", model=model), tiny.tokenizer(), hf=model)
 
 
-def test_a_conversation_keeps_its_index_and_what_was_learnt(lm):
+def test_a_conversation_copies_from_the_turns_before(lm):
     plain, copying = lm.chat(mode="ar", max_new_tokens=24), lm.chat(drafter="lookup", max_new_tokens=24)
     for message in ("say it", "again", "and again"):
         wanted, found = ([t for r in talk.send(message) for t in r.tokens] for talk in (plain, copying))
         assert found == wanted
     [row] = copying._engine._rows.values()
-    assert sum(row.history._seen) > 24, "the turns before are counted too"
+    assert row.history.counted_from == len(row.request.prompt) > 50, "the turns before are looked up"
 
 
-def test_a_row_taken_back_to_another_text_begins_a_new_index():
-    from layerskip.decode.engine import Engine
-
+def test_a_row_taken_over_by_another_text_copies_from_that_alone():
     engine = Engine(tiny.stack("llama"), rows=1, capacity=64)
-    how = {"draft_length": 4, "drafter": LOOKUP, "keep": True}
+    how, tokens = {"draft_length": 4, "drafter": LOOKUP, "keep": True}, []
     row = engine.add(Request([4, 4, 4, 4], 8, **how))
     while engine.busy:
         engine.step()
-    first = engine._rows[row].history
     engine.add(Request([4, 4, 5, 6, 5, 6], 8, **how), row)
-    assert engine._rows[row].history is not first
-    tokens = []
     while engine.busy:
         tokens += [token for round in engine.step() for token in round.tokens]
     assert tokens == decode(tiny.stack("llama"), [[4, 4, 5, 6, 5, 6]], 8).tokens[0]

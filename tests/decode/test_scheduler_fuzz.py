@@ -12,10 +12,12 @@ import torch
 
 import tiny
 from conftest import FULL
+from layerskip.decode.control import Choice, Controller, Copying, Prices
 from layerskip.decode.engine import Engine
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.decode.scheduler import Scheduler, Status
+from layerskip.model.cost import RowCosts
 from rounds import decode
 
 ROWS, CAPACITY, NEW = 3, 40, 10
@@ -64,7 +66,17 @@ INNOCENT = {  # kinds of requests that do nothing wrong, and how they are made
     "stateful": lambda: {"processing": Processing(Sampling(temperature=0.7), (Counting(),))},
     "penalised": lambda: {"processing": Processing(Sampling(repetition_penalty=1.3))},
 }
-SHAPES = [(None, 0), (1, 2), (2, 3), (2, 5), (4, 1)]
+SHAPES = [(None, 0), (1, 2), (2, 3), (2, 5), (4, 1), ("copies", 4), ("both", 3)]
+
+
+def drafting(exit_layer, length):
+    """How a request of a shape drafts; copies are made wherever there is a match."""
+    if exit_layer not in ("copies", "both"):
+        return {"exit_layer": exit_layer, "draft_length": length}
+    arms = (Choice(2, length),) if exit_layer == "both" else ()
+    copying = Copying(1, length, RowCosts(((1, 1.0), (64, 1.0))))
+    prices = Prices(tiny.NUM_LAYERS, 0.5, 0.5)
+    return {"controller": Controller(prices, arms, copying=copying, trained=True, guard=False, timed=False)}
 
 
 class Fuzz:
@@ -85,7 +97,7 @@ class Fuzz:
         """A request and its key: what single run it must equal; None for one that will do something wrong."""
         draw = self.draw
         place, (exit_layer, length) = draw.randrange(len(PROMPTS)), draw.choice(SHAPES)
-        options = {"exit_layer": exit_layer, "draft_length": length, "index": place, "seed": 7}
+        options = {**drafting(exit_layer, length), "index": place, "seed": 7}
         kind = draw.choice([*INNOCENT, *INNOCENT, "failing", "nan", "stop", "rude stop"])
         key = None
         if kind in INNOCENT:
@@ -187,17 +199,9 @@ def single(stack, key, known):
     """The tokens of a request by itself."""
     if key not in known:
         place, exit_layer, length, kind = key
-        options = INNOCENT[kind]()
-        known[key] = decode(
-            stack,
-            [PROMPTS[place]],
-            NEW,
-            exit_layer,
-            length,
-            seed=7,
-            each=lambda _: {"index": place},
-            **options,
-        ).tokens[0]
+        options = {**INNOCENT[kind](), **drafting(exit_layer, length)}
+        alone = decode(stack, [PROMPTS[place]], NEW, seed=7, each=lambda _: {"index": place}, **options)
+        known[key] = alone.tokens[0]
     return known[key]
 
 

@@ -135,15 +135,13 @@ class Engine:
         depth = exit_layer if request.unverified else self.stack.num_layers
         choice = Choice(exit_layer, request.draft_length, request.confidence, drafter=request.drafter)
         tokens, uniforms = list(request.prompt), Uniforms(request.seed)
-        reused, history = 0, History()
+        reused = 0
         if row is not None:
             before = self._known(row)
             if not before.finished:
                 raise UserError(f"row {row} is still generating", "cancel it first, or wait for its end")
             if self.cache.depths[row] == depth:
                 reused = before.reusable(request.prompt, self.cache.lengths[row])
-            if tokens[: len(before.request.prompt)] == list(before.request.prompt):  # a next turn
-                history = before.history.anew()
         else:
             row = self.cache.allocate()
             if row is None:
@@ -152,8 +150,7 @@ class Engine:
                 )
         self.cache.set_length(row, reused, depth)
         self._arrivals += 1
-        history.counted_from = len(tokens)
-        state = request.processing.processors
+        state, history = request.processing.processors, History(counted_from=len(tokens))
         self._rows[row] = Row(row, request, depth, choice, tokens, uniforms, state, history, self._arrivals)
         return row
 

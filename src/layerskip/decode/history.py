@@ -45,12 +45,6 @@ class History:
         self._earlier: list[int] = []  # [place]: the place of the same two tokens before, -1: none
         self._right, self._seen = [0] * (COUNTED + 1), [0] * (COUNTED + 1)
 
-    def anew(self) -> History:
-        """Begin an index that keeps the counts: the next turn of a conversation."""
-        made = History()
-        made._right, made._seen = [*self._right], [*self._seen]
-        return made
-
     def match(self, tokens: Sequence[int]) -> Match:
         """Find the longest match of the last tokens, the latest of equals."""
         self._follow(tokens)
