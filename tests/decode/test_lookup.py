@@ -259,6 +259,19 @@ def test_copies_that_take_longer_than_they_bring_are_given_up():
     )
 
 
+def test_copies_and_an_exit_are_compared_by_price_until_plain_steps_are_timed():
+    """Seconds of the one against layers of the other would keep rows from copying."""
+    exits = (Choice(1, 2),)
+    made = Controller(Prices(30, 1.0, 0.2), exits, copying=Copying(1, 8, FREE), trained=True)
+    for _ in range(8):
+        made.learn(exits[0], 0.02, [control.Drafted(2, 1, 2, {})])
+    assert made.choose([[]])[0] == exits[0]
+    assert made.choose([[0.9] * 8])[0].source == LOOKUP
+    for _ in range(12):
+        made.learn(exits[0], 0.02, [control.Drafted(2, 0, 1, {})])
+    assert made.choice().draft_length == 0, "and an exit that is never right gives way"
+
+
 def test_a_controller_without_a_clock_measures_no_plain_steps():
     made = Controller(PRICES, (), copying=Copying(1, 8, FREE), timed=False)
     for _ in range(300):

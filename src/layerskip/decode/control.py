@@ -167,9 +167,13 @@ class _Book:
         self.known.add(arm)
 
     def pace(self, arm: Choice, plain: Choice) -> float | None:
-        """The arm's own, else that of arms like it, else of plain steps; None when nothing was timed."""
+        """The arm's own, else that of arms like it, else of any: so all are compared by price until they are timed.
+
+        None when nothing was timed.
+        """
         own = self.paces[arm] if len(self.paces[arm]) >= FEWEST else None
-        known = own or (arm != plain and self.drafting[arm.drafter]) or self.paces[plain]
+        alike = self.drafting[arm.drafter] if arm != plain else None
+        known = own or alike or self.paces[plain] or [pace for own in self.drafting.values() for pace in own]
         return statistics.median(known) if known else None
 
     def forget_drafting(self, plain: Choice) -> None:
