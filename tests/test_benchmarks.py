@@ -403,7 +403,7 @@ def sources(script, folder, data, tmp_path, monkeypatch):
 
     def call(name, *more, saved):
         script(name, "--model", folder, "--data", data, "--tasks", "chat,qa,humaneval", "--limit", 2, "--save",
-               "--max-new-tokens", 10, "--dtype", "float32", "--threads", 1, "--work", tmp_path / "work",
+               "--max-new-tokens", 10, "--dtype", "float32", "--threads", 1, "--work", tmp_path / saved,
                *more)  # fmt: skip
         [file] = (tmp_path / "results").glob(f"{saved}_tiny_float32_cpu_*.json")
         return json.loads(file.read_text())

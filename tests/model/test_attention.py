@@ -12,7 +12,10 @@ from layerskip.model.native import kernels as compiled
 from layerskip.model.step import Step
 from pairwise import matrix
 
-pytestmark = pytest.mark.skipif(compiled.kernels() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.skipif(compiled.kernels() is None, reason="no C++ compiler"),
+]
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 GROUPS = [(9, 3), (2, 2), (7, 1)]  # query heads, key heads
