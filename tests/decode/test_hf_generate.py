@@ -26,6 +26,7 @@ import layerskip
 import tiny
 from layerskip import LanguageModel, UserError, custom_generate, custom_generate_with
 from layerskip.decode.load import stack_of
+from layerskip.model.cost import RowCosts
 
 L, NEW = tiny.NUM_LAYERS, 16
 ONE = torch.tensor([[5, 9, 20, 33]])
