@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import tiny
-from conftest import FULL
 from layerskip.decode.control import LOOKUP, Choice, Controller, Copying, Prices
 from layerskip.model.cost import RowCosts
-from pairwise import matrix
+from pairwise import pairwise
 from rounds import decode
 
 pytestmark = pytest.mark.matrix
-NEW = 60 if FULL else 32
+NEW = 32
 PROMPTS = [[5, 9, 20, 33, 5, 9, 20], list(range(7, 18)), [40]]
 FREE = RowCosts(((1, 1.0), (64, 1.0)))  # positions cost nothing: a row copies wherever it can
 SOURCES = ("lookup", "both", "both, E 1")
@@ -31,7 +30,7 @@ def controller(source, longest, timed=False):
 def test_copies_leave_the_output_as_it_is(family):
     """Whole matrix in full runs: families, dtypes, sources, lengths, ragged rows, host and device rounds."""
     plain = {dtype: decode(tiny.stack(family, dtype), PROMPTS, NEW).tokens for dtype in DTYPES}
-    cells = matrix(DTYPES, SOURCES, (1, 3, 8, 16), (1, 3), (False, True), (False, True))
+    cells = pairwise(DTYPES, SOURCES, (1, 3, 8, 16), (1, 3), (False, True), (False, True))
     seen = Counter()
     for dtype, source, longest, rows, device, shared in cells:
         stack, own = tiny.stack(family, dtype), controller(source, longest, timed=shared)
