@@ -9,7 +9,7 @@ import torch
 import tiny
 from layerskip.decode.control import LOOKUP, Choice, Controller, Copying, Prices
 from layerskip.model.cost import RowCosts
-from pairwise import pairwise
+from pairwise import matrix
 from rounds import decode
 
 pytestmark = pytest.mark.matrix
@@ -30,7 +30,7 @@ def controller(source, longest, timed=False):
 def test_copies_leave_the_output_as_it_is(family):
     """Whole matrix in full runs: families, dtypes, sources, lengths, ragged rows, host and device rounds."""
     plain = {dtype: decode(tiny.stack(family, dtype), PROMPTS, NEW).tokens for dtype in DTYPES}
-    cells = pairwise(DTYPES, SOURCES, (1, 3, 8, 16), (1, 3), (False, True), (False, True))
+    cells = matrix(DTYPES, SOURCES, (1, 3, 8, 16), (1, 3), (False, True), (False, True))
     seen = Counter()
     for dtype, source, longest, rows, device, shared in cells:
         stack, own = tiny.stack(family, dtype), controller(source, longest, timed=shared)

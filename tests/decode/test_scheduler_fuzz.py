@@ -66,8 +66,7 @@ INNOCENT = {  # kinds of requests that do nothing wrong, and how they are made
     "stateful": lambda: {"processing": Processing(Sampling(temperature=0.7), (Counting(),))},
     "penalised": lambda: {"processing": Processing(Sampling(repetition_penalty=1.3))},
 }
-SHAPES = [(None, 0), (1, 2), (2, 3), (2, 5), (4, 1)]
-SHAPES += [] if FULL else [("copies", 4), ("both", 3)]  # in short runs so far
+SHAPES = [(None, 0), (1, 2), (2, 3), (2, 5), (4, 1), ("copies", 4), ("both", 3)]
 
 
 def drafting(exit_layer, length):

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ATTENTION
+from conftest import ATTENTION, FULL
 from layerskip.model.cache import Cache, KVShape
 from layerskip.model.native import kernels as compiled
 from layerskip.model.step import Step
-from pairwise import pairwise
+from pairwise import matrix
 
 pytestmark = [
     pytest.mark.matrix,
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 GROUPS = [(9, 3), (2, 2), (7, 1)]  # query heads, key heads
 WINDOWS = [None, 6, 100]
 SIZES = [64, 128, 80, 33, 7]
-STARTS = [*range(0, 260, 13), *range(260, 4096, 239), 4096] if False else [0, 1, 61, 64, 250, 700]
+STARTS = [*range(0, 260, 13), *range(260, 4096, 239), 4096] if FULL else [0, 1, 61, 64, 250, 700]
 MOST = 32
 
 
@@ -64,13 +64,13 @@ def one_by_one(attention, start, count, window=None):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("dtype", "group", "window", "size"), pairwise(DTYPES, GROUPS, WINDOWS, SIZES), ids=str
+    ("dtype", "group", "window", "size"), matrix(DTYPES, GROUPS, WINDOWS, SIZES), ids=str
 )
 def test_a_position_has_the_same_bits_in_any_company_and_is_what_float64_says(dtype, group, window, size):
     attention = Attention(dtype, group, size, STARTS[-1] + MOST)
     for start in STARTS:
         alone = one_by_one(attention, start, MOST, window)
-        for width in range(1, MOST + 1) if False else (2, 5, 6, 17, MOST):
+        for width in range(1, MOST + 1) if FULL else (2, 5, 6, 17, MOST):
             assert torch.equal(attention([0], [start], [width], window), alone[:, :width]), (start, width)
         wanted = torch.stack([attention.reference(0, start + t, window) for t in range(MOST)])
         torch.testing.assert_close(alone[0].double(), wanted, rtol=0, atol=ATTENTION[dtype])
