@@ -51,7 +51,40 @@ ABOUT = (
     "{}\n\nWhat is the main point of this passage?",
     "Read the text and answer in your own words: who or what is it about?\n\n{}",
     "Continue the story:\n\n{}",
+    "{}\n\nHow does the writer feel about what happens here, and how can you tell?",
+)
+REWRITES = (
     "Rewrite this in plain modern English:\n\n{}",
+    "Correct the grammar and spelling of the following text. Change nothing else.\n\n{}",
+    "Rewrite the text below so that it is half as long:\n\n{}",
+    "Make this more formal:\n\n{}",
+    "Rewrite this as a list of short sentences, one for each fact:\n\n{}",
+    "Change the text into the present tense:\n\n{}",
+    "Replace every name in this text by a modern one, and keep the rest as it is:\n\n{}",
+)
+EXTRACTIONS = (
+    "List all the names of people and places in this text:\n\n{}",
+    "Extract the key facts from the text as bullet points.\n\n{}",
+    "{}\n\nGive the most important words of the text above as a JSON list.",
+    "Quote the sentence of this text that matters most, word for word.\n\n{}",
+    "Make a table with the columns who, what and where from this text:\n\n{}",
+    "{}\n\nWhich sentences above contain direct speech? Copy them.",
+)
+QUESTIONS = (
+    "{context}\n\nQuestion: who is {name}?\nAnswer:",
+    "Use the passages to answer the question.\n\n{context}\n\nWhat do the passages say about {name}?",
+    "{context}\n\nAccording to the text, what does {name} do?",
+    "Answer from the context only, and quote the sentence that says it.\n\nContext: {context}\n\nQuestion: "
+    "where is {name} mentioned?",
+)
+LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "pt": "Portuguese"}
+INTO = ("Translate to {}: {}", "Translate English to {}: {}", "How do you say this in {}? {}")
+ON_CODE = (
+    "Explain what this Python function does:\n\n```python\n{}\n```",
+    "Write a docstring for this function:\n\n```python\n{}\n```",
+    "Rewrite this function with type hints:\n\n```python\n{}\n```",
+    "Find possible mistakes in this code and show it corrected:\n\n```python\n{}\n```",
+    "Write unit tests for this function:\n\n```python\n{}\n```",
 )
 
 
@@ -130,8 +163,60 @@ def books(made: Collection, data: Path) -> None:
     for kind, templates, part in (("summaries", SUMMARIES, short[:cut]), ("chat", ABOUT, short[cut:])):
         lines = [{"prompt": made.random.choice(templates).format(passage)} for passage in part]
         made.write(kind, lines, source, licence)
+    made.write(
+        "rewriting",
+        filled(made, REWRITES, list(passages(text, made.random, 200, 900)), 2000),
+        source,
+        licence,
+    )
+    made.write(
+        "extraction",
+        filled(made, EXTRACTIONS, list(passages(text, made.random, 400, 1500)), 1500),
+        source,
+        licence,
+    )
+    pairs = list(zip(*[iter(passages(text, made.random, 400, 1200))] * 2, strict=False))
+    made.random.shuffle(pairs)
+    lines = []
+    for pair in pairs:
+        names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]{3,}(?: [A-Z][a-z]+)?", " ".join(pair))
+        if names:
+            context, name = "\n\n".join(pair), made.random.choice(names)
+            lines.append({"prompt": made.random.choice(QUESTIONS).format(context=context, name=name)})
+    made.write("retrieval", lines[: made.count(1500)], source, licence)
+    sentences = re.findall(r"(?<=[.!?] )[A-Z][^.!?“”]{30,180}[.!?]", " ".join(text.split()))
+    lines = [
+        {"prompt": made.random.choice(INTO).format(made.random.choice([*LANGUAGES.values()]), sentence)}
+        for sentence in made.sample(sentences, 1000)
+    ]
+    made.write("translation", lines, source, licence)
     long = made.sample(list(passages(text, made.random, 3000, 6000)), 260)
     made.write("documents", [{"text": passage} for passage in long], source, licence)
+
+
+def filled(
+    made: Collection, templates: tuple[str, ...], texts: list[str], number: int
+) -> list[dict[str, Any]]:
+    """Put some of the texts into templates, one each."""
+    return [{"prompt": made.random.choice(templates).format(text)} for text in made.sample(texts, number)]
+
+
+def translations(made: Collection) -> None:
+    """Messages of Django and Sphinx in other languages, to be put into English."""
+    for name, licence in (("django", "BSD-3-Clause"), ("sphinx", "BSD-2-Clause")):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        lines = []
+        for code, language in LANGUAGES.items():
+            for path in sorted(Path(spec.origin).parent.rglob(f"locale/{code}/LC_MESSAGES/*.po")):
+                for match in re.finditer(
+                    r'^msgstr ((?:"[^"\\]*"\n)+)', path.read_text(encoding="utf-8"), re.M
+                ):
+                    said = "".join(re.findall(r'"([^"]*)"', match[1]))
+                    if 40 <= len(said) <= 400 and "%" not in said and "{" not in said:
+                        lines.append({"prompt": f"Translate {language} to English: {said}"})
+        made.write("translation", made.sample(lines, 700), f"{name} (PyPI), messages", licence)
 
 
 def python_files() -> Iterator[tuple[str, str, list[Path]]]:
@@ -162,13 +247,54 @@ def beginnings(source: str) -> Iterator[str]:
         yield "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
 
 
+def functions(source: str) -> Iterator[str]:
+    """Functions of a file that are neither trivial nor long."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in tree.body:
+        if (
+            isinstance(node, ast.FunctionDef)
+            and node.end_lineno is not None
+            and 5 <= node.end_lineno - node.lineno <= 30
+        ):
+            yield "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
+
+
+def documentation(source: str) -> str | None:
+    """What a file says of itself at its head, where that is more than a line."""
+    try:
+        told = ast.get_docstring(ast.parse(source))
+    except (SyntaxError, ValueError):
+        return None
+    return told[:3000] if told is not None and len(told) > 400 else None
+
+
 def code(made: Collection) -> None:
     for source, licence, files in python_files():
         texts = [path.read_text(encoding="utf-8", errors="ignore") for path in made.sample(files, 400)]
         heads = [head for text in texts for head in beginnings(text)]
         made.write("code", [{"prompt": head} for head in made.sample(heads, 150)], source, licence)
+        whole = [function for text in texts for function in functions(text)]
+        made.write("on-code", filled(made, ON_CODE, whole, 150), source, licence)
+        told = [doc for text in texts if (doc := documentation(text)) is not None]
+        made.write("summaries", filled(made, SUMMARIES, told, 60), source, licence)
         kept = [text[:8000] for text in texts if len(text) > 500]
         made.write("documents", [{"text": text} for text in made.sample(kept, 15)], source, licence)
+
+
+def once(folder: Path) -> None:
+    """Keep one of prompts that differ in numbers, case and marks alone, whatever file they stand in."""
+    seen = set()
+    for path in sorted(folder.glob("*.jsonl")):
+        kept = []
+        for line in read_lines(path):
+            words = re.findall(r"[a-z]+", str(line.get("prompt", line.get("text"))).lower())
+            if (key := " ".join(words)) not in seen:
+                kept.append(json.dumps(line, ensure_ascii=False) + "\n")
+            seen.add(key)
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def main() -> None:
@@ -193,7 +319,9 @@ def main() -> None:
     maths(made, given.data)
     chat(made, given.data, given.questions)
     books(made, given.data)
+    translations(made)
     code(made)
+    once(given.output)
     (given.output / "sources.json").write_text(json.dumps(made.sources, indent=1) + "\n", encoding="utf-8")
 
 

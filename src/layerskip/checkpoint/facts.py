@@ -15,9 +15,10 @@ from layerskip.option import check_value, option, options_of
 from layerskip.reading import read_json, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
 
@@ -36,6 +37,9 @@ class Facts:
     )
     draft_head: str | None = option(
         None, "File beside config.json: the draft head's own rows, [draft vocabulary, D] in its order."
+    )
+    exit_adapter: str | None = option(
+        None, "File beside config.json: the adapter between the exit and the draft head (.safetensors)."
     )
     draft_vocab_size: int | None = option(
         None,
@@ -66,8 +70,8 @@ class Facts:
         return bool(self.exits)
 
     def owns_head(self, exit_layer: int) -> bool:
-        """Whether drafting at this exit reads rows of its own; an exit with a map is trained alone."""
-        return self.draft_head is not None and self.exits == (exit_layer,)
+        """Whether drafts of this exit go through rows or an adapter of its own; such an exit is trained alone."""
+        return (self.draft_head or self.exit_adapter) is not None and self.exits == (exit_layer,)
 
     @property
     def pays(self) -> bool:
@@ -147,15 +151,11 @@ def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
     """
     if path is None or facts.draft_head is None:
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     again = "copy or download the folder again"
     file = inside(path, facts.draft_head)
-    try:
-        weight: Tensor = load_file(file)["weight"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"cannot read the draft head {file}: {reason(error)}", again) from error
+    weight = _tensors(file, "draft head").get("weight")
+    if weight is None:
+        raise UserError(f"cannot read the draft head {file}: it has no `weight`", again)
     if weight.dim() != 2 or not weight.is_floating_point():
         shape = f"{list(weight.shape)} of {weight.dtype}"
         raise UserError(f"{file} holds {shape}: a draft head is [draft vocabulary, width] of floats", again)
@@ -169,6 +169,25 @@ def draft_rows(path: Path | None, facts: Facts) -> Tensor | None:
     return weight
 
 
+def adapter_weights(path: Path | None, facts: Facts) -> dict[str, Tensor] | None:
+    """Read the exit adapter, see `model/adapter.py`; None where a checkpoint has none. Raises: UserError."""
+    if path is None or facts.exit_adapter is None:
+        return None
+    return _tensors(inside(path, facts.exit_adapter), "exit adapter")
+
+
+def _tensors(file: Path, what: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"cannot read the {what} {file}: {reason(error)}", "copy or download the folder again"
+        ) from error
+
+
 def write_draft_head(folder: Path, ids: Sequence[int], weight: Tensor | None) -> dict[str, str]:
     """Put a draft vocabulary, by falling frequency, and any rows of its own, [ids, D], into a folder; name both."""
     from safetensors.torch import save_file
@@ -179,6 +198,17 @@ def write_draft_head(folder: Path, ids: Sequence[int], weight: Tensor | None) ->
         save_file({"weight": weight.contiguous()}, folder / "draft_head.safetensors")
         named["draft_head"] = "draft_head.safetensors"
     return named
+
+
+def write_adapter(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+    """Put an exit adapter into a folder, in the dtype of the model, and name it."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {n: w.detach().to("cpu", dtype).contiguous() for n, w in weights.items()},
+        folder / "exit_adapter.safetensors",
+    )
+    return {"exit_adapter": "exit_adapter.safetensors"}
 
 
 def fingerprint(folder: Path | None, *kinds: str) -> str:

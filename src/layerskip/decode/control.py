@@ -99,7 +99,9 @@ class Prices:
     def of(cls, stack: Stack, draft_head: Head | None, rows: RowCosts | None = None) -> Prices:
         head = stack.head_bytes / stack.layer_bytes
         share = 1.0 if draft_head is None else draft_head.size / stack.vocab_size
-        return cls(stack.num_layers, head, head * share, rows)
+        adapter = None if draft_head is None else draft_head.adapter
+        more = 0.0 if adapter is None else adapter.num_bytes / stack.layer_bytes
+        return cls(stack.num_layers, head, head * share + more, rows)
 
     @property
     def plain(self) -> float:

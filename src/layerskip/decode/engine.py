@@ -70,6 +70,8 @@ class Engine:
             )
         with torch.inference_mode():
             self.cache = stack.new_cache(rows, capacity)
+            if draft_head is not None and draft_head.adapter is not None:
+                self.cache.keep_finals(stack.width, stack.dtype, stack.device)
         if device_rounds is None:
             device_rounds = stack.device.type == "cuda" and self.cache.devices == {stack.device}
         self.host_rounds = HostRounds(stack, self.cache, draft_head)

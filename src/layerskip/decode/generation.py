@@ -35,9 +35,9 @@ class Generation:
 def statistics(rounds: Sequence[Round], plan: Plan, prompt_tokens: int) -> dict[str, Any]:
     """Count and time a sequence. Rates are None where nothing was measured; prefill and decode stay apart.
 
-        `acceptance` is accepted over drafted; `tokens_per_round` and `layer_passes` (layers x tokens) exclude the
+    `acceptance` is accepted over drafted; `tokens_per_round` and `layer_passes` (layers x tokens) exclude the
     prompt's.
-        Units: seconds of the engine's steps, without the caller's time between them; each row counts a shared step
+    Units: seconds of the engine's steps, without the caller's time between them; each row counts a shared step
     whole.
     """
     decode = [round for round in rounds if round.source != "prefill"]

@@ -26,6 +26,7 @@ from layerskip.decode.options import Options, Plan, seeded
 from layerskip.decode.pool import EnginePool
 from layerskip.decode.scheduler import Scheduler, raising
 from layerskip.errors import UserError
+from layerskip.model.adapter import Adapter
 from layerskip.model.cost import RowCosts, row_costs
 from layerskip.model.row_costs import measured_row_costs
 
@@ -96,8 +97,8 @@ class LanguageModel:
         A prompt's index, by default its place, decides with the seed what is sampled for it: a job that was
         interrupted gives the indices of the prompts left. A prompt that ends by an error has it in `error`, beside
         what was said until then; the others go on.
-                Raises: UserError, at the first `next` and before any work, for an option or a prompt that cannot be
-        honoured.
+
+        Raises: UserError, at the first `next` and before any work, for an option or a prompt that cannot be honoured.
         """
         call = self.call(Options.parse(keywords))
         numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
@@ -119,8 +120,8 @@ class LanguageModel:
     def stream(self, prompt: Any, **keywords: Unpack[Keywords]) -> Iterator[Round]:
         """Yield the rounds of one prompt as they happen; abandoning the iterator frees everything.
 
-                Raises: UserError for a request that cannot be honoured, at the call; while iterating, the error
-        that ended it.
+        Raises: UserError for a request that cannot be honoured, at the call; while iterating, the error that ended
+        it.
         """
         return self._streamed(self.call(Options.parse(keywords)), prompt)
 
@@ -204,15 +205,24 @@ class LanguageModel:
             )
         if size == "auto":
             size = self._default_draft_vocabulary(plan) or "off"
-        if size == "off":
-            return None
-        always = tuple(sorted(self.eos_ids(options)))
         own = self.facts.owns_head(plan.exit_layer)
+        if size == "off":
+            if not own or self.facts.exit_adapter is None:
+                return None
+            size = self.stack.vocab_size
+        always = tuple(sorted(self.eos_ids(options)))
         key = (int(size), always, own)
         if key not in self._heads:
             rows = checkpoint.draft_rows(self.path, self.facts) if own else None
-            self._heads[key] = self.stack.draft_head(int(size), self.ranked_vocabulary, always, rows)
+            head = self.stack.draft_head(int(size), self.ranked_vocabulary, always, rows)
+            self._heads[key] = replace(head, adapter=self._adapter if own else None)
         return self._heads[key]
+
+    @cached_property
+    def _adapter(self) -> Adapter | None:
+        """The checkpoint's exit adapter, laid out. Raises: UserError for one that does not fit the model."""
+        weights = checkpoint.adapter_weights(self.path, self.facts)
+        return None if weights is None else Adapter(weights, max(self.facts.exits), self.stack)
 
     def _default_draft_vocabulary(self, plan: Plan) -> int:
         """How many tokens the draft head has by default: those the checkpoint asks for or lists, else 0."""

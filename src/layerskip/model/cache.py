@@ -56,6 +56,7 @@ class Cache:
         self._free = list(range(rows))
         self._touched = [0] * rows  # slots written since the row was last zeroed
         self._step: Step | None = None
+        self.finals: Tensor | None = None  # [rows, 1, slots, D], see `keep_finals`
         require_memory(shapes, rows, capacity)
         self.both: list[Tensor | None] = []  # keys above values, where they are of one size
         self.keys: list[Tensor] = []
@@ -67,11 +68,13 @@ class Cache:
             self.values.append(value)
 
     def _store(self, shape: KVShape, capacity: int) -> tuple[Tensor | None, Tensor, Tensor]:
-        slots = -(-(capacity + 1) // self.multiple) * self.multiple
         try:
-            return _store(shape, len(self.lengths), slots)
+            return _store(shape, len(self.lengths), self._slots(capacity))
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU
             raise _no_memory(self.shapes, len(self.lengths), capacity) from error
+
+    def _slots(self, capacity: int) -> int:
+        return -(-(capacity + 1) // self.multiple) * self.multiple
 
     def grow(self, capacity: int) -> None:
         """Make room for more tokens a row, layer by layer, in new tensors; what the rows hold stays.
@@ -86,11 +89,42 @@ class Cache:
             key[:, :, :held] = self.keys[layer][:, :, :held]
             value[:, :, :held] = self.values[layer][:, :, :held]
             self.both[layer], self.keys[layer], self.values[layer] = both, key, value
+        if self.finals is not None:
+            kept, self.finals = (
+                self.finals,
+                self.finals.new_zeros(
+                    *self.keys[0].shape[:1], 1, self._slots(capacity), self.finals.shape[-1]
+                ),
+            )
+            self.finals[:, :, :held] = kept[:, :, :held]
         self.capacity = capacity
+
+    def keep_finals(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Keep what the last layer says of every position, [width] each, for a drafter that reads it.
+
+        `Stack.run` writes it at a step's slots wherever it ends with the last layer; it rolls back as keys do.
+        """
+        self.finals = torch.zeros(
+            len(self.lengths), 1, self._slots(self.capacity), width, dtype=dtype, device=device
+        )
+
+    def write_finals(self, h: Tensor, step: Step) -> None:
+        """Put the last layer's states h [B, T, D] at the step's slots, where they are kept."""
+        if self.finals is not None:
+            _put(self.finals, h[:, None].to(self.finals.device), step)
+
+    def finals_at(self, rows: Sequence[int] | Tensor, slots: Sequence[int] | Tensor) -> Tensor:
+        """Get the last layer's states of places whose depth is the whole model. Shapes: rows, slots [N] -> [N, D]."""
+        assert self.finals is not None, "keep_finals was not called"
+        return self.finals[rows, 0, slots]
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in self._tensors)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (*self.keys, *self.values, *(() if self.finals is None else (self.finals,)))
 
     @property
     def devices(self) -> set[torch.device]:
@@ -104,7 +138,7 @@ class Cache:
         if not self._free:
             return None
         row = self._free[0]
-        for tensor in (*self.keys, *self.values):
+        for tensor in self._tensors:
             tensor[row, :, : self._touched[row]].zero_()
             tensor[row, :, self.capacity :].zero_()  # the spill slot: masked, but a NaN there would count
         self._touched[row] = self.lengths[row] = 0

@@ -1,4 +1,4 @@
-"""The reduced draft head: a subset of the vocabulary's rows, used for drafting only.
+"""The draft head: a subset of the vocabulary's rows, used for drafting only, perhaps behind an adapter.
 
 Drafting with fewer rows stays exact: the draft law is zero outside the subset, which `accept` handles like any
 other draft law (FR-Spec, arXiv 2502.14856). Verification always uses the full head.
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from layerskip.model.adapter import Adapter
 
 DRAFT_VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)
 """Sizes worth trying; the whole head is one more."""
@@ -30,6 +31,11 @@ class Head:
     ids: Tensor  # int64 [size], ascending
     project: Callable[[Tensor], Tensor]  # [..., D] -> [..., size]
     num_bytes: int = 0  # of its own copy of the rows
+    adapter: Adapter | None = None  # makes of an exit's state what the rows read; `logits` does not apply it
+
+    def adapts(self, exit_layer: int) -> bool:
+        """Whether drafts of this exit go through the adapter."""
+        return self.adapter is not None and self.adapter.layers == exit_layer
 
     @property
     def size(self) -> int:

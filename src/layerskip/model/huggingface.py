@@ -125,12 +125,16 @@ class HuggingFaceStack(Stack):
     def logits(self, h: Tensor, head: Head | None = None) -> Tensor:
         size = self.vocab_size if head is None else head.size
         self.counters.head_rows[size] += h[..., 0].numel()
-        for module in self.finish:
-            h = module(h)
+        h = self.finished(h)
         out = self.head(h) if head is None else head.project(h)
         if self.softcap is not None:
             out = torch.tanh(out / self.softcap) * self.softcap
         return out.to(self.device, torch.float32)  # [..., size]
+
+    def finished(self, h: Tensor) -> Tensor:
+        for module in self.finish:
+            h = module(h)
+        return h
 
     def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
         """Keep rows of the head, see `Stack`. Raises: UserError for a head that is offloaded."""
@@ -168,6 +172,9 @@ class _Probe:
         self.shapes: dict[int, KVShape] = {}
 
     def bind(self, step: Step) -> None:
+        pass
+
+    def write_finals(self, h: Tensor, step: Step) -> None:
         pass
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from layerskip.errors import UserError
 from layerskip.model.head import Head, draft_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    import torch
     from torch import Tensor
 
     from layerskip.model.cache import Cache
@@ -78,6 +79,7 @@ class Stack(ABC):
     ragged: bool = (
         False  # several positions of one cache row may stand in a call as rows of one position each
     )
+    head: Callable[[Tensor], Tensor]  # [..., D] -> [..., V], before any transform of the logits
     row_exact: bool = False  # 16 bit only: a token's bits do not depend on how many a call brings
 
     @abstractmethod
@@ -95,7 +97,10 @@ class Stack(ABC):
             return h, {}
         cache.bind(step)
         self.counters.count_run(start, stop, step)
-        return self._run(h, range(start, stop), step, cache, taps)
+        h, tapped = self._run(h, range(start, stop), step, cache, taps)
+        if stop == self.num_layers:
+            cache.write_finals(h, step)
+        return h, tapped
 
     @abstractmethod
     def _run(
@@ -111,6 +116,10 @@ class Stack(ABC):
         """
 
     @abstractmethod
+    def finished(self, h: Tensor) -> Tensor:
+        """Apply the final norm: what the head reads. Shapes: [..., D]."""
+
+    @abstractmethod
     def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
         """Keep the rows `ids` of the head, for drafting only, or take `weight` [len(ids), D] in their place."""
 
@@ -121,6 +130,8 @@ class Stack(ABC):
 
         Raises: UserError.
         """
+        if rows is None and size == self.vocab_size:
+            return Head(torch.arange(size, device=self.device), self.head)
         if rows is None:
             return self.reduced_head(draft_ids(size, self.vocab_size, ranked, always))
         if ranked is None or len(rows) != len(ranked) or not 1 <= size <= len(rows):

@@ -45,6 +45,17 @@ class LayerSkipFields:
         metadata={"help": "Rows that end early are scored against the data's N most frequent tokens."},
     )
     exit_map: bool = field(default=False, metadata={"help": "Read the exit through a trained square matrix."})
+    exit_adapter: bool = field(
+        default=False,
+        metadata={"help": "Read the exit through a trained adapter that remembers the last state."},
+    )
+    adapter_blocks: int = field(default=1, metadata={"help": "Blocks of the adapter; 0 leaves its two maps."})
+    adapter_hidden: int | None = field(
+        default=None, metadata={"help": "Width of a block's hidden layer; default: that of the model."}
+    )
+    adapter_steps: int = field(
+        default=3, metadata={"help": "Drafts of a round that are trained, each on the last."}
+    )
     freeze: str = field(
         default="nothing", metadata={"help": "nothing, embeddings (and head), above (the exits) or model."}
     )

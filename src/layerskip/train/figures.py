@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from layerskip.model.cost import Cost, expected_tokens
+from layerskip.model.cost import Cost, expected_tokens, per_token_from
 from layerskip.model.head import DRAFT_VOCABULARIES
 from layerskip.train.data.encoding import IGNORED
+from layerskip.train.objective.exit_adapter import DRAFTS, adapter_of
 from layerskip.train.objective.exits import Totals
 
 if TYPE_CHECKING:
@@ -42,10 +44,11 @@ def predicted(
     Source: the cost model of `model/cost.py`; a device's step times tell more.
     """
     layers, head, full = len(exits.layers), head_layers(exits), exits.head.weight.shape[0]
+    adapter = adapter_layers(exits)
     sizes = {min(DRAFT_VOCABULARY, full): 1.0} if coverage is None else coverage
     cells = [
         Setting(
-            Cost(layers, k, head, head * size / full).speedup(n, expected_tokens(n, alpha * share)),
+            Cost(layers, k, head, head * size / full + adapter).speedup(n, expected_tokens(n, alpha * share)),
             k,
             n,
             size,
@@ -76,6 +79,31 @@ def head_layers(exits: ExitTraining) -> float:
     return float(exits.head.weight.numel() / per_layer)
 
 
+def adapter_layers(exits: ExitTraining) -> float:
+    """Parameters of the exit's adapter over those of a layer."""
+    adapter = adapter_of(exits.hf)
+    own = 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
+    return own / (sum(p.numel() for layer in exits.layers for p in layer.parameters()) / len(exits.layers))
+
+
+def of_runs(totals: Totals, exit_layer: int) -> dict[str, float]:
+    """Agreement of each draft where those before it were right, and tokens per round; nothing without an adapter."""
+    if not isinstance(totals.runs, torch.Tensor) or not (count := totals.tokens.get(exit_layer, 0)):
+        return {}
+    shares = [1.0, *(totals.runs / count).tolist()]
+    pairs = itertools.pairwise(shares)
+    figures = {
+        f"draft_{i}_agreement": after / before if before else 0.0
+        for i, (before, after) in enumerate(pairs, 1)
+    }
+    return figures | {"tokens_per_round": sum(shares)}
+
+
+def per_token(tokens_per_round: float) -> float:
+    """The agreement per token that would give so many tokens with `DRAFTS` drafts, each as often right."""
+    return per_token_from((tokens_per_round - 1) / DRAFTS, DRAFTS)
+
+
 def by_exit(totals: Totals) -> dict[str, float]:
     """Average the sums per token, as `exit_k_loss` and `exit_k_kl` (nats) and `exit_k_agreement` (0 to 1)."""
     figures: dict[str, float] = {}
@@ -97,15 +125,17 @@ def reduced(totals: Totals, world_size: int) -> Totals:
     device = totals.ce[order[0]].device
     counts = [totals.layer_rows, totals.dropped, totals.seen, *(totals.tokens[k] for k in order)]
     sums = torch.cat([torch.stack([d[k] for k in order]) for d in (totals.ce, totals.kl, totals.agreement)])
-    flat = torch.cat([sums.double(), torch.tensor(counts, device=device, dtype=torch.float64)])
+    runs = totals.runs if isinstance(totals.runs, torch.Tensor) else torch.zeros(DRAFTS, device=device)
+    flat = torch.cat([sums.double(), torch.tensor(counts, device=device, dtype=torch.float64), runs.double()])
     dist.all_reduce(flat)
     n = len(order)
-    ce, kl, agreement, whole = flat.split([n, n, n, 3 + n])  # type: ignore[no-untyped-call]
+    ce, kl, agreement, whole, runs = flat.split([n, n, n, 3 + n, DRAFTS])  # type: ignore[no-untyped-call]
     rows, dropped, seen, *tokens = (int(count) for count in whole.tolist())
     return Totals(
         dict(zip(order, ce, strict=True)),
         dict(zip(order, kl, strict=True)),
         dict(zip(order, agreement, strict=True)),
+        runs if isinstance(totals.runs, torch.Tensor) else 0,
         dict(zip(order, tokens, strict=True)),
         rows,
         dropped,

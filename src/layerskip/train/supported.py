@@ -15,6 +15,7 @@ PRIVATE_METHODS = {
     "_get_grad_norm": ("model", "grad_norm"),
     "_save_checkpoint": ("model", "trial"),
     "_get_output_dir": ("trial",),
+    "_save": ("output_dir", "state_dict"),
     "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_get_collator_with_removed_columns": ("data_collator", "description"),  # called, as is the next

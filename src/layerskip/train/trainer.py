@@ -29,8 +29,9 @@ from layerskip.errors import UserError, hint_of
 from layerskip.train import checkpoints
 from layerskip.train.arguments import LayerSkipArguments, LayerSkipFields
 from layerskip.train.data.encoding import IGNORED
-from layerskip.train.figures import by_exit, predicted, reduced
+from layerskip.train.figures import by_exit, of_runs, per_token, predicted, reduced
 from layerskip.train.objective.binding import base_model_of, bound
+from layerskip.train.objective.exit_adapter import NAME, adapter_of
 from layerskip.train.objective.exit_map import as_checkpoint, map_of
 from layerskip.train.objective.exits import ExitTraining
 from layerskip.train.objective.objective import Objective
@@ -174,10 +175,14 @@ class LayerSkipMixin:
         self._logged_s += time.perf_counter() - began  # not a part of training's tokens per second
         if not totals.ce:  # nothing had labels
             return output
-        figures = by_exit(reduced(totals, self.args.world_size))
+        summed = reduced(totals, self.args.world_size)
+        figures = by_exit(summed)
         last = self.exits.schedule.num_layers
         figures["loss"] = figures[f"exit_{last}_loss"]  # Trainer's own averages batches, not tokens
         agreement = {k: figures[f"exit_{k}_agreement"] for k in self.exits.eval_exits}
+        if len(agreement) == 1 and (drafts := of_runs(summed, *agreement)):
+            figures |= drafts
+            agreement = dict.fromkeys(agreement, per_token(drafts["tokens_per_round"]))
         best = predicted(self.exits, agreement)
         if best is not None:
             figures["predicted_speedup"] = best.speedup
@@ -281,11 +286,18 @@ class LayerSkipMixin:
         if options.push_to_hub:
             self._push_from_checkpoint(str(run / name))
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's; a checkpoint of a run that trains an adapter holds the adapter alone."""
+        if self._saving is not None and (adapter := adapter_of(self.exits.hf)) is not None:
+            state_dict = {f"{NAME}.{key}": value for key, value in adapter.state_dict().items()}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; with exit_vocab the folder gets a draft head, into which the map of the exit goes."""
         exits, folder = self.exits, Path(output_dir or self.args.output_dir)
         ready: AbstractContextManager[None] = nullcontext()
-        if exits.bound.vocabulary is not None and self._saving is None and self.args.should_save:
+        extended = exits.bound.vocabulary is not None or adapter_of(exits.hf) is not None
+        if extended and self._saving is None and self.args.should_save:
             if exits.hf is self.model and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
                 ready = as_checkpoint(exits.hf, folder, Facts(exits.schedule.trained), exits.bound.vocabulary)
             else:

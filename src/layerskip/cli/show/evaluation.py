@@ -71,6 +71,10 @@ def print_task(name: str, task: dict[str, Any]) -> None:
         if any(cells):
             label = next(told.get("metric", key) for told in modes.values()) if key == "score" else key
             table.add_row(label.replace("_", " "), *cells)
+    for source in dict.fromkeys(source for told in modes.values() for source in told.get("by_source", {})):
+        kept = [told.get("by_source", {}).get(source) for told in modes.values()]
+        words = [f"{x['accepted']:,} of {x['drafted']:,} drafts" if x else "" for x in kept]
+        table.add_row(f"from {source}", *words)
     out.print(table)
 
 

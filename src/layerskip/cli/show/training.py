@@ -70,6 +70,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(Text(f"stopped at step {result['steps']}, saved; to go on: {go_on}", style="yellow"))
         return
     console.print(_table(result["exits"], {}))
+    if drafts := drafts_told(result):
+        console.print(Text(drafts))
     told, speedup = f"measured on {measured_on(result)}", result["predicted_speedup"]
     if speedup is None and len(result["exits"]) == 1:
         pass  # the last layer alone: no exit was trained
@@ -194,7 +196,14 @@ class Report(TrainerCallback):  # type: ignore[misc]
     def _redraw(self, state: Any) -> None:
         assert self.live is not None
         status = Text(self._status(state), style="bold")
-        self.live.update(Group(status, _table(self.trained, self.evaluated)), refresh=True)
+        held_out = {
+            key.removeprefix("eval_"): value for key, value in self.logs.items() if key.startswith("eval_")
+        }
+        drafts = drafts_told(held_out)
+        if drafts and "predicted_speedup" in held_out:
+            drafts += f", {held_out['predicted_speedup']:.2f} x predicted"
+        lines = [Text(f"held out: {drafts}")] if drafts else []
+        self.live.update(Group(status, _table(self.trained, self.evaluated), *lines), refresh=True)
 
     def _status(self, state: Any) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}"]
@@ -221,7 +230,9 @@ class Report(TrainerCallback):  # type: ignore[misc]
         if evaluated:
             speedup = logs.get("eval_predicted_speedup")
             told = "" if speedup is None else f" · {speedup:.2f} x predicted"
-            return f"step {state.global_step}/{state.max_steps} evaluated{told} | {exits}"
+            rounds = drafts_told({key.removeprefix("eval_"): value for key, value in logs.items()})
+            rounds = f" | {rounds}" if rounds else ""
+            return f"step {state.global_step}/{state.max_steps} evaluated{told} | {exits}{rounds}"
         return f"{self._status(state)} | {exits}"
 
     def _left(self, state: Any) -> float | None:
@@ -229,6 +240,15 @@ class Report(TrainerCallback):  # type: ignore[misc]
             return None
         each = (time.perf_counter() - self.begun[1]) / (state.global_step - self.begun[0])
         return float(each * (state.max_steps - state.global_step))
+
+
+def drafts_told(figures: dict[str, Any]) -> str:
+    """Word what an adapter's drafts are worth; nothing where there is none."""
+    if (tokens := figures.get("tokens_per_round")) is None:
+        return ""
+    shares = (figures.get(f"draft_{i}_agreement") for i in range(1, 9))
+    right = " ".join(f"{100 * share:.0f}%" for share in shares if share is not None)
+    return f"drafts right {right}, {tokens:.2f} tokens per round"
 
 
 def _redraws(console: Console, live: bool | None) -> bool:

@@ -1,5 +1,8 @@
 """Draft with the model's own first layers: the draft head reads their states, verification continues from them.
 
+Behind an adapter (`model/adapter.py`) the head also reads what the last layer said of the position before: of the
+last verified one as the cache has it, of a draft as the adapter made it.
+
 Source: LayerSkip (arXiv 2404.16710), self-speculative decoding.
 """
 
@@ -43,6 +46,15 @@ class ExitDrafter:
         below = [k for k in rows[0].choice.probes if k <= exit_layer]
         drafts = [Draft() for _ in rows]
         hidden: Tensor | None = None
+        adapter = self.head.adapter if self.head is not None and self.head.adapts(exit_layer) else None
+        before: dict[
+            int, Tensor
+        ] = {}  # row -> the last layer's normed state of the position before, or its stand-in
+        if adapter is not None:
+            ends = [len(row.tokens) - 2 for row in rows]
+            before = dict(
+                enumerate(self.stack.finished(self.cache.finals_at([row.slot for row in rows], ends)))
+            )
         processors = [row.state for row in rows]
         inputs = [row.tokens[-1] for row in rows]
         active, index = list(range(len(rows))), 0
@@ -66,6 +78,9 @@ class ExitDrafter:
             if not drawing:
                 break
             chosen = h[:, 0] if len(drawing) == len(active) else h[[at for at, _ in drawing], 0]
+            if adapter is not None:
+                chosen = adapter(chosen, torch.stack([before[b] for _, b in drawing]))
+                before = dict(zip([b for _, b in drawing], self.stack.finished(chosen), strict=True))
             logits = self.stack.logits(chosen, self.head)  # [B', V or reduced]
             active = self._propose(rows, drafts, [b for _, b in drawing], processors, logits)
             for b in active:

@@ -85,7 +85,9 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
 
     span, laws, confident = step(0, length + 1), None, torch.full_like(judged, length)  # [B]
     if shape.exit_layer:
-        hidden, draft, laws, confident = _exit_drafts(stack, cache, head, token, uniforms, shape, step)
+        hidden, draft, laws, confident = _exit_drafts(
+            stack, cache, head, token, uniforms, shape, step, index, starts
+        )
         judged = torch.minimum(judged, confident)
     else:
         draft = packed[:, 4 : 4 + length]  # [B, K]
@@ -114,6 +116,8 @@ def _exit_drafts(
     uniforms: Tensor,
     shape: Shape,
     step: Callable[[int, int], Step],
+    index: Tensor,
+    starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Draft K tokens with the layers [0, E), and run the last draft's early pass.
 
@@ -121,13 +125,23 @@ def _exit_drafts(
     many drafts stand before low confidence [B].
     """
     hidden, drafts, laws, sure = [], [], [], []
+    adapter = head.adapter if head is not None and head.adapts(shape.exit_layer) else None
+    before: Tensor | None = (
+        None  # the last layer's normed state of the position before, or its stand-in [B, D]
+    )
+    if adapter is not None:
+        before = stack.finished(cache.finals_at(index, (starts - 1).clamp(min=0)))
     for i in range(shape.draft_length + 1):  # the last turn is the last draft's early pass and draws nothing
         at = step(i, 1)
         h, _ = stack.run(stack.embed(token[:, None], at), 0, shape.exit_layer, at, cache)  # [B, 1, D]
         hidden.append(h)
         if i == shape.draft_length:
             break
-        logits = stack.logits(h[:, 0], head)  # [B, V or reduced]
+        read = h[:, 0]  # [B, D]
+        if adapter is not None and before is not None:
+            read = adapter(read, before)
+            before = stack.finished(read)
+        logits = stack.logits(read, head)  # [B, V or reduced]
         if shape.confidence:
             sure.append(sampling.confidence(logits) >= shape.confidence)  # [B]
         if shape.law.greedy:

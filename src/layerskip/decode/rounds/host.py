@@ -170,9 +170,19 @@ class HostRounds:
         Shapes: logits [T, V], states {k: [T, D]}. Agreement is the probability that the exit's draft would be kept,
         the overlap of both laws; processors are left out.
         """
-        seen, shape = kept + 1, row.request.processing.sampling
+        seen, shape, head = kept + 1, row.request.processing.sampling, self.head
         p = sampling.warp(logits[:seen], shape)  # [m + 1, V]
-        read = self.stack.logits(torch.cat([h[:seen] for h in states.values()]), self.head)
-        read = read if self.head is None else self.head.scatter(read, self.stack.vocab_size)
+        asked = []
+        for k, h in states.items():
+            if head is None or head.adapter is None or not head.adapts(k):
+                asked.append(h[:seen])
+                continue
+            before = range(
+                len(row.tokens) - 2, len(row.tokens) - 2 + seen
+            )  # verification has just written them
+            known = self.stack.finished(self.cache.finals_at([row.slot] * seen, before))
+            asked.append(head.adapter(h[:seen], known))
+        read = self.stack.logits(torch.cat(asked), head)
+        read = read if head is None else head.scatter(read, self.stack.vocab_size)
         overlaps = [torch.minimum(q, p).sum() for q in torch.split(sampling.warp(read, shape), seen)]
         return {k: (hits, seen) for k, hits in zip(states, torch.stack(overlaps).tolist(), strict=True)}

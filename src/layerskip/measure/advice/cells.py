@@ -195,5 +195,5 @@ def exit_rounds(analysis: Analysis, cell: Cell, threshold: float | None = None) 
             bits, cell.draft_length, analysis.budget - 1, None if threshold is None else sure, threshold or 0
         )
         for bits, sure in zip(analysis.seen.bits[key], analysis.seen.confidence[key], strict=True)
-        if len(bits)
+        if bits.shape[-1]
     ]

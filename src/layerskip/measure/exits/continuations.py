@@ -40,8 +40,10 @@ class Continuation:
 class Seen:
     """What one pass over continuations told. Lists hold an array per continuation: its tokens but the first."""
 
-    bits: dict[tuple[int, int], list[np.ndarray]]  # (exit layer, draft vocabulary) -> bool [N]
-    confidence: dict[tuple[int, int], list[np.ndarray]]  # float32 [N]
+    bits: dict[
+        tuple[int, int], list[np.ndarray]
+    ]  # (exit layer, draft vocabulary) -> bool [drafts, N], see `replay`
+    confidence: dict[tuple[int, int], list[np.ndarray]]  # float32 [drafts, N]
     agreement: dict[int, float]  # share of positions where an exit has the full model's argmax
     equal: float  # share of positions where this pass repeats what decoding chose
     ties: float  # share of positions whose two best logits are equal
@@ -99,11 +101,11 @@ def observed(
             if e in own:  # its agreement is told of the head it drafts with
                 agreeing[e] += int((chunk.own(e).argmax(-1) == full).sum())
             for size in dict.fromkeys([0, *sizes] if e in exits else [0]):
-                logits = chunk.logits(e, heads.get((e, size)))  # [N, V or reduced]
-                best = logits.argmax(-1)  # [N], a place in the head
+                logits = torch.stack(chunk.drafts(e, heads.get((e, size))))  # [drafts, N, V or reduced]
+                best = logits.argmax(-1)  # [drafts, N], a place in the head
                 if (head := heads.get((e, size))) is not None:
                     best = head.ids[best]
-                agreeing[e] += 0 if size or e in own else int((best == full).sum())
+                agreeing[e] += 0 if size or e in own else int((best[0] == full).sum())
                 if (e, size) in bits:
                     bits[e, size][i].append(best == wanted)
                     sure[e, size][i].append(confidence(logits))
@@ -126,5 +128,5 @@ def _last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _flat(parts: Sequence[Tensor]) -> np.ndarray:
     """Put a continuation's parts together without its first token, which is never drafted."""
-    made: np.ndarray = torch.cat(list(parts))[1:].cpu().numpy()
+    made: np.ndarray = torch.cat(list(parts), 1)[:, 1:].cpu().numpy()
     return made

@@ -76,9 +76,10 @@ def replay(
     probability there, and drafting stops before a draw where it is below `threshold`. `budget` is how many
     tokens were allowed behind the first; more than there are means that the last one ended the output.
 
-    Shapes: bits bool [N], confidence float [N].
+    Shapes: bits bool [N], confidence float [N]; or [drafts, N], a row for the first, the second, ... draft of a
+    round, where drafts depend on its beginning; the last row counts for all behind it.
     """
-    end = len(bits)
+    end = np.shape(bits)[-1]
     budget = end if budget is None else budget
     right = runs(np.asarray(bits, bool)).tolist()
     sure = None if confidence is None else runs(np.asarray(confidence) >= threshold).tolist()
@@ -108,7 +109,11 @@ def by_place(drafted: np.ndarray, accepted: np.ndarray, draft_length: int) -> li
 
 
 def runs(ones: np.ndarray) -> np.ndarray:
-    """Count the ones in a row from each place on: bool [N] -> int64 [N]."""
-    places = np.arange(len(ones))
-    zeros = np.where(ones, len(ones), places)
-    return np.minimum.accumulate(zeros[::-1])[::-1] - places
+    """Count the ones in a row from each place on: bool [N], or [drafts, N] read along the diagonal -> int64 [N]."""
+    *first, last = np.atleast_2d(ones)
+    places = np.arange(len(last))
+    zeros = np.where(last, len(last), places)
+    counts = np.minimum.accumulate(zeros[::-1])[::-1] - places
+    for row in reversed(first):
+        counts = np.where(row, 1 + np.append(counts[1:], 0), 0)
+    return counts

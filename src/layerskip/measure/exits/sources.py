@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from layerskip.decode.control import EXIT, Drafted
 from layerskip.decode.drafters.lookup import copied
 from layerskip.decode.history import History
@@ -24,8 +26,6 @@ from layerskip.decode.sampling import Uniforms
 from layerskip.measure.exits.replay import Replayed, runs
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from layerskip.decode.control import Choice, Controller
     from layerskip.measure.exits.continuations import Continuation
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Said(NamedTuple):
     """What an exit says along a continuation, its first token apart: see `continuations.Seen`."""
 
-    bits: np.ndarray  # bool [N]: it names the token that follows
-    confidence: np.ndarray  # float [N]
+    bits: np.ndarray  # bool [drafts, N]: it names the token that follows
+    confidence: np.ndarray  # float [drafts, N]
 
 
 def replay_sources(
@@ -67,7 +67,7 @@ def replay_sources(
         drafted = limit = row.drafts_allowed(capacity)
         if choice.source == EXIT:
             if choice.confidence:
-                sure = runs(said[choice.exit_layer].confidence[at - 1 :] >= choice.confidence)
+                sure = runs(said[choice.exit_layer].confidence[..., at - 1 :] >= choice.confidence)
                 drafted = min(limit, int(sure[0]))
             kept = min(drafted, int(right[choice.exit_layer][at - 1]))
         else:
@@ -78,7 +78,7 @@ def replay_sources(
         committed = kept + (not ended)
         looked = choice.source == EXIT and drafted < limit and not ended
         drafted = kept if ended else drafted
-        probed = {k: said[k].bits[at - 1 : at + kept] for k in choice.probes}
+        probed = {k: np.atleast_2d(said[k].bits)[0, at - 1 : at + kept] for k in choice.probes}
         agreements = {k: (float(bits.sum()), kept + 1) for k, bits in probed.items()}
         drafts = Drafted(drafted, kept, committed, agreements)
         controller.learn(choice, seconds(choice, drafted), [drafts] * num_rows)

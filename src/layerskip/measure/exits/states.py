@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layerskip.model.stack import Stack
 
 BATCH_TOKENS = 2048  # positions of one pass, padding included
+DISTANCES = 6  # drafts of a round that are told apart where they depend on its beginning; later ones count as the last
 CHUNK = 256  # positions whose logits are held at once
 
 
@@ -44,6 +45,9 @@ class Chunk:
     states: dict[int, Tensor]  # exit layer -> [N, D]
     full: Tensor  # float32 [N, V], all layers
     heads: Mapping[int, Head] = field(default_factory=dict)  # of exits that have one of their own
+    chains: Mapping[int, list[Tensor]] = field(
+        default_factory=dict
+    )  # of exits with an adapter, see `drafts_of`
 
     @torch.inference_mode()  # a norm with a gradient could not save the states, which are inference tensors
     def logits(self, exit_layer: int, head: Head | None = None) -> Tensor:
@@ -54,6 +58,15 @@ class Chunk:
         if head is None and exit_layer == self.stack.num_layers:
             return self.full
         return _finite(self.stack.logits(self.states[exit_layer], head), exit_layer)
+
+    def drafts(self, exit_layer: int, head: Head | None = None) -> list[Tensor]:
+        """Read an exit as the drafts of a round: float32 [N, size] of the first, the second, ...
+
+        One, which tells of all, where drafts do not depend on where their round began.
+        """
+        states = self.chains.get(exit_layer, [self.states[exit_layer]])
+        with torch.inference_mode():
+            return [_finite(self.stack.logits(x, head), exit_layer) for x in states]
 
     def own(self, exit_layer: int) -> Tensor:
         """Read one exit by the head it drafts with: float32 [N, V], -inf where a head of its own has no row.
@@ -102,13 +115,38 @@ def chunks(
     firsts = [0] * len(sequences) if firsts is None else firsts
     for group in _batches([len(tokens) for tokens in sequences], batch_tokens):
         states = _states(stack, [sequences[i] for i in group], exits)
+        chains = {
+            k: drafts_of(stack, head, states)
+            for k, head in (heads or {}).items()
+            if head.adapts(k) and k in states
+        }
+        states |= {k: chain[0] for k, chain in chains.items()}
         for row, i in enumerate(group):
             for start in range(firsts[i], len(sequences[i]), size):
                 positions = range(start, min(start + size, len(sequences[i])))
                 own = {k: h[row, positions.start : positions.stop] for k, h in states.items()}  # [N, D]
                 with torch.inference_mode():
                     full = _finite(stack.logits(own[stack.num_layers]), stack.num_layers)
-                yield Chunk(stack, i, positions, {k: own[k] for k in exits}, full, heads or {})
+                part = slice(positions.start, positions.stop)
+                said = {k: [x[row, part] for x in chain] for k, chain in chains.items()}
+                yield Chunk(stack, i, positions, {k: own[k] for k in exits}, full, heads or {}, said)
+
+
+@torch.inference_mode()
+def drafts_of(stack: Stack, head: Head, states: Mapping[int, Tensor]) -> list[Tensor]:
+    """What an adapter makes of each position as the first, the second, ... draft of its round: [B, T, D] each.
+
+    Along a text that the model itself goes on with; the first of them reads the last layer's own state.
+    """
+    adapter, made = head.adapter, []
+    assert adapter is not None
+    h, c = states[adapter.layers], stack.finished(states[stack.num_layers])
+    for _ in range(DISTANCES):
+        before = torch.cat([torch.zeros_like(c[:, :1]), c[:, :-1]], 1)
+        z = adapter(h.flatten(0, 1), before.flatten(0, 1)).view(h.shape)
+        made.append(z)
+        c = stack.finished(z)
+    return made
 
 
 def check_exits(exits: Iterable[int], layers: int) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 TOPV2, HUMANEVAL, GSM8K = NAMES = ("topv2", "humaneval", "gsm8k")
 METRICS = {TOPV2: "exact_match", HUMANEVAL: "pass@1", GSM8K: "accuracy"}
+COUNTED = ("new_tokens", "drafted", "accepted", "rounds", "plain_rounds")  # of each item's statistics, summed
 KEYS = {
     TOPV2: ("prompt", "response"),
     HUMANEVAL: ("task_id", "prompt", "entry_point", "test"),
@@ -178,7 +179,7 @@ def decoded(lm: LanguageModel, prompts: Sequence[list[int]], **options: Any) -> 
                 "text": one.text,
                 "tokens": one.tokens,
                 "finish_reason": one.finish_reason,
-                **{key: one.stats[key] for key in ("new_tokens", "drafted", "accepted", "rounds")},
+                **{key: one.stats[key] for key in (*COUNTED, "by_source")},
             }
         )
         if len(found) == 1:
@@ -270,9 +271,11 @@ def job(item: Item, text: str, chat: bool = False) -> sandbox.Job:
 
 def summed(name: str, records: Sequence[Record]) -> dict[str, Any]:
     """Sum up a mode's records of one task; the interval resamples items."""
-    total = {
-        key: sum(record[key] for record in records) for key in ("new_tokens", "drafted", "accepted", "rounds")
-    }
+    total = {key: sum(record.get(key, 0) for record in records) for key in COUNTED}
+    sources: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        for source, counts in record.get("by_source", {}).items():
+            sources[source].update(counts)
     decoded_tokens = total["new_tokens"] - len(records)  # prefill gives one token of each item
     scores = np.array([record["score"] for record in records])
     told = {
@@ -282,6 +285,8 @@ def summed(name: str, records: Sequence[Record]) -> dict[str, Any]:
         "acceptance": total["accepted"] / total["drafted"] if total["drafted"] else None,
         "tokens_per_round": decoded_tokens / total["rounds"] if total["rounds"] else None,
         "new_tokens": total["new_tokens"],
+        "plain_rounds": total["plain_rounds"],
+        "by_source": {source: dict(counts) for source, counts in sources.items()},
     }
     if all("equal" in record for record in records):
         told["equal"] = sum(record["equal"] for record in records)

@@ -157,6 +157,9 @@ class NativeStack(Stack):
             h = repeated(h.reshape(1, rows, -1), self.least_rows)
         return project(self._normed(self.finish, h)).float().view(-1, size)[:rows].view(*shape, size)
 
+    def finished(self, h: Tensor) -> Tensor:
+        return self._normed(self.finish, h)
+
     def products(self) -> None:
         """Run every matrix product of a plain step and nothing else: the floor of its time."""
         inputs = {

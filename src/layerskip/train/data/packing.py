@@ -47,6 +47,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         ordered = [example for row in packed for example in row]
         sizes = [len(example.input_ids) for example in ordered]
         self.pad_id = pad_id
+        self.numbered = False  # whether batches tell the numbers of their rows, and their lengths
         self.tokens = np.concatenate([example.input_ids for example in ordered])
         self.labels = np.concatenate([example.labels for example in ordered])
         self.starts = np.cumsum([0, *sizes])  # of examples, in tokens
@@ -67,10 +68,11 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         positions = np.arange(first, last) - np.repeat(starts[:-1], np.diff(starts))
         columns = (self.tokens[first:last], self.labels[first:last], positions)
         names = ("input_ids", "labels", "position_ids")
-        return {
+        row = {
             name: torch.from_numpy(column.astype(np.int64))
             for name, column in zip(names, columns, strict=True)
         }
+        return row | ({"rows": torch.tensor([index % len(self), last - first])} if self.numbered else {})
 
     def frequent(self, size: int, always: Collection[int] = ()) -> list[int]:
         """See `most_frequent`."""
@@ -136,7 +138,7 @@ def collate(batch: Sequence[Mapping[str, torch.Tensor]], pad_id: int = 0) -> dic
         for name, padded in made.items():
             padded[index, :size] = torch.as_tensor(row[name])
         made["position_ids"][index, size:] = torch.arange(longest - size)
-    return made
+    return made | ({"rows": torch.stack([row["rows"] for row in batch])} if "rows" in batch[0] else {})
 
 
 def split(

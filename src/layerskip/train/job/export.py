@@ -11,8 +11,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip.checkpoint.configuration import read_configuration
+from layerskip.checkpoint.facts import entry
+from layerskip.checkpoint.files import write_json
 from layerskip.errors import UserError, hint_of
-from layerskip.train.objective.exit_map import add_map, as_checkpoint
+from layerskip.train.objective.exit_map import add_map, as_checkpoint, write_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from layerskip.train.job.recipe import Recipe
 
 MAKING = ".exporting"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+OURS = ("exit_adapter.safetensors", "draft_head.safetensors")
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "generation_config.json",
@@ -47,8 +52,11 @@ def export(
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir(parents=True)
             _check_space(model, output)
-            with as_checkpoint(model, making, facts, vocabulary):
-                model.save_pretrained(making)
+            if run.recipe.exit_adapter:
+                _beside_weights(model, run.folder, making, facts, vocabulary)
+            else:
+                with as_checkpoint(model, making, facts, vocabulary):
+                    model.save_pretrained(making)
             for file in _copied(run.folder):
                 shutil.copyfile(file, making / file.name)
             (making / "README.md").write_text(model_card(run.recipe, facts, result), encoding="utf-8")
@@ -96,7 +104,7 @@ def model_card(recipe: Recipe, facts: Facts, result: dict[str, Any]) -> str:
     lines += ["", *_default(facts, result)] if facts.trained else []
     keys = (
         "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum", "rotation",
-        "exits", "exit_loss", "exit_map", "exit_vocab", "last_every", "last_loss", "freeze",
+        "exits", "exit_loss", "exit_map", "exit_adapter", "exit_vocab", "last_every", "last_loss", "freeze",
         "learning_rate", "lr_schedule", "dtype", "seed",
     )  # fmt: skip
     steps, tokens = result["steps"], result.get("tokens")
@@ -153,6 +161,18 @@ def _whole(trainer: Any, recipe: Recipe) -> Any:
             model = with_adapters(model, recipe.lora)
         model.load_state_dict(state)
     return model.merge_and_unload() if recipe.lora is not None else model
+
+
+def _beside_weights(
+    model: Any, source: Path, making: Path, facts: Facts, vocabulary: Sequence[int] | None
+) -> None:
+    """Write adapter and draft head beside a copy of the weights, which no training has touched: byte for byte."""
+    for file in sorted(path for pattern in WEIGHTS for path in source.glob(pattern)):
+        if file.name not in OURS:
+            shutil.copyfile(file, making / file.name)
+    config = read_configuration(source / "config.json")
+    config["layerskip"] = entry(facts) | write_parts(model, making, vocabulary)
+    write_json(making / "config.json", config, indent=2)
 
 
 def _copied(source: Path) -> Iterable[Path]:

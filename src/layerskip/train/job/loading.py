@@ -132,13 +132,17 @@ def num_held_out(recipe: Recipe, examples: int) -> int:
 
 
 def model_for(recipe: Recipe, folder: Path, config: Any) -> Any:
-    """Load or make the model, float32 on the CPU. Raises: UserError for a configuration no model can be made of."""
+    """Load or make the model on the CPU, in float32 but where no weight of it is trained.
+
+    Raises: UserError for a configuration no model can be made of.
+    """
     import torch
 
     from layerskip.model.load import load_model
 
     if recipe.from_config is None:
-        model = load_model(folder, dtype=torch.float32, device="cpu")
+        half = recipe.exit_adapter and recipe.dtype == "bfloat16"
+        model = load_model(folder, dtype=torch.bfloat16 if half else torch.float32, device="cpu")
     else:
         from transformers import AutoModelForCausalLM
 

@@ -85,6 +85,7 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             for key in (
                 "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum",
                 "rotation", "last_every", "exit_loss", "last_loss", "exit_vocab", "exit_map", "freeze",
+                "exit_adapter", "adapter_blocks", "adapter_hidden", "adapter_steps",
                 "learning_rate", "weight_decay", "max_grad_norm", "seed", "report_to",
             )
         },
@@ -156,6 +157,12 @@ def plan_of(run: Run) -> dict[str, Any]:
     config = run.model.config.get_text_config()
     parameters = sum(p.numel() for p in run.model.parameters())
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    states = 0
+    if recipe.exit_adapter and steps > per_epoch:
+        states = (
+            len(rows) * rows.longest * 2 * config.hidden_size * next(run.model.parameters()).element_size()
+        )
+        states = min(states, int(recipe.states_gb * 1e9))
     return {
         "steps": steps,
         "epochs": round(steps / per_epoch, 2),
@@ -176,7 +183,7 @@ def plan_of(run: Run) -> dict[str, Any]:
         "devices": arguments.world_size,
         "device": arguments.device.type,
         "memory_bytes": _memory(run, parameters, trainable),
-        "disk_bytes": _disk(recipe, steps, parameters, trainable),
+        "disk_bytes": _disk(recipe, steps, parameters, trainable, states),
         "resumes_at": None if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1]),
     }
 
@@ -193,11 +200,15 @@ def short(plan: dict[str, Any], recipe: Recipe) -> list[str]:
     ]
 
 
-def _disk(recipe: Recipe, steps: int, parameters: int, trainable: int) -> int:
-    """Add up the finished model and the checkpoints that stand at once: those kept, the best, one being written."""
-    weights = 4 * (trainable if recipe.lora is not None else parameters)
+def _disk(recipe: Recipe, steps: int, parameters: int, trainable: int, states: int) -> int:
+    """Add up the finished model, kept states and the checkpoints that stand at once: kept, best, being written."""
+    weights = 4 * (trainable if recipe.lora is not None or recipe.exit_adapter else parameters)
     kept = recipe.keep + (recipe.best_by != "none")
-    return 4 * parameters + min(kept + 1, math.ceil(steps / recipe.save_every)) * (weights + 8 * trainable)
+    return (
+        4 * parameters
+        + states
+        + min(kept + 1, math.ceil(steps / recipe.save_every)) * (weights + 8 * trainable)
+    )
 
 
 def _memory(run: Run, parameters: int, trainable: int) -> int:

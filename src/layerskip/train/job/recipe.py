@@ -138,6 +138,14 @@ class Recipe(_Strict):
     """Rows that stop at the exit are scored against the N most frequent tokens only, as a draft head is."""
     exit_map: bool = False
     """Read the one exit through a trained square matrix, which the finished model folds into its draft head."""
+    exit_adapter: bool = False
+    """Read the one exit, and what the last layer said one position before, through a trained adapter."""
+    adapter_blocks: int = Field(default=1, ge=0)
+    """Blocks of the adapter behind its two maps; each is an MLP with a gate."""
+    adapter_hidden: Count | None = None
+    """Width of a block's hidden layer; null is that of the model's MLPs."""
+    adapter_steps: Count = 3
+    """Drafts of a round that are trained, each on what the one before it gave."""
     exit_loss: Literal["ce", "kl", "ce+kl"] = "ce"
     """Exits learn the data (ce), the last layer's distribution (kl), or both; last_loss is for the last layer."""
 
@@ -146,7 +154,7 @@ class Recipe(_Strict):
 
     # optimisation
     freeze: Literal["nothing", "embeddings", "above", "model"] = "nothing"
-    """Not trained: embeddings and head; above: also all layers above the deepest exit; model: all but exit_map."""
+    """Not trained: embeddings and head; above: also all layers above the deepest exit; model: all but exit_map or exit_adapter."""
     steps: Count | None = None
     """Optimiser steps; null goes by epochs."""
     epochs: float = Field(default=1.0, gt=0)
@@ -177,6 +185,8 @@ class Recipe(_Strict):
     """Arithmetic; bfloat16 is autocast over float32 weights."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    states_gb: float = Field(default=4.0, ge=0)
+    """Disk for states of the model that exit_adapter reads again in the next epoch; 0 computes them anew."""
     compile: bool = False
     """Compile the model with torch.compile."""
     workers: int = Field(default=0, ge=0)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.checkpoint.facts import Facts
+from layerskip.checkpoint.facts import Facts, fingerprint
 from layerskip.checkpoint.files import write_text
 from layerskip.errors import UserError, hint_of
 from layerskip.reading import named_path, read_json
@@ -40,6 +40,7 @@ from layerskip.train.job.recipe import Recipe, as_yaml, differing_keys, read_rec
 from layerskip.train.objective.binding import shape
 from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
+from layerskip.train.objective.store import StateStore
 
 if TYPE_CHECKING:
     from layerskip.train.figures import Setting
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
 """Beside the recipe: what data and devices make of it, which a resumed run must not change either."""
+STATES = ".states"
 MAY_DIFFER = (
+    "states_gb",
     "name",
     "description",
     "source",
@@ -151,6 +154,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     )
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
+    store = _store(run, trainer)
     began = time.perf_counter()
     if (run.plan["resumes_at"] or 0) < run.plan["steps"]:
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
@@ -182,7 +186,11 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         shutil.rmtree(run.output / checkpoints.STAGING, ignore_errors=True)
     if result["interrupted"]:
         return result
-    chosen = _choice(trainer, run, result["exits"]) if result["measured_on"] != "training" else None
+    if store is not None and main:
+        store.remove()
+    chosen = None
+    if result["measured_on"] != "training":
+        chosen = _choice(trainer, run, result["exits"], result.get("tokens_per_round"))
     vocabulary: Sequence[int] | None = trainer.exits.bound.vocabulary
     if chosen is not None:
         result["predicted_speedup"] = chosen.speedup
@@ -200,13 +208,38 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     return result
 
 
-def _choice(trainer: Any, run: Run, exits: dict[str, Any]) -> Setting | None:
+def _store(run: Run, trainer: Any) -> StateStore | None:
+    """Keep the states that an adapter learns from for the next epoch, as far as states_gb reaches."""
+    recipe, rows = run.recipe, run.train_rows
+    passes = run.plan["steps"] * run.plan["rows_per_step"] / len(rows)
+    if not recipe.exit_adapter or not recipe.states_gb or passes <= 1:
+        return None
+    told = [_facts(run)["data"], fingerprint(run.folder), run.schedule.trained, recipe.length, recipe.dtype]
+    with run.arguments.main_process_first():
+        store = StateStore(
+            run.output / STATES,
+            rows=len(rows),
+            length=rows.longest,
+            width=run.model.config.get_text_config().hidden_size,
+            dtype=next(run.model.parameters()).dtype,
+            budget=recipe.states_gb * 1e9,
+            key=json.dumps(told),
+        )
+    rows.numbered, trainer.exits.store = True, store
+    return store
+
+
+def _choice(
+    trainer: Any, run: Run, exits: dict[str, Any], tokens_per_round: float | None = None
+) -> Setting | None:
     """Choose E, K and the size of the draft vocabulary from what rows said that were not trained on."""
     from layerskip.train import figures
 
     assert run.eval_rows is not None
     agreement = {int(k): told["agreement"] for k, told in exits.items() if told["agreement"] is not None}
     measured = {k: agreement[k] for k in run.schedule.trained if k in agreement}
+    if tokens_per_round is not None:  # of an adapter: later drafts are right less often than the first
+        measured = dict.fromkeys(measured, figures.per_token(tokens_per_round))
     if (own := trainer.exits.bound.vocabulary) is not None:  # exit_vocab has chosen
         shares = {len(own): figures.covered(run.eval_rows, own)}
     else:
@@ -243,6 +276,8 @@ def final_figures(history: Sequence[dict[str, Any]], evaluated: bool) -> dict[st
                 exits.setdefault(number, {"loss": None, "agreement": None})[what] = value
             elif key in ("tokens", "tokens_per_s", "dropped", "loss", "eval_loss"):
                 told[key] = value
+            elif key.startswith(("eval_draft_", "eval_tokens_per_round")):
+                told[key.removeprefix("eval_")] = value
     told["exits"] = dict(sorted(exits.items(), key=lambda item: int(item[0])))
     return told
 

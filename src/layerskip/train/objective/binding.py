@@ -17,6 +17,7 @@ from layerskip.model.families import parts_of
 from layerskip.train.data.packing import most_frequent
 from layerskip.train.objective import exit_map
 from layerskip.train.objective.anchor import anchor_of
+from layerskip.train.objective.exit_adapter import adapter_of, add_adapter
 from layerskip.train.objective.reference import reference_of
 
 if TYPE_CHECKING:
@@ -98,13 +99,15 @@ def shape(objective: Objective, model: Any, schedule: Schedule) -> None:
         return
     if objective.exit_map and exit_map.map_of(hf) is None:
         exit_map.add_map(hf)
+    if objective.exit_adapter and adapter_of(hf) is None:
+        add_adapter(hf, max(schedule.trained), objective.adapter_blocks, objective.adapter_hidden)
     if objective.freeze == "embeddings":
         for module in (hf.get_input_embeddings(), hf.get_output_embeddings()):
             module.requires_grad_(False)
     elif objective.freeze != "nothing":
         hf.requires_grad_(False)
         learning = parts_of(hf)[1][: max(schedule.trained)] if objective.freeze == "above" else []
-        for module in (*learning, exit_map.map_of(hf)):
+        for module in (*learning, exit_map.map_of(hf), adapter_of(hf)):
             if module is not None:
                 module.requires_grad_(True)
 

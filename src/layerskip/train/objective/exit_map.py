@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.checkpoint.facts import entry, write_draft_head
+from layerskip.checkpoint.facts import entry, write_adapter, write_draft_head
 from layerskip.errors import UserError
+from layerskip.train.objective import exit_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,26 +56,38 @@ def map_of(model: Any) -> Any:
 
 @contextmanager
 def as_checkpoint(model: Any, folder: Path, facts: Facts, ids: Sequence[int] | None = None) -> Iterator[None]:
-    """Make a model what its checkpoint is to hold, until it is saved: the facts in its configuration, no map.
+    """Make a model what its checkpoint is to hold, until it is saved: the facts in its configuration, nothing of ours.
 
-    With `ids` (exit_vocab, by falling frequency) a draft head is written into `folder`, the map in its rows.
+    With `ids` (exit_vocab, by falling frequency) a draft head is written into `folder`, the map in its rows; an
+    adapter gets a file of its own.
     """
-    told, learnt = getattr(model.config, "layerskip", None), map_of(model)
-    named = {}
-    if ids is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        named = write_draft_head(folder, ids, None if learnt is None else folded(model, ids))
+    told = getattr(model.config, "layerskip", None)
+    named = write_parts(model, folder, ids)
+    parts = {
+        name: part for name in (NAME, exit_adapter.NAME) if (part := getattr(model, name, None)) is not None
+    }
     try:
         model.config.layerskip = entry(facts) | named
-        if learnt is not None:
-            delattr(model, NAME)
+        for name in parts:
+            delattr(model, name)
         yield
     finally:
         model.config.layerskip = told
         if told is None:
             del model.config.layerskip  # it would be saved as null
-        if learnt is not None:
-            model.add_module(NAME, learnt)
+        for name, part in parts.items():
+            model.add_module(name, part)
+
+
+def write_parts(model: Any, folder: Path, ids: Sequence[int] | None) -> dict[str, str]:
+    """Write what stands beside a model's weights, draft head and adapter, and name the files as `Facts` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named, adapter = {}, exit_adapter.adapter_of(model)
+    if ids is not None:
+        named = write_draft_head(folder, ids, None if map_of(model) is None else folded(model, ids))
+    if adapter is not None:
+        named |= write_adapter(folder, adapter.state_dict(), next(model.base_model.parameters()).dtype)
+    return named
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from layerskip.train.data.encoding import IGNORED
 from layerskip.train.objective.anchor import live_tokens
 from layerskip.train.objective.binding import base_model_of, bound
 from layerskip.train.objective.dropout import LayerDropout, keep_masks, sliced
+from layerskip.train.objective.exit_adapter import adapter_loss, adapter_of, frozen_states
 from layerskip.train.objective.exit_map import map_of
 from layerskip.train.objective.loss import Sums, multi_exit_loss
 from layerskip.train.objective.objective import Objective
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from layerskip.train.objective.binding import Bound
     from layerskip.train.objective.schedule import Schedule
+    from layerskip.train.objective.store import StateStore
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Totals:
     ce: dict[int, Tensor] = field(default_factory=dict)
     kl: dict[int, Tensor] = field(default_factory=dict)
     agreement: dict[int, Tensor] = field(default_factory=dict)
+    runs: Tensor | int = 0  # rounds whose first i drafts are right, [drafts]: of an adapter, in evaluation
     tokens: dict[int, int] = field(default_factory=dict)  # with a loss, by exit: exits rotate
     layer_rows: int = 0  # rows times layers that a plain pass would have run
     dropped: int = 0  # of these, not run
@@ -110,6 +113,7 @@ class ExitTraining:
         self.dropout = LayerDropout(layers, objective.objective.residual_scale, distributed)
         self.totals = Totals()
         self.measuring = measuring
+        self.store: StateStore | None = None  # of the states that an adapter learns from
         self.step, self.total, self.first_row = 0, 1, 0
         self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
         self._wanted: set[int] = set()
@@ -134,7 +138,8 @@ class ExitTraining:
         # What changes from step to step (exits, rows, tokens with a label) is kept from a compiler, layers are not.
         disable: Any = torch.compiler.disable
         self._eager = {
-            f: disable(f) for f in (self._catch, self._prepare, self._note, self._loss, self._referred)
+            f: disable(f)
+            for f in (self._catch, self._prepare, self._note, self._loss, self._referred, self._drafted)
         }
         for k, layer in enumerate(self.layers, 1):
             hook = functools.partial(self._eager[self._catch], k)
@@ -226,13 +231,10 @@ class ExitTraining:
             else None
         )
         unmoved = self.bound.anchor.unmoved(**rest) if hf.training and self.bound.anchor is not None else None
-        self._wanted, self._caught = exits - {last}, {}
-        try:
-            final = hf.base_model(**rest, use_cache=False).last_hidden_state
-        finally:
-            self._wanted, caught = set(), self._caught
-            self._caught = {}
-        positions = rest.get("position_ids")
+        positions, rows = rest.get("position_ids"), rest.pop("rows", None)
+        if adapter_of(hf) is not None:
+            return self._eager[self._drafted](rest, rows, labels, divisor)
+        final, caught = self.states_of(rest, exits - {last})
         return self._eager[self._loss](final, caught, labels, weights, divisor, reference, unmoved, positions)
 
     @torch.no_grad()
@@ -309,7 +311,7 @@ class ExitTraining:
         places = learnt.nonzero()[:, 0]  # the one wait for the device of a call
         states = {last: _picked(final, places)}
         for k in sorted(caught, reverse=True):
-            states[k] = self._read(_picked(caught[k], places))
+            states[k] = self.read(_picked(caught[k], places))
         given: dict[str, Any] = {
             "softcap": self.softcap,
             "exit_loss": self.bound.objective.exit_loss,
@@ -328,17 +330,45 @@ class ExitTraining:
         self, learnt: Tensor, caught: dict[int, Tensor], wanted: Tensor, weights: dict[int, float], given: Any
     ) -> Tensor:
         """Loss of the early exits over rows that end at the deepest of them: [B * (T - 1)] of them are learnt."""
-        head, bias = self.head.weight, self.head.bias
-        if self._place_of is not None and self._ids is not None:
-            self._ids, self._place_of = self._ids.to(wanted.device), self._place_of.to(wanted.device)
-            wanted = self._place_of[wanted.clamp_min(0)]
-            learnt = learnt & (wanted >= 0)
-            head, bias = head[self._ids], None if bias is None else bias[self._ids]
-        places = learnt.nonzero()[:, 0]
-        states = {k: self._read(_picked(state, places)) for k, state in caught.items()}
+        head, bias, wanted = self.draft_head(wanted)
+        places = (learnt & (wanted >= 0)).nonzero()[:, 0]
+        states = {k: self.read(_picked(state, places)) for k, state in caught.items()}
         return multi_exit_loss(states, wanted[places], weights, head, bias, **given)[0]
 
-    def _read(self, x: Tensor) -> Tensor:
+    def _drafted(
+        self, inputs: dict[str, Any], rows: Tensor | None, labels: Tensor, divisor: Tensor | int | None
+    ) -> Any:
+        """Loss of the drafts that an adapter makes of a model that is not trained."""
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        states = frozen_states(self, inputs, rows)
+        loss, sums, runs = adapter_loss(self, *states, labels, divisor, inputs.get("position_ids"))
+        self.totals.add(sums)
+        self.totals.runs = self.totals.runs + runs
+        return CausalLMOutputWithPast(loss=loss)
+
+    def states_of(self, inputs: dict[str, Any], wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the model: its state behind the final norm, and those after the wanted exits, [B, T, D] each."""
+        self._wanted, self._caught = wanted, {}
+        try:
+            return self.hf.base_model(**inputs, use_cache=False).last_hidden_state, self._caught
+        finally:
+            self._wanted, self._caught = set(), {}
+
+    def draft_head(self, wanted: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rows and bias of the head that exit_vocab leaves, and labels by their place in it; -1 where it has none."""
+        head, bias = self.head.weight, self.head.bias
+        if self._place_of is None or self._ids is None:
+            return head, bias, wanted
+        self._ids, self._place_of = self._ids.to(wanted.device), self._place_of.to(wanted.device)
+        placed = self._place_of[wanted.clamp_min(0)].masked_fill(wanted < 0, -1)
+        return head[self._ids], None if bias is None else bias[self._ids], placed
+
+    def token_of(self, places: Tensor) -> Tensor:
+        """Say which tokens stand at places of the draft head."""
+        return places if self._ids is None else self._ids.to(places.device)[places]
+
+    def read(self, x: Tensor) -> Tensor:
         """What the head reads at an early exit."""
         for module in self.finish:
             x = module(x)

@@ -31,6 +31,10 @@ class Objective:
     exit_vocab: int | Sequence[int] | None = None
     """How many of the data's most frequent tokens, or these token ids, by falling frequency."""
     exit_map: bool = False
+    exit_adapter: bool = False
+    adapter_blocks: int = 1
+    adapter_hidden: int | None = None
+    adapter_steps: int = 3
     freeze: str = "nothing"
     residual_scale: str = "none"
 
@@ -81,8 +85,19 @@ class Objective:
                 "last_loss anchor needs freeze=above, curriculum=fixed, p_max=0 and no lora",
             ),
             (
-                self.freeze == "model" and (adapters or not self.exit_map),
-                "freeze model leaves the map alone to learn: exit_map=true, and no lora",
+                self.freeze == "model" and (adapters or not (self.exit_map or self.exit_adapter)),
+                "freeze model leaves the map or the adapter of the exit to learn: exit_map=true or "
+                "exit_adapter=true, and no lora",
+            ),
+            (
+                self.exit_adapter
+                and not (self.freeze == "model" and one_exit and fixed and schedule.last_every == 1),
+                "exit_adapter needs freeze=model, exits=[E], curriculum=fixed, p_max=0 and last_every=1",
+            ),
+            (self.exit_adapter and self.exit_map, "exit_adapter and exit_map exclude each other"),
+            (
+                self.exit_adapter and (self.adapter_blocks < 0 or self.adapter_steps < 1),
+                "exit_adapter needs adapter_blocks from 0 and adapter_steps from 1 on",
             ),
         )
         return next((reason for broken, reason in rules if broken), None)

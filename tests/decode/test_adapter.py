@@ -1,0 +1,202 @@
+"""An exit behind an adapter: the drafts are those of its definition, and what is decoded stays as it is."""
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from layerskip.decode.control import LOOKUP, Choice, Controller, Copying, Prices
+from layerskip.decode.engine import Engine
+from layerskip.decode.request import Request
+from layerskip.decode.sampling import Processing, Sampling
+from layerskip.errors import UserError
+from layerskip.model.adapter import Adapter, scaled
+from layerskip.model.cost import RowCosts
+from layerskip.model.step import Step
+from pairwise import matrix
+from rounds import Replayed, decode
+
+L, NEW = tiny.NUM_LAYERS, 32
+PROMPTS = [[5, 9, 20, 33, 5, 9, 20], list(range(7, 18)), [40]]
+SHARES = (0.0, 0.3, 1.5)  # of what is remembered, at random: the more, the worse the drafts
+FREE = RowCosts(((1, 1.0), (64, 1.0)))
+
+
+def weights(width=32, share=0.3, blocks=1, seed=0, known=32):
+    """An adapter that passes the exit's state on, disturbed by `share` of the remembered one."""
+    generator = torch.Generator().manual_seed(seed)
+    remembered = torch.randn(width, known, generator=generator) * share * width**-0.5
+    made = {"join.weight": torch.cat([torch.eye(width), remembered], 1)}
+    for i in range(blocks):
+        made[f"blocks.{i}.gate_up.weight"] = torch.randn(96, width, generator=generator) * 0.1
+        made[f"blocks.{i}.down.weight"] = torch.randn(width, 48, generator=generator) * 0.1
+    return made
+
+
+def head_of(stack, exit_layer=2, size=tiny.VOCAB, **given):
+    known = stack.finished(torch.zeros(1, stack.width, dtype=stack.dtype)).shape[-1]
+    adapter = Adapter(weights(stack.width, known=known, **given), exit_layer, stack)
+    return replace(stack.draft_head(size, None, ()), adapter=adapter)
+
+
+@torch.inference_mode()
+def drafted(stack, head, tokens, exit_layer, length):
+    """What the adapter drafts behind `tokens`, by definition: everything anew from the first token."""
+
+    def states(ids, depth):
+        step = Step.span([0], [0], [len(ids)], stack.device, spill=len(ids))
+        h = stack.embed(torch.tensor([ids]), step)
+        return stack.run(h, 0, depth, step, stack.new_cache(1, len(ids)))[0][0]  # [T, D]
+
+    known, made = stack.finished(states(tokens, L)[-2]), []
+    for _ in range(length):
+        z = head.adapter(states([*tokens, *made], exit_layer)[-1:], known[None])[0]
+        made.append(int(head.ids[stack.logits(z, head).argmax()]))
+        known = stack.finished(z)
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "llama+native", "gemma2+native", "gpt2", "opt"])
+def test_drafts_are_those_of_the_definition(family, rows):
+    """After kept and rejected drafts, in company, with rows that copied in between."""
+    stack = tiny.stack(family, torch.float64 if "+" not in family else torch.float32)
+    head, kept = head_of(stack, size=50), Counter()
+    arms = (Choice(2, 3),)
+    prices = Prices(L, 0.5, 0.5)
+    controller = Controller(prices, arms, copying=Copying(2, 4, FREE), trained=True, guard=False, timed=False)
+    record = decode(
+        stack, PROMPTS, NEW, 2, 3, rows=rows, draft_head=head, device_rounds=False, controller=controller
+    )
+    for prompt, rounds in zip(PROMPTS, record.rounds, strict=True):
+        tokens = list(prompt)
+        for round in rounds:
+            if round.source == "exit":
+                assert round.draft == drafted(stack, head, tokens, 2, len(round.draft))
+                kept[round.accepted] += 1
+            elif round.source == LOOKUP:
+                kept["copied"] += 1
+            tokens += round.tokens
+    assert kept["copied"]
+    assert kept[0]
+    assert sum(kept[i] for i in (1, 2, 3))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", tiny.STACKS)
+def test_output_is_plain_decodings(family):
+    """Whole in full runs: dtypes, exits, lengths, quality of the drafts, ragged rows, host and device rounds."""
+    seen = {share: [0, 0] for share in SHARES}
+    plain = {
+        dtype: decode(tiny.stack(family, dtype), PROMPTS, NEW).tokens
+        for dtype in (torch.float32, torch.float64)
+    }
+    cells = matrix([*plain], (1, 2, L - 1), (1, 4), SHARES, (1, 3), (False, True))
+    for dtype, exit_layer, length, share, rows, device in cells:
+        stack = tiny.stack(family, dtype)
+        head = head_of(stack, exit_layer, share=share)
+        options = {"rows": rows, "draft_head": head, "device_rounds": device}
+        if device:
+            options["capture"] = Replayed()
+        record = decode(stack, PROMPTS, NEW, exit_layer, length, **options)
+        assert record.tokens == plain[dtype], (dtype, exit_layer, length, share, rows, device)
+        for round in itertools.chain(*record.rounds):
+            seen[share][0] += round.accepted
+            seen[share][1] += round.drafted
+    rates = [kept / drafts for kept, drafts in seen.values()]
+    assert min(rates) < 0.5 < max(rates) or min(rates) < max(rates) - 0.2, rates
+
+
+@pytest.mark.parametrize(
+    "processing", [Processing(), Processing(Sampling(temperature=0.9, top_k=40))], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize("family", ["llama", "llama+native", "gpt2"])
+def test_rounds_on_the_device_are_those_of_the_host(family, processing):
+    stack = tiny.stack(family)
+    told = []
+    for options in (
+        {"device_rounds": False},
+        {"device_rounds": True},
+        {"device_rounds": True, "capture": Replayed()},
+    ):
+        record = decode(
+            stack,
+            PROMPTS,
+            NEW,
+            2,
+            4,
+            draft_head=head_of(stack, size=50),
+            processing=processing,
+            seed=5,
+            **options,
+        )
+        told.append([[(r.tokens, r.draft, r.accepted) for r in rounds] for rounds in record.rounds])
+    assert told[0] == told[1] == told[2]
+
+
+def test_a_cache_that_grows_keeps_what_the_adapter_remembers():
+    stack = tiny.stack("llama", torch.float64)
+    head = head_of(stack)
+    engine = Engine(stack, rows=1, capacity=16, draft_head=head)
+    row = engine.add(Request(PROMPTS[0], 10, 2, 3, keep=True))
+    while engine.busy:
+        engine.step()
+    tokens = engine.tokens(row)
+    engine.grow(64)
+    row = engine.add(Request([*tokens, 8, 9], 12, 2, 3, keep=True), row)
+    tokens = [*tokens, 8, 9]
+    for _ in range(6):
+        for round in engine.step():
+            if round.draft:
+                assert round.draft == drafted(stack, head, tokens, 2, len(round.draft))
+            tokens += round.tokens
+
+
+def test_plain_decoding_beside_an_adapter_has_the_bits_of_the_model_alone():
+    stack = tiny.stack("llama+native")
+    alone = decode(stack, PROMPTS, NEW, logprobs=True)
+    beside = decode(stack, PROMPTS, NEW, logprobs=True, draft_head=head_of(stack))
+    assert beside.tokens == alone.tokens
+    for one, other in zip(itertools.chain(*alone.rounds), itertools.chain(*beside.rounds), strict=True):
+        assert one.logprobs == other.logprobs
+
+
+def test_without_an_adapter_nothing_is_remembered():
+    stack = tiny.stack("llama+native")
+    assert Engine(stack, rows=1, capacity=8).cache.finals is None
+    finals = Engine(stack, rows=2, capacity=8, draft_head=head_of(stack)).cache.finals
+    assert finals.shape[:2] == (2, 1)
+    assert finals.shape[-1] == stack.width
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_a_row_has_the_same_bits_in_any_company(blocks):
+    adapter = Adapter(weights(blocks=blocks), 2, tiny.stack("llama"))
+    h, c = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    together = adapter(h, c)
+    assert together.shape == (9, 32)
+    for i in range(9):
+        assert torch.equal(adapter(h[i : i + 1], c[i : i + 1])[0], together[i])
+
+
+def test_a_state_is_divided_by_its_root_mean_square():
+    x = torch.tensor([[3.0, -4.0, 0.0, 0.0]])
+    torch.testing.assert_close(scaled(x), x / 2.5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"join.weight": torch.zeros(32, 32)}, "width 32"),
+        ({"blocks.0.down.weight": torch.zeros(32, 47)}, "gate_up"),
+        ({"other": torch.zeros(1)}, "not join.weight and blocks"),
+        ({"join.weight": torch.full((32, 64), torch.nan)}, "not finite"),
+        ({"join.weight": torch.zeros(32, 64, dtype=torch.int8)}, "not finite"),
+    ],
+)
+def test_weights_that_are_no_adapter_are_refused(changed, told):
+    with pytest.raises(UserError, match=told):
+        Adapter(weights() | changed, 2, tiny.stack("llama"))

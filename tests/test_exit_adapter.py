@@ -1,0 +1,340 @@
+"""Training the exit adapter: what is learnt is what the engine drafts with, and the model stays as it is."""
+
+import hashlib
+import itertools
+import json
+import signal
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import layerskip
+import tiny
+import training
+from layerskip.decode.options import Options
+from layerskip.errors import UserError
+from layerskip.measure.exits.continuations import Continuation, observed
+from layerskip.measure.exits.replay import replay, runs
+from layerskip.train.job.recipe import as_yaml, read_recipe
+from layerskip.train.job.run import finish, prepare
+from layerskip.train.objective.exit_adapter import (
+    DRAFTS,
+    ExitAdapter,
+    adapter_of,
+    chained,
+    places_of,
+    runs_of,
+)
+from layerskip.train.objective.store import StateStore
+from layerskip.watch import silent
+
+SETTINGS = {
+    "exit_adapter": True,
+    "freeze": "model",
+    "exits": [2],
+    "curriculum": "fixed",
+    "weighting": "uniform",
+    "exit_loss": "kl",
+    "adapter_hidden": 24,
+    "optim": "adamw_torch",
+    "learning_rate": 3e-3,
+}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- the chain -----------------------------------------------------------------------------------------------
+
+
+def test_a_draft_reads_what_the_one_before_it_made():
+    early, final = normal(2, 9, 8), normal(2, 9, 8, seed=1)
+    adapter = ExitAdapter(8, 1, blocks=1, hidden=6)
+    with torch.no_grad():
+        adapter.blocks[0].down.weight.normal_()
+    places = torch.tensor(
+        [4, 5, 8, 12]
+    )  # of 18; the last two stand in the second row or at the end of the first
+
+    def read(z):
+        return z.tanh()
+
+    states = chained(adapter, read, early, final, places, 3)
+    for i, state in enumerate(states):
+        for n, place in enumerate(places.tolist()):
+            row, at = divmod(place, 9)
+            c = final[row, at - i - 1]
+            for back in range(i, -1, -1):  # its round began so many positions before
+                c = read(adapter(early[row, at - back], c))
+            torch.testing.assert_close(state[n], c)
+
+
+def test_rounds_begin_where_their_drafts_have_enough_of_the_text_before_them():
+    learnt = torch.tensor([[0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], list(range(8))])
+    assert places_of(learnt, positions, 2).tolist() == [2, 3, 6, *range(10, 15)]
+    assert places_of(learnt[1:], None, 3).tolist() == [3, 4, 5, 6]
+
+
+def test_rounds_are_counted_by_how_many_drafts_are_right():
+    bits = [
+        torch.tensor([1, 1, 0, 1]).bool(),
+        torch.tensor([1, 1, 1, 1]).bool(),
+        torch.tensor([0, 1, 1, 0]).bool(),
+    ]
+    places = torch.tensor([3, 4, 5, 9])
+    # A round whose first draft stands at 3 has its second at 4, its third at 5.
+    assert runs_of(bits, places, 12).tolist() == [3, 2, 1]
+
+
+def test_runs_are_read_along_the_diagonal():
+    bits = normal(3, 40).numpy() > -0.5
+    found = runs(bits)
+    for n in range(40):
+        count = 0
+        while n + count < 40 and bits[min(count, 2), n + count]:
+            count += 1
+        assert found[n] == count
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_the_adapter_learns_and_nothing_else_does(tmp_path, family):
+    start = training.model(family)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    run = training.trainer(
+        tmp_path, start=start, data=training.counting(64), eval_dataset=training.counting(8, seed=1),
+        max_steps=40, **SETTINGS,
+    )  # fmt: skip
+    first = run.evaluate()
+    run.train()
+    last = run.evaluate()
+    after = start.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert last["eval_tokens_per_round"] > first["eval_tokens_per_round"]
+    shares = [last[f"eval_draft_{i}_agreement"] for i in range(1, DRAFTS + 1)]
+    assert last["eval_tokens_per_round"] == pytest.approx(
+        1 + sum(torch.tensor(shares).cumprod(0).tolist()), abs=1e-4
+    )
+    assert last["eval_loss"] == pytest.approx(first["eval_loss"])  # the last layer's
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "ce+kl"])
+@pytest.mark.parametrize("vocabulary", [None, 12])
+def test_the_loss_is_that_of_its_definition(tmp_path, loss, vocabulary):
+    changes = {**SETTINGS, "exit_loss": loss, "exit_vocab": vocabulary, "adapter_steps": 2}
+    run = training.trainer(tmp_path, data=training.counting(16), **changes)
+    hf, adapter = run.exits.hf, adapter_of(run.exits.hf)
+    with torch.no_grad():
+        adapter.blocks[0].down.weight.normal_(0, 0.2)
+    rows = training.counting(3, seed=2)
+    tokens = torch.stack([row["input_ids"] for row in rows])
+    hf.train()
+    found = hf(input_ids=tokens, labels=tokens).loss
+    with torch.no_grad():
+        out = hf.base_model(tokens, output_hidden_states=True)
+    early, final, norm = out.hidden_states[2], out.last_hidden_state, hf.base_model.norm
+    ids = torch.arange(tiny.VOCAB) if vocabulary is None else torch.tensor(sorted(run.exits.bound.vocabulary))
+    rows_of_head, total, count = hf.lm_head.weight[ids], 0.0, 0
+    for b in range(3):
+        for t in range(2, training.LENGTH - 1):
+            wanted = (ids == tokens[b, t + 1]).nonzero()
+            if not len(wanted):
+                continue
+            law, count = (rows_of_head @ final[b, t]).log_softmax(-1), count + 1
+            one = norm(adapter(early[b, t], final[b, t - 1]))
+            two = norm(adapter(early[b, t], norm(adapter(early[b, t - 1], final[b, t - 2]))))
+            for weight, state in ((1 / 1.8, one), (0.8 / 1.8, two)):
+                own = (rows_of_head @ state).log_softmax(-1)
+                ce, kl = -own[wanted[0, 0]], (law.exp() * (law - own)).sum()
+                total = total + weight * {"ce": ce, "kl": kl, "ce+kl": ce + kl}[loss]
+    torch.testing.assert_close(found, total / count, rtol=1e-4, atol=1e-5)
+    found.backward()
+    (wanted_gradient,) = torch.autograd.grad(total / count, [adapter.join.weight])
+    torch.testing.assert_close(adapter.join.weight.grad, wanted_gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_a_run_goes_on_exactly(tmp_path):
+    settings = {
+        **SETTINGS,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 6,
+        "lr_scheduler_type": "cosine",
+    }
+    straight = training.trained(tmp_path / "straight", **settings)
+    weights = list((tmp_path / "straight" / "checkpoint-3").glob("*.safetensors"))
+    assert (
+        sum(file.stat().st_size for file in weights)
+        < 4 * sum(p.numel() for p in ExitAdapter(32, 2, 1, 24).parameters()) + 2000
+    )
+    resumed = training.trainer(tmp_path / "straight", **settings)
+    resumed.train(str(tmp_path / "straight" / "checkpoint-3"))
+    assert training.difference(training.weights(resumed), straight) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"freeze": "nothing"}, "exit_adapter needs freeze=model"),
+        ({"exits": [1, 2]}, "exit_adapter needs"),
+        ({"last_every": 2, "exit_loss": "ce"}, "exit_adapter needs"),
+        ({"exit_map": True, "exit_vocab": 8}, "exclude each other"),
+        ({"adapter_steps": 0}, "adapter_steps from 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, changes, told):
+    with pytest.raises(UserError, match=told):
+        training.trainer(tmp_path, **{**SETTINGS, **changes})
+
+
+# -- from data to a folder that drafts -----------------------------------------------------------------------
+
+
+PROMPTS = [f"say {n} {word} {n * n}" for n in range(30) for word in ("abc", "and")]
+
+
+@pytest.fixture(scope="module")
+def own(folder, tmp_path_factory):
+    """What distill-data writes: prompts and the model's own answers."""
+    lm, file = layerskip.load(str(folder), dtype="float32"), tmp_path_factory.mktemp("own") / "own.jsonl"
+    lines = []
+    for prompt in PROMPTS:
+        ids = lm.encode(prompt)
+        made = lm.generate(ids, mode="ar", max_new_tokens=40)
+        text, tokens = made.text, made.tokens
+        mask = [0] * len(ids) + [1] * len(tokens)
+        told = {"prompt": prompt, "completion": text, "finish_reason": made.finish_reason}
+        lines.append(json.dumps({**told, "input_ids": ids + tokens, "completion_mask": mask}))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def recipe(folder, own, output, *more):
+    settings = [
+        f"model={folder}", f"data={own}", f"output={output}", "length=96", "template=off", "dtype=float32",
+        "epochs=12", "batch_size=4", "exit_vocab=40", "learning_rate=1e-2", "hold_out=8", *more,
+    ]  # fmt: skip
+    return read_recipe("exit-adapter", settings)
+
+
+@pytest.fixture(scope="module")
+def made(folder, own, tmp_path_factory):
+    run = prepare(recipe(folder, own, tmp_path_factory.mktemp("made") / "out"))
+    return run, finish(run)
+
+
+def test_a_run_leaves_the_weights_as_they_were_and_a_folder_that_drafts(made, folder):
+    run, result = made
+    kept = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert kept
+    for name, content in kept.items():
+        assert hashlib.sha256((run.output / name).read_bytes()).digest() == hashlib.sha256(content).digest()
+    lm = layerskip.load(str(run.output), dtype="float32")
+    assert (lm.facts.exits, lm.facts.exit_adapter) == ((2,), "exit_adapter.safetensors")
+    head = lm.draft_head(Options(exit_layer=2, draft_length=3))
+    assert head.adapter is not None
+    assert head.size == 40
+    plain = lm.generate(PROMPTS[3], mode="ar", max_new_tokens=40)
+    drafted = lm.generate(PROMPTS[3], exit_layer=2, draft_length=3, max_new_tokens=40)
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats["accepted"] > 0
+    assert (
+        plain.tokens
+        == layerskip.load(str(folder), dtype="float32").generate(PROMPTS[3], mode="ar", max_new_tokens=40).tokens
+    )
+    assert {"draft_1_agreement", "tokens_per_round"} <= result.keys()
+
+
+def test_what_one_pass_says_is_what_rounds_do(made):
+    """`doctor` and `tune` predict from one pass: here its rounds are the engine's."""
+    lm = layerskip.load(str(made[0].output), dtype="float32")
+    for length in (1, 3, 8):
+        kept, told = [], []
+        for prompt in (PROMPTS[7], "abc abc", PROMPTS[40]):
+            ids, budget = lm.encode(prompt), 40
+            plain = lm.generate(ids, mode="ar", max_new_tokens=budget)
+            found = [Continuation(ids, plain.tokens, plain.finish_reason != "length")]
+            seen = observed(lm, found, [2], [40], [2], silent)
+            made_of = replay(seen.bits[2, 40][0], length, budget - 1)
+            told.append(made_of.accepted.tolist())
+            rounds = lm.generate(ids, exit_layer=2, draft_length=length, max_new_tokens=budget).rounds[1:]
+            kept.append([round.accepted for round in rounds])
+        assert told == kept
+        assert sum(itertools.chain(*kept)) > 0
+
+
+def test_an_adapter_that_does_not_fit_is_refused(made, tmp_path):
+    lm = layerskip.load(str(made[0].output), dtype="float32")
+    lm.facts = replace(lm.facts, exit_adapter="config.json")
+    lm._heads.clear()
+    with pytest.raises(UserError, match="cannot read the exit adapter"):
+        lm.draft_head(Options(exit_layer=2, draft_length=3))
+
+
+# -- states kept on the disk ---------------------------------------------------------------------------------
+
+
+def test_kept_states_train_what_computed_ones_train(folder, own, made, tmp_path):
+    kept = prepare(recipe(folder, own, tmp_path / "kept"))
+    finish(kept)
+    anew = prepare(recipe(folder, own, tmp_path / "anew", "states_gb=0"))
+    finish(anew)
+    one, other = (load_file(run.output / "exit_adapter.safetensors") for run in (kept, anew))
+    assert training.difference(one, other) < training.SAME
+    assert not (kept.output / ".states").exists()
+
+
+def test_a_killed_run_goes_on_with_the_states_it_had(folder, own, made, tmp_path):
+    """Bit for bit: the run of `made`, which nothing stopped, has the same adapter."""
+    script = (
+        "import os, signal, sys\n"
+        "from layerskip.train.job.recipe import read_recipe\n"
+        "from layerskip.train.job.run import finish, prepare\n"
+        "from transformers import TrainerCallback\n"
+        "class Kill(TrainerCallback):\n"
+        "    def on_pre_optimizer_step(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 17: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "finish(prepare(read_recipe(sys.argv[1])), [Kill()])\n"
+    )
+    settings = recipe(folder, own, tmp_path / "out", "save_every=10")
+    (tmp_path / "recipe.yaml").write_text(as_yaml(settings))
+    command, environment = training.in_tests("-c", script, tmp_path / "recipe.yaml")
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "out" / ".states").exists()
+    run = prepare(settings, resume=True)
+    assert run.checkpoint.name == "checkpoint-10"
+    finish(run)
+    one, other = (load_file(r.output / "exit_adapter.safetensors") for r in (run, made[0]))
+    assert training.difference(one, other) == 0.0
+
+
+def test_a_store_gives_back_whole_states_of_the_rows_it_has_room_for(tmp_path):
+    given = {"rows": 5, "length": 7, "width": 3, "dtype": torch.bfloat16, "budget": 3 * 2 * 7 * 3 * 2 + 1, "key": "a"}
+    store, early, final = StateStore(tmp_path / "s", **given), normal(2, 7, 3).bfloat16(), normal(2, 7, 3, seed=1).bfloat16()
+    assert store.get([0, 2], [7, 4]) is None
+    store.put([0, 2], [7, 4], early, final)
+    store.put([4, 3], [7, 7], early, final)  # beyond the budget
+    assert store.get([4], [7]) is None
+    for opened in (store, StateStore(tmp_path / "s", **given)):
+        found = opened.get([2, 0], [4, 7])
+        for ours, theirs in zip(found, (early, final), strict=True):
+            assert torch.equal(ours[1], theirs[0])
+            assert torch.equal(ours[0, :4], theirs[1, :4])
+            assert not ours[0, 4:].any()
+    assert store.get([2], [5]) is None  # of another length: never written so
+    with (tmp_path / "s" / "states").open("r+b") as file:
+        file.seek(3)
+        file.write(b"xx")
+    assert store.get([0], [7]) is None
+    assert store.get([2], [4]) is not None
+    assert StateStore(tmp_path / "s", **{**given, "key": "b"}).get([2], [4]) is None
+    store.remove()
+    assert not (tmp_path / "s").exists()
