@@ -28,12 +28,16 @@ def small_model():
     )
 
 
-def first_tokens(model, length: int, num_requests: int, device_rounds: bool = False, **how) -> torch.Tensor:
+def first_tokens(
+    model, length: int, num_requests: int, device_rounds: bool = False, head=None, **how
+) -> torch.Tensor:
     """Count the first `length` new tokens of many requests, each with its own random numbers: [V**length].
 
-    `how` are options of the requests; what can be called makes each request its own.
+    `how` are options of the requests; what can be called makes each request its own. `head` makes a stack's draft head.
     """
-    engine = Engine(HuggingFaceStack(model), rows=num_requests, capacity=8, device_rounds=device_rounds)
+    stack = HuggingFaceStack(model)
+    more = {"draft_head": head and head(stack), "device_rounds": device_rounds}
+    engine = Engine(stack, rows=num_requests, capacity=8, **more)
     new: dict[int, list[int]] = {}
     for index in range(num_requests):
         own = {name: value() if callable(value) else value for name, value in how.items()}

@@ -247,7 +247,9 @@ def test_a_run_leaves_the_weights_as_they_were_and_a_folder_that_drafts(made, fo
     assert drafted.stats["accepted"] > 0
     assert (
         plain.tokens
-        == layerskip.load(str(folder), dtype="float32").generate(PROMPTS[3], mode="ar", max_new_tokens=40).tokens
+        == layerskip.load(str(folder), dtype="float32")
+        .generate(PROMPTS[3], mode="ar", max_new_tokens=40)
+        .tokens
     )
     assert {"draft_1_agreement", "tokens_per_round"} <= result.keys()
 
@@ -317,8 +319,19 @@ def test_a_killed_run_goes_on_with_the_states_it_had(folder, own, made, tmp_path
 
 
 def test_a_store_gives_back_whole_states_of_the_rows_it_has_room_for(tmp_path):
-    given = {"rows": 5, "length": 7, "width": 3, "dtype": torch.bfloat16, "budget": 3 * 2 * 7 * 3 * 2 + 1, "key": "a"}
-    store, early, final = StateStore(tmp_path / "s", **given), normal(2, 7, 3).bfloat16(), normal(2, 7, 3, seed=1).bfloat16()
+    given = {
+        "rows": 5,
+        "length": 7,
+        "width": 3,
+        "dtype": torch.bfloat16,
+        "budget": 3 * 2 * 7 * 3 * 2 + 1,
+        "key": "a",
+    }
+    store, early, final = (
+        StateStore(tmp_path / "s", **given),
+        normal(2, 7, 3).bfloat16(),
+        normal(2, 7, 3, seed=1).bfloat16(),
+    )
     assert store.get([0, 2], [7, 4]) is None
     store.put([0, 2], [7, 4], early, final)
     store.put([4, 3], [7, 7], early, final)  # beyond the budget

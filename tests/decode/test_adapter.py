@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import tiny
+from laws import ENGINE_VOCAB, FAILS, PASSES, exact_first_tokens, first_tokens, p_value, small_model
 from layerskip.decode.control import LOOKUP, Choice, Controller, Copying, Prices
+from layerskip.decode.drafters.exit import ExitDrafter
 from layerskip.decode.engine import Engine
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
@@ -135,6 +137,34 @@ def test_rounds_on_the_device_are_those_of_the_host(family, processing):
         )
         told.append([[(r.tokens, r.draft, r.accepted) for r in rounds] for rounds in record.rounds])
     assert told[0] == told[1] == told[2]
+
+
+@pytest.mark.parametrize("device_rounds", [False, True])
+def test_sampling_draws_by_the_models_law(device_rounds):
+    model = small_model()
+
+    def head(stack):
+        return head_of(stack, 1, size=ENGINE_VOCAB, share=1.0)
+
+    options = {"exit_layer": 1, "draft_length": 3, "device_rounds": device_rounds, "head": head}
+    assert p_value(first_tokens(model, 3, 300, **options), exact_first_tokens(model, 3)) > PASSES
+
+
+def test_an_adapter_that_lies_about_its_law_is_seen(monkeypatch):
+    """Control: a draft judged by another law than it was drawn from."""
+    model, honest = small_model(), ExitDrafter.draft
+
+    def lying(self, rows, limits):
+        proposal = honest(self, rows, limits)
+        for draft in proposal.drafts:
+            draft.laws = [law.roll(1) for law in draft.laws]
+        return proposal
+
+    monkeypatch.setattr(ExitDrafter, "draft", lying)
+    found = first_tokens(
+        model, 2, 300, exit_layer=1, draft_length=3, head=lambda s: head_of(s, 1, size=4, share=1.0)
+    )
+    assert p_value(found, exact_first_tokens(model, 2)) < FAILS
 
 
 def test_a_cache_that_grows_keeps_what_the_adapter_remembers():
