@@ -1,13 +1,12 @@
-"""The gate before a long run of the exit adapter: what each setting learns from the same tokens, and what it is worth.
+"""The gate before a long run of the exit adapter: what each setting learns from the same tokens, and its worth.
 
-    python benchmarks/adapter_gate.py --train OWN.jsonl --held HELD.jsonl --threads 2 --save
+    python benchmarks/adapter_gate.py --train OWN.jsonl --held HELD.jsonl --work WORK --threads 2 --save
 
-Lines are what `distill-data` wrote: prompts and the model's own greedy answers. One pass of the model gives the states
-of all exits; every cell then trains an adapter on them with the same tokens and passes, and is judged on the held-out
-answers: how often the first, second, ... draft is right where those before it were, tokens per round, and the speed-up
-at the best K with the times of a draft and of a verification measured here. "map" reads the exit alone, "+ c" also
-the last layer's state of the position before; "E 0" is the embedding. Each cell is a line in the work folder, so the
-same command goes on where it was stopped.
+Lines are what `distill-data` wrote: prompts and the model's own greedy answers. One pass of the model gives the
+states of all exits; every cell then trains an adapter on them with the same tokens and passes, and is judged on the
+held-out answers: how often the first, second, ... draft is right where those before it were, tokens per round, and
+the speed-up at the best K with the times of a draft and of a verification measured here. Exit layer 0 is the
+embedding. Each cell is a file in the work folder, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def read(stack: Stack, lines: list[dict[str, Any]], exits: list[int], limit: int
     wanted, positions, starts, total = [], [], [], 0
     for _, final, tokens, i in found:
         own = lines[i]["completion_mask"][:limit]
-        after = [t if m else IGNORED for t, m in zip(tokens, own, strict=True)][1:] + [IGNORED]
+        after = [*[t if m else IGNORED for t, m in zip(tokens, own, strict=True)][1:], IGNORED]
         wanted += after[firsts[i] :]
         positions += range(firsts[i], len(tokens))
         starts.append(total)

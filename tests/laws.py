@@ -33,7 +33,7 @@ def first_tokens(
 ) -> torch.Tensor:
     """Count the first `length` new tokens of many requests, each with its own random numbers: [V**length].
 
-    `how` are options of the requests; what can be called makes each request its own. `head` makes a stack's draft head.
+    `how` are options of the requests; what can be called makes each request its own. `head` makes a draft head.
     """
     stack = HuggingFaceStack(model)
     more = {"draft_head": head and head(stack), "device_rounds": device_rounds}

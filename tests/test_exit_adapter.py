@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import layerskip
 import tiny
 import training
+from layerskip.checkpoint.delta import apply_delta, make_delta
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.exits.continuations import Continuation, observed
@@ -351,3 +352,17 @@ def test_a_store_gives_back_whole_states_of_the_rows_it_has_room_for(tmp_path):
     assert StateStore(tmp_path / "s", **{**given, "key": "b"}).get([2], [4]) is None
     store.remove()
     assert not (tmp_path / "s").exists()
+
+
+def test_a_delta_holds_an_adapter_and_gives_it_back(folder, made, tmp_path):
+    run, _ = made
+    report = make_delta(folder, run.output, tmp_path / "made.safetensors", 1_000_000, {"licence": "MIT"})
+    assert report["kept"] == 1.0
+    apply_delta(folder, tmp_path / "made.safetensors", tmp_path / "out")
+    for name in ("model.safetensors", "exit_adapter.safetensors"):
+        one, other = (load_file(path / name) for path in (run.output, tmp_path / "out"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    lm = layerskip.load(str(tmp_path / "out"), dtype="float32")
+    told = lm.generate(PROMPTS[3], exit_layer=2, draft_length=3, max_new_tokens=40)
+    assert told.stats["accepted"] > 0

@@ -34,6 +34,7 @@ FORMAT = 1
 KEY = "layerskip_delta"  # one entry of metadata: safetensors writes several in random order
 VOCAB = "draft_vocab"
 HEAD = "draft_head"
+ADAPTER = "exit_adapter"
 NUM_VOCAB = 16_384
 PINS = ("file_sha256", "rebuild", "base_file_sha256", "delta_sha256")
 """What tells built-in models apart in their source file."""
@@ -60,7 +61,7 @@ def make_delta(
 
     stored, found = _stored(base), _stored(tuned)
     _check_pair(base, tuned, stored, found)
-    entry, ranked, own = _facts(tuned)
+    entry, ranked, own, adapter = _facts(tuned)
     record = {"licence": _source(base).get("licence"), **about, "layerskip": entry}
     head = {"format": FORMAT, "base": record.pop("base", base.name), "pin": pin(base), "about": record}
 
@@ -83,6 +84,7 @@ def make_delta(
     if own is not None:
         whole, scale = lowrank.rounded(own.float(), 8)
         tensors |= {f"{HEAD}:whole": whole, f"{HEAD}:scale": scale}
+    tensors |= {f"{ADAPTER}:{name}": weight for name, weight in adapter.items()}
     if ranked:
         tensors[VOCAB] = torch.tensor(ranked, dtype=torch.int32)
     fixed = len(json.dumps(json.dumps(head))) + 200 + sum(tensor.nbytes for tensor in tensors.values())
@@ -146,7 +148,7 @@ def apply_delta(base: Path, file: Path, output: Path) -> dict[str, Any]:
     for key, tensor in tensors.items():
         name, _, part = key.partition(":")
         parts[name][part] = tensor
-    ranked, own = parts.pop(VOCAB, None), parts.pop(HEAD, None)
+    ranked, own, adapter = (parts.pop(name, None) for name in (VOCAB, HEAD, ADAPTER))
     output.mkdir(parents=True, exist_ok=True)
     mode = (base / "config.json").stat().st_mode
     try:
@@ -169,10 +171,12 @@ def apply_delta(base: Path, file: Path, output: Path) -> dict[str, Any]:
     config.pop("layerskip", None)
     if entry := head["about"]["layerskip"]:
         config["layerskip"] = entry
+    beside = {} if adapter is None else {ADAPTER: dict(adapter)}
     if own is not None:
-        weight = lowrank.rows(own, slice(None), own["whole"].shape[1]).float()
-        save_file({"weight": weight}, output / f"{HEAD}.safetensors")
-        (output / f"{HEAD}.safetensors").chmod(mode)
+        beside[HEAD] = {"weight": lowrank.rows(own, slice(None), own["whole"].shape[1]).float()}
+    for name, weights in beside.items():
+        save_file(weights, output / f"{name}.safetensors")
+        (output / f"{name}.safetensors").chmod(mode)
     if ranked is not None:
         write_json(output / f"{VOCAB}.json", ranked[""].tolist())
     write_json(output / "config.json", config, indent=2)
@@ -222,7 +226,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return [folder / name for name in shards_of(index)]
-    return sorted(file for file in folder.glob("*.safetensors") if file.stem != HEAD)
+    return sorted(file for file in folder.glob("*.safetensors") if file.stem not in (HEAD, ADAPTER))
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -257,18 +261,21 @@ def _source(folder: Path) -> dict[str, Any]:
     return _json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
 
 
-def _facts(tuned: Path) -> tuple[dict[str, Any], list[int], Tensor | None]:
-    """Read the `layerskip` entry, the first ids of the ranked draft vocabulary and the draft head's own rows."""
-    from layerskip.checkpoint.facts import Facts, draft_rows, ranked_vocabulary
+def _facts(tuned: Path) -> tuple[dict[str, Any], list[int], Tensor | None, dict[str, Tensor]]:
+    """Read the `layerskip` entry, the draft vocabulary's first ids, the draft head's own rows and the adapter."""
+    from layerskip.checkpoint.facts import Facts, adapter_weights, draft_rows, ranked_vocabulary
 
     entry = dict(_json(tuned / "config.json").get("layerskip") or {})
-    named = Facts(draft_vocab=entry.get(VOCAB), draft_head=entry.get(HEAD))
+    named = Facts(**{name: entry.get(name) for name in (VOCAB, HEAD, ADAPTER)})
+    adapter = adapter_weights(tuned, named) or {}
     ranked, rows = ranked_vocabulary(tuned, named) or [], draft_rows(tuned, named)
     if ranked:
         entry[VOCAB] = f"{VOCAB}.json"
     if rows is not None:
         entry[HEAD] = f"{HEAD}.safetensors"
-    return entry, ranked[:NUM_VOCAB], rows
+    if adapter:
+        entry[ADAPTER] = f"{ADAPTER}.safetensors"
+    return entry, ranked[:NUM_VOCAB], rows, adapter
 
 
 def _check_pair(base: Path, tuned: Path, stored: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -181,7 +181,8 @@ def _tensors(file: Path, what: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        found: dict[str, Tensor] = load_file(file)
+        return found
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"cannot read the {what} {file}: {reason(error)}", "copy or download the folder again"

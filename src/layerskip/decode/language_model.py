@@ -98,7 +98,7 @@ class LanguageModel:
         interrupted gives the indices of the prompts left. A prompt that ends by an error has it in `error`, beside
         what was said until then; the others go on.
 
-        Raises: UserError, at the first `next` and before any work, for an option or a prompt that cannot be honoured.
+        Raises: UserError, at the first `next` and before any work, for an option or prompt that cannot be honoured.
         """
         call = self.call(Options.parse(keywords))
         numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)

@@ -7,7 +7,7 @@
 Verification knows the last layer's state of every position up to the last committed token's predecessor, so the
 first draft of a round starts from the real one. The adapter stands on the draft path only: the model is unchanged.
 
-Source: ours; feeding a drafter the target's states is EAGLE's (arXiv 2401.15077), with normed states as in EAGLE-3.1
+Source: ours; feeding a drafter the target's states is EAGLE's (arXiv 2401.15077), normed ones as in EAGLE-3.1
 (arXiv 2605.09992).
 """
 
@@ -66,7 +66,9 @@ class Adapter:
 
     def __init__(self, weights: Mapping[str, Tensor], layers: int, stack: Stack) -> None:
         with torch.inference_mode():  # a head may read another width than the layers have
-            known = stack.finished(torch.zeros(1, stack.width, dtype=stack.dtype, device=stack.device)).shape[-1]
+            known = stack.finished(torch.zeros(1, stack.width, dtype=stack.dtype, device=stack.device)).shape[
+                -1
+            ]
         check_weights(weights, stack.width, known)
         self.layers, dtype, device = layers, stack.dtype, stack.device
         ready = {name: packed(weight.to(device, dtype)) for name, weight in weights.items()}

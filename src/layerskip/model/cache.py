@@ -114,7 +114,7 @@ class Cache:
             _put(self.finals, h[:, None].to(self.finals.device), step)
 
     def finals_at(self, rows: Sequence[int] | Tensor, slots: Sequence[int] | Tensor) -> Tensor:
-        """Get the last layer's states of places whose depth is the whole model. Shapes: rows, slots [N] -> [N, D]."""
+        """Get the last layer's states where it has written them. Shapes: rows, slots [N] -> [N, D]."""
         assert self.finals is not None, "keep_finals was not called"
         return self.finals[rows, 0, slots]
 

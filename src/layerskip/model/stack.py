@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,7 @@ from layerskip.errors import UserError
 from layerskip.model.head import Head, draft_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -79,7 +79,7 @@ class Stack(ABC):
     ragged: bool = (
         False  # several positions of one cache row may stand in a call as rows of one position each
     )
-    head: Callable[[Tensor], Tensor]  # [..., D] -> [..., V], before any transform of the logits
+    head: Any  # [..., D] -> [..., V], before any transform of the logits
     row_exact: bool = False  # 16 bit only: a token's bits do not depend on how many a call brings
 
     @abstractmethod

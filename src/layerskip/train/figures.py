@@ -75,19 +75,22 @@ def covered(rows: Rows, ids: Collection[int]) -> float:
 
 def head_layers(exits: ExitTraining) -> float:
     """h: parameters of the head over those of a layer."""
-    per_layer = sum(p.numel() for layer in exits.layers for p in layer.parameters()) / len(exits.layers)
-    return float(exits.head.weight.numel() / per_layer)
+    return float(exits.head.weight.numel() / _per_layer(exits))
+
+
+def _per_layer(exits: ExitTraining) -> float:
+    return float(sum(p.numel() for layer in exits.layers for p in layer.parameters()) / len(exits.layers))
 
 
 def adapter_layers(exits: ExitTraining) -> float:
     """Parameters of the exit's adapter over those of a layer."""
     adapter = adapter_of(exits.hf)
     own = 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
-    return own / (sum(p.numel() for layer in exits.layers for p in layer.parameters()) / len(exits.layers))
+    return float(own / _per_layer(exits))
 
 
 def of_runs(totals: Totals, exit_layer: int) -> dict[str, float]:
-    """Agreement of each draft where those before it were right, and tokens per round; nothing without an adapter."""
+    """Agreement of each draft where those before it were right, tokens per round; nothing without an adapter."""
     if not isinstance(totals.runs, torch.Tensor) or not (count := totals.tokens.get(exit_layer, 0)):
         return {}
     shares = [1.0, *(totals.runs / count).tolist()]

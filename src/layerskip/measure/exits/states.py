@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from layerskip.model.stack import Stack
 
 BATCH_TOKENS = 2048  # positions of one pass, padding included
-DISTANCES = 6  # drafts of a round that are told apart where they depend on its beginning; later ones count as the last
+DISTANCES = 6  # drafts of a round that an adapter is read as; later ones count as the last of them
 CHUNK = 256  # positions whose logits are held at once
 
 

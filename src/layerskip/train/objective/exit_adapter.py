@@ -52,7 +52,8 @@ class ExitAdapter(torch.nn.Module):
                 )
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        return adapted(h, c, self.join, [(block.gate_up, block.down) for block in self.blocks])
+        blocks: Any = self.blocks
+        return adapted(h, c, self.join, [(block.gate_up, block.down) for block in blocks])
 
 
 class _Block(torch.nn.Module):
@@ -66,7 +67,9 @@ def add_adapter(model: Any, exit_layer: int, blocks: int, hidden: int | None = N
     """Make an adapter part of a Hugging Face model; `hidden` null is the width of its own MLPs."""
     config = model.config.get_text_config()
     hidden = hidden or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    known = model.get_output_embeddings().weight.shape[1]  # a head may read another width than the layers have
+    known = model.get_output_embeddings().weight.shape[
+        1
+    ]  # a head may read another width than the layers have
     made = ExitAdapter(config.hidden_size, exit_layer, blocks, hidden, seed, known)
     model.add_module(NAME, made.to(next(model.parameters()).device))
 
@@ -136,7 +139,7 @@ def runs_of(bits: list[Tensor], places: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def best_of(states: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     """Name the most probable token of each state, ids [N]; logits are held for a part of them at a time."""
-    parts = states.to(head.dtype).split(max(1, (1 << 24) // head.shape[0]))
+    parts = torch.split(states.to(head.dtype), max(1, (1 << 24) // head.shape[0]))
     return torch.cat([torch.nn.functional.linear(part, head, bias).argmax(-1) for part in parts])
 
 
@@ -176,6 +179,7 @@ def adapter_loss(
     steps = exits.bound.objective.adapter_steps if training else DRAFTS
     head, bias, placed = exits.draft_head(labels[:, 1:])
     places = places_of((placed if training else labels[:, 1:]) >= 0, positions, steps)
+    runs: Tensor | int = 0
     states, known = chained(adapter, exits.read, early, final, places, steps), final.flatten(0, 1)[places]
     if training:
         weights = {steps - i: STEP_WEIGHT**i for i in range(steps)}
@@ -184,7 +188,7 @@ def adapter_loss(
         by_key = {steps + 1: known, **{steps - i: x for i, x in enumerate(states)}}  # the largest key teaches
         kind = exits.bound.objective.exit_loss
         loss, sums = multi_exit_loss(by_key, wanted, weights, head, bias, exits.softcap, kind, divisor)
-        own, runs = [sums.exits.index(steps), sums.exits.index(steps + 1)], 0
+        own = [sums.exits.index(steps), sums.exits.index(steps + 1)]
     else:
         wanted, whole = labels.roll(-1, 1).flatten()[places], (exits.head.weight, exits.head.bias)
         by_key = {last: known, adapter.exit_layer: states[0]}

@@ -56,7 +56,7 @@ def map_of(model: Any) -> Any:
 
 @contextmanager
 def as_checkpoint(model: Any, folder: Path, facts: Facts, ids: Sequence[int] | None = None) -> Iterator[None]:
-    """Make a model what its checkpoint is to hold, until it is saved: the facts in its configuration, nothing of ours.
+    """Make a model what its checkpoint is to hold, until it is saved: facts in its configuration, nothing of ours.
 
     With `ids` (exit_vocab, by falling frequency) a draft head is written into `folder`, the map in its rows; an
     adapter gets a file of its own.

@@ -356,7 +356,7 @@ class ExitTraining:
             self._wanted, self._caught = set(), {}
 
     def draft_head(self, wanted: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Rows and bias of the head that exit_vocab leaves, and labels by their place in it; -1 where it has none."""
+        """Rows and bias of the head that exit_vocab leaves, and labels by their place in it, -1 for none."""
         head, bias = self.head.weight, self.head.bias
         if self._place_of is None or self._ids is None:
             return head, bias, wanted

@@ -1,11 +1,11 @@
 """States of a frozen model, kept on the disk for the next pass over the data.
 
-    store = StateStore(folder, rows=len(data), length=512, width=576, dtype=torch.bfloat16, budget=4 << 30, key="...")
+    store = StateStore(folder, rows=len(data), length=512, width=576, dtype=torch.bfloat16, budget=4e9, key="...")
     found = store.get([3, 17], [512, 400])      # (early, final), [B, T, D] each, or None
     store.put([3, 17], [512, 400], early, final)
 
-A row of data has one place, as far as the budget reaches; rows behind it are computed anew every time. What a kill or
-a power cut leaves half-written is found by its checksum and computed again, so a resumed run reads the same states.
+A row of data has one place, as far as the budget reaches; rows behind it are computed anew every time. What a kill
+or a power cut leaves half-written is found by its checksum and computed again, so a resumed run reads the same states.
 """
 
 from __future__ import annotations
@@ -92,4 +92,4 @@ class StateStore:
 
 
 def _sum(content: np.ndarray) -> int:
-    return 1 + zlib.crc32(content)  # 0 is a place never written
+    return 1 + zlib.crc32(content.data)  # 0 is a place never written
