@@ -390,10 +390,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _line(name: str, told: dict[str, Any]) -> str:
     mean = told["kinds"]["mean"]
     right = " ".join(f"{share:.3f}" for share in mean["agreement"][:4])
-    return (
-        f"{name}: drafts right {right}; tokens per round {mean['tokens_per_round'][3]:.2f} (K 4); "
-        f"{1000 * told['draft_s']:.2f} ms a draft; {told['speedup']:.2f} x at K {told['draft_length']}; {told['train_s']:.0f} s"
-    )
+    price = f"{1000 * told['draft_s']:.2f} ms a draft; {told['speedup']:.2f} x at K {told['draft_length']}"
+    rounds = f"tokens per round {mean['tokens_per_round'][3]:.2f} (K 4)"
+    return f"{name}: drafts right {right}; {rounds}; {price}; {told['train_s']:.0f} s"
 
 
 if __name__ == "__main__":

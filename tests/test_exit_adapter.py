@@ -31,18 +31,9 @@ from layerskip.train.objective.exit_adapter import (
 )
 from layerskip.train.objective.store import StateStore
 from layerskip.watch import silent
+from training_ranks import ADAPTER
 
-SETTINGS = {
-    "exit_adapter": True,
-    "freeze": "model",
-    "exits": [2],
-    "curriculum": "fixed",
-    "weighting": "uniform",
-    "exit_loss": "kl",
-    "adapter_hidden": 24,
-    "optim": "adamw_torch",
-    "learning_rate": 3e-3,
-}
+SETTINGS = {**ADAPTER, "optim": "adamw_torch", "learning_rate": 3e-3}
 
 
 def normal(*shape, seed=0):

@@ -56,6 +56,16 @@ def test_two_replicas_train_what_one_process_trains(two, tmp_path, name):
     assert training.difference(one["weights"], training.model().state_dict()) > 1e-2
 
 
+@pytest.mark.slow
+def test_two_replicas_train_the_adapter_that_one_process_trains(two, tmp_path):
+    one = training_ranks.run_job("adapted", tmp_path, 1)
+    for rank in two:
+        assert rank["adapted"]["wrapped"] == "DistributedDataParallel"
+        assert training.difference(rank["adapted"]["weights"], one["weights"]) < training.SAME
+        assert rank["adapted"]["told"] == pytest.approx(one["told"])
+    assert one["told"]["eval_tokens_per_round"] >= 1.0
+
+
 def test_rows_that_fill_up_a_batch_are_not_measured_twice(two, tmp_path):
     """Accelerate repeats rows to make the last batch of all ranks even; sums over tokens counted them again."""
     one = training_ranks.run_job("evaluated", tmp_path, 1)

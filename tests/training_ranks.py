@@ -31,6 +31,15 @@ EARLY = {
     "exits": [2],
     "last_every": 8,
 }  # at each step one rank has no row that goes all the way
+ADAPTER = {
+    "exit_adapter": True,
+    "freeze": "model",
+    "exits": [2],
+    "curriculum": "fixed",
+    "weighting": "uniform",
+    "exit_loss": "kl",
+    "adapter_hidden": 24,
+}
 TIMEOUT_S = 240
 
 
@@ -46,6 +55,16 @@ def replicated(folder, ranks, batch=8, accumulate=1, **recipe):
     run.train()
     wrapped = type(run.model_wrapped).__name__
     return {"weights": training.weights(run), "loss": training.losses(run), "wrapped": wrapped}
+
+
+def adapted(folder, ranks):
+    """An adapter on a frozen model under DDP; one rank's first rows have nothing to learn."""
+    rows = training.counting(32, masked=True)
+    settings = {"per_device_train_batch_size": 8 // ranks, "max_steps": 3, "eval_dataset": rows[:7]}
+    run = training.trainer(folder, data=rows, **ADAPTER, **settings)
+    run.train()
+    told = {key: value for key, value in run.evaluate().items() if "draft" in key or "round" in key}
+    return {"weights": training.weights(run), "told": told, "wrapped": type(run.model_wrapped).__name__}
 
 
 def evaluated(folder, ranks):
@@ -171,6 +190,7 @@ JOBS = {
     "replicated, early rows": (replicated, EARLY),
     "replicated, early rows, recomputed": (replicated, {**EARLY, "gradient_checkpointing": True}),
     "replicated, plain": (replicated, {"e_scale": 0.0}),
+    "adapted": (adapted, {}),
     "evaluated": (evaluated, {}),
     "interrupted": (interrupted, {}),
     "poisoned": (poisoned, {}),

@@ -174,8 +174,8 @@ def apply_delta(base: Path, file: Path, output: Path) -> dict[str, Any]:
     beside = {} if adapter is None else {ADAPTER: dict(adapter)}
     if own is not None:
         beside[HEAD] = {"weight": lowrank.rows(own, slice(None), own["whole"].shape[1]).float()}
-    for name, weights in beside.items():
-        save_file(weights, output / f"{name}.safetensors")
+    for name, own_weights in beside.items():
+        save_file(own_weights, output / f"{name}.safetensors")
         (output / f"{name}.safetensors").chmod(mode)
     if ranked is not None:
         write_json(output / f"{VOCAB}.json", ranked[""].tolist())
@@ -266,7 +266,7 @@ def _facts(tuned: Path) -> tuple[dict[str, Any], list[int], Tensor | None, dict[
     from layerskip.checkpoint.facts import Facts, adapter_weights, draft_rows, ranked_vocabulary
 
     entry = dict(_json(tuned / "config.json").get("layerskip") or {})
-    named = Facts(**{name: entry.get(name) for name in (VOCAB, HEAD, ADAPTER)})
+    named = Facts(draft_vocab=entry.get(VOCAB), draft_head=entry.get(HEAD), exit_adapter=entry.get(ADAPTER))
     adapter = adapter_weights(tuned, named) or {}
     ranked, rows = ranked_vocabulary(tuned, named) or [], draft_rows(tuned, named)
     if ranked:

@@ -154,7 +154,7 @@ class Recipe(_Strict):
 
     # optimisation
     freeze: Literal["nothing", "embeddings", "above", "model"] = "nothing"
-    """Not trained: embeddings and head; above: also layers above the deepest exit; model: all but map or adapter."""
+    """Not trained: embeddings and head; above: also layers above the deepest exit; model: any layer."""
     steps: Count | None = None
     """Optimiser steps; null goes by epochs."""
     epochs: float = Field(default=1.0, gt=0)
