@@ -357,3 +357,40 @@ def test_a_delta_holds_an_adapter_and_gives_it_back(folder, made, tmp_path):
     lm = layerskip.load(str(tmp_path / "out"), dtype="float32")
     told = lm.generate(PROMPTS[3], exit_layer=2, draft_length=3, max_new_tokens=40)
     assert told.stats["accepted"] > 0
+
+
+def test_a_model_in_memory_learns_to_draft_for_itself(tmp_path):
+    model, tokenizer = tiny.speaking()
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+    plain = layerskip.generate(model, prompts[3], tokenizer=tokenizer, mode="ar", max_new_tokens=32)
+    told = layerskip.train_adapter(
+        model, tokenizer, prompts, output=tmp_path / "out", max_new_tokens=32, epochs=6, learning_rate=1e-2
+    )
+    assert {"draft_1_agreement", "tokens_per_round", "predicted_speedup"} <= told.keys()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    own = {id(parameter) for parameter in model.exit_adapter.parameters()}
+    assert [p.requires_grad for p in model.parameters() if id(p) not in own] == learns
+    options = {"exit_layer": 2, "draft_length": 3, "max_new_tokens": 32}
+    drafted = layerskip.generate(model, prompts[3], tokenizer=tokenizer, **options)
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats["accepted"] > 0
+    loaded = layerskip.load(str(tmp_path / "out"), dtype="float32", stack="hf").generate(
+        prompts[3], **options
+    )
+    assert [r.draft for r in loaded.rounds] == [r.draft for r in drafted.rounds]
+    found = model.generate(
+        torch.tensor([prompts[3]]),
+        max_new_tokens=32,
+        do_sample=False,
+        custom_generate=layerskip.custom_generate,
+    )
+    assert found[0, len(prompts[3]) :].tolist() == plain.tokens
+
+
+def test_too_few_prompts_are_refused():
+    model, tokenizer = tiny.speaking()
+    with pytest.raises(UserError, match="3 prompts teach an adapter nothing"):
+        layerskip.train_adapter(model, tokenizer, ["a", "b", "c"])

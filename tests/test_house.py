@@ -19,6 +19,7 @@ FLOORS = (  # from the ground up; a room may import the rooms below its floor, a
     ("model",),
     ("decode", "train"),
     ("measure",),
+    ("adapt",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from layerskip.adapt import train_adapter
     from layerskip.decode.chat import Chat
     from layerskip.decode.generation import Generation
     from layerskip.decode.hf_generate import custom_generate, custom_generate_with
@@ -34,6 +35,7 @@ _HOMES = {
     "custom_generate_with": "layerskip.decode.hf_generate",
     "generate": "layerskip.decode.load",
     "load": "layerskip.decode.load",
+    "train_adapter": "layerskip.adapt",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "custom_generate_with",
     "generate",
     "load",
+    "train_adapter",
 ]
 
 try:

@@ -185,6 +185,8 @@ class LanguageModel:
     @cached_property
     def ranked_vocabulary(self) -> list[int] | None:
         """The checkpoint's token ids by falling frequency; None when it has no draft vocabulary."""
+        if self._learnt is not None:
+            return self._learnt.vocabulary or None
         return checkpoint.ranked_vocabulary(self.path, self.facts)
 
     def draft_head(self, options: Options) -> Head | None:
@@ -196,7 +198,8 @@ class LanguageModel:
 
     def _draft_head(self, options: Options, plan: Plan) -> Head | None:
         size = options.draft_vocab
-        if plan.draft_length and self.path is None and self.facts.owns_head(plan.exit_layer):
+        lost = self.path is None and self._learnt is None
+        if plan.draft_length and lost and self.facts.owns_head(plan.exit_layer):
             warnings.warn(
                 f"exit {plan.exit_layer} was trained for a draft head of its own, which is in its folder and "
                 "not in this model, so few drafts will be kept; layerskip.load(FOLDER) has it, and so has a "
@@ -221,7 +224,10 @@ class LanguageModel:
     @cached_property
     def _adapter(self) -> Adapter | None:
         """The checkpoint's exit adapter, laid out. Raises: UserError for one that does not fit the model."""
-        weights = checkpoint.adapter_weights(self.path, self.facts)
+        learnt = self._learnt
+        weights = (
+            learnt.state_dict() if learnt is not None else checkpoint.adapter_weights(self.path, self.facts)
+        )
         return None if weights is None else Adapter(weights, max(self.facts.exits), self.stack)
 
     def _default_draft_vocabulary(self, plan: Plan) -> int:
@@ -266,6 +272,11 @@ class LanguageModel:
         if key not in self.controllers:
             self.controllers[key] = made()
         return lambda: self.controllers[key]
+
+    @property
+    def _learnt(self) -> Any:
+        """The adapter of a model in memory that `train_adapter` has taught; None for all others."""
+        return getattr(self.hf, "exit_adapter", None)
 
     def row_costs(self, measured: bool = True) -> RowCosts:
         """What a pass over several positions costs, in passes over one: measured here, or guessed by the device.

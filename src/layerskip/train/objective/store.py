@@ -5,7 +5,7 @@
     store.put([3, 17], [512, 400], early, final)
 
 A row of data has one place, as far as the budget reaches; rows behind it are computed anew every time. What a kill
-or a power cut leaves half-written is found by its checksum and computed again, so a resumed run reads the same states.
+or a power cut leaves half-written is found by its checksum and computed again: a resumed run reads the same states.
 """
 
 from __future__ import annotations
