@@ -6,7 +6,7 @@ Lines are what `distill-data` wrote: prompts and the model's own greedy answers.
 states of all exits; every cell then trains an adapter on them with the same tokens and passes, and is judged on the
 held-out answers: how often the first, second, ... draft is right where those before it were, tokens per round, and
 the speed-up at the best K with the times of a draft and of a verification measured here. Exit layer 0 is the
-embedding. Each cell is a file in the work folder, so the same command goes on where it was stopped.
+embedding. States and finished cells are kept in the work folder, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 
 import layerskip
 from layerskip.measure.exits.states import _batches
-from layerskip.model.adapter import Adapter
 from layerskip.model.step import Step
 from layerskip.train.data.encoding import IGNORED
 from layerskip.train.data.packing import most_frequent
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from layerskip.model.stack import Stack
 
 DRAFTS = 6
-PART = 4096  # positions of a training step
+PART = 1024  # positions of a training step
 
 
 @dataclass(frozen=True)
@@ -237,8 +236,8 @@ def _parts(bounds: list[int]) -> Iterator[tuple[int, int]]:
 def judged(model: Any, cell: Cell, text: Text, gain: Tensor, head: Tensor, ids: Tensor) -> dict[str, Any]:
     """Agreement of each draft where those before it were right, and tokens per round by K."""
     hits, count = torch.zeros(DRAFTS), 0
-    for first in range(0, len(text.wanted), 4 * PART):
-        part = text.part(first, first + 4 * PART)
+    for first in range(0, len(text.wanted), 16 * PART):
+        part = text.part(first, first + 16 * PART)
         places = places_of((part.wanted >= 0)[None, :-1], part.positions, DRAFTS)
         with torch.autocast("cpu", torch.bfloat16):
             states = drafts(model, lambda z: norm(z, gain), part, cell, places, DRAFTS)
@@ -260,7 +259,7 @@ def draft_seconds(lm: LanguageModel, cell: Cell, repeats: int = 60) -> tuple[flo
             for k, v in ExitAdapter(stack.width, 0, cell.blocks, cell.hidden).state_dict().items()
         },
     )
-    adapter = Adapter(state, cell.exit_layer, stack)
+    adapter = stack.adapter(state, cell.exit_layer)
     head, token, times = stack.draft_head(cell.vocabulary, None, ()), torch.tensor([[5]]), []
     with torch.inference_mode():
         for i in range(repeats):
@@ -315,7 +314,13 @@ def main() -> None:
         count += sum(line["completion_mask"])
         if count >= given.tokens:
             break
-    text = read(lm.stack, lines, exits, given.length)
+    given.work.mkdir(parents=True, exist_ok=True)
+    kept = given.work / "states.pt"
+    text = (
+        torch.load(kept, weights_only=False) if kept.is_file() else read(lm.stack, lines, exits, given.length)
+    )
+    if not kept.is_file():
+        torch.save(text, kept)
     held = {
         path.stem: read(lm.stack, _lines(path)[: given.held_limit], exits, given.length)
         for path in given.held
@@ -324,7 +329,6 @@ def main() -> None:
     gain = lm.stack.finish.gain.float()
     head = lm.stack.table.float().bfloat16()
     labels = text.wanted[text.wanted >= 0].numpy()
-    given.work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"tokens": count, "cells": {}}
     plain = statistics.median(_plain(lm) for _ in range(3))
     for cell in cells:

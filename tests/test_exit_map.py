@@ -215,8 +215,8 @@ def test_a_vocabulary_that_the_head_was_not_trained_for_is_refused(trained):
         ({"exit_vocab": None}, "needs exit_vocab"),
         ({"freeze": "nothing", "last_loss": "ce"}, "needs a head that stays"),
         ({"exit_map": False, "freeze": "nothing"}, "needs the head it compares with"),
-        ({"freeze": "model", "lora": {}}, "the map alone"),
-        ({"freeze": "model", "exit_map": False}, "the map alone"),
+        ({"freeze": "model", "lora": {}}, "freeze model leaves the map"),
+        ({"freeze": "model", "exit_map": False}, "freeze model leaves the map"),
     ],
 )
 def test_a_recipe_whose_map_could_not_be_used_is_refused(changes, says):

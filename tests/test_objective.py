@@ -196,7 +196,7 @@ def test_adapters_that_would_lose_the_map_are_refused(run, folder, tmp_path):
         ({"last_loss": "kl"}, "needs the head it compares with"),
         ({"last_loss": "anchor", "freeze": "embeddings"}, "anchor needs"),
         ({**MAPPED, "freeze": "embeddings", "exits": [1, 2]}, "belongs to one exit"),
-        ({"freeze": "model"}, "the map alone"),
+        ({"freeze": "model"}, "freeze model leaves the map"),
         ({"freeze": "above", "e_scale": 0.0}, "there are none"),
         ({"freeze": "everything"}, "unknown freeze"),
         ({"exit_vocab": 0}, "exit_vocab is 0"),

@@ -59,6 +59,7 @@ def test_every_recipe_is_read_and_reads_back_the_same(tmp_path):
         "finetune",
         "lora",
         "exit-map",
+        "exit-adapter",
         "anchor",
         "tiny",
         "smollm2-135m",

@@ -15,12 +15,13 @@ from layerskip.decode.engine import Engine
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Processing, Sampling
 from layerskip.errors import UserError
-from layerskip.model.adapter import Adapter, scaled
+from layerskip.model.adapter import scaled
 from layerskip.model.cost import RowCosts
 from layerskip.model.step import Step
 from pairwise import matrix
 from rounds import Replayed, decode
 
+pytestmark = pytest.mark.matrix
 L, NEW = tiny.NUM_LAYERS, 32
 PROMPTS = [[5, 9, 20, 33, 5, 9, 20], list(range(7, 18)), [40]]
 SHARES = (0.0, 0.3, 1.5)  # of what is remembered, at random: the more, the worse the drafts
@@ -40,7 +41,7 @@ def weights(width=32, share=0.3, blocks=1, seed=0, known=32):
 
 def head_of(stack, exit_layer=2, size=tiny.VOCAB, **given):
     known = stack.finished(torch.zeros(1, stack.width, dtype=stack.dtype)).shape[-1]
-    adapter = Adapter(weights(stack.width, known=known, **given), exit_layer, stack)
+    adapter = stack.adapter(weights(stack.width, known=known, **given), exit_layer)
     return replace(stack.draft_head(size, None, ()), adapter=adapter)
 
 
@@ -87,7 +88,6 @@ def test_drafts_are_those_of_the_definition(family, rows):
     assert sum(kept[i] for i in (1, 2, 3))
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("family", tiny.STACKS)
 def test_output_is_plain_decodings(family):
     """Whole in full runs: dtypes, exits, lengths, quality of the drafts, ragged rows, host and device rounds."""
@@ -204,7 +204,7 @@ def test_without_an_adapter_nothing_is_remembered():
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_a_row_has_the_same_bits_in_any_company(blocks):
-    adapter = Adapter(weights(blocks=blocks), 2, tiny.stack("llama"))
+    adapter = tiny.stack("llama").adapter(weights(blocks=blocks), 2)
     h, c = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
     together = adapter(h, c)
     assert together.shape == (9, 32)
@@ -229,4 +229,4 @@ def test_a_state_is_divided_by_its_root_mean_square():
 )
 def test_weights_that_are_no_adapter_are_refused(changed, told):
     with pytest.raises(UserError, match=told):
-        Adapter(weights() | changed, 2, tiny.stack("llama"))
+        tiny.stack("llama").adapter(weights() | changed, 2)

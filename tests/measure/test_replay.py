@@ -79,7 +79,7 @@ def test_the_pass_agrees_with_itself_at_the_last_layer(lm):
     assert 0 < seen.agreement[2] < 1
     assert 0 <= seen.ties <= seen.near_ties < 0.5
     for bits, sure in zip(seen.bits[2, 24], seen.confidence[2, 24], strict=True):
-        assert len(bits) == len(sure) == NEW - 1
+        assert bits.shape == sure.shape == (1, NEW - 1)
         assert ((sure > 1 / 24) & (sure <= 1 + 1e-6)).all(), "of the reduced head"
 
 

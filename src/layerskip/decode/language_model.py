@@ -26,7 +26,6 @@ from layerskip.decode.options import Options, Plan, seeded
 from layerskip.decode.pool import EnginePool
 from layerskip.decode.scheduler import Scheduler, raising
 from layerskip.errors import UserError
-from layerskip.model.adapter import Adapter
 from layerskip.model.cost import RowCosts, row_costs
 from layerskip.model.row_costs import measured_row_costs
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from layerskip.decode.generation import Generation
     from layerskip.decode.options import Keywords
     from layerskip.decode.request import Request, Round
+    from layerskip.model.adapter import Adapter
     from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
@@ -228,7 +228,7 @@ class LanguageModel:
         weights = (
             learnt.state_dict() if learnt is not None else checkpoint.adapter_weights(self.path, self.facts)
         )
-        return None if weights is None else Adapter(weights, max(self.facts.exits), self.stack)
+        return None if weights is None else self.stack.adapter(weights, max(self.facts.exits))
 
     def _default_draft_vocabulary(self, plan: Plan) -> int:
         """How many tokens the draft head has by default: those the checkpoint asks for or lists, else 0."""

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from layerskip.model.stack import Stack
-
 EPS = 1e-6
 JOIN = "join.weight"
 BLOCK = re.compile(r"blocks\.(\d+)\.(gate_up|down)\.weight")
@@ -58,19 +56,17 @@ def scaled(x: Tensor) -> Tensor:
 
 
 class Adapter:
-    """A trained adapter laid out for a stack; `layers` is the E whose states it reads.
+    """A trained adapter; `layers` is the E whose states it reads, `known` the width behind the final norm.
+
+    Laid out for the device, dtype and width of states `like` that. `Stack.adapter` makes one.
 
     Every row has the same bits whatever rows stand beside it, as far as the native stack's products have.
     Raises: UserError for weights that are no adapter of this width.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], layers: int, stack: Stack) -> None:
-        with torch.inference_mode():  # a head may read another width than the layers have
-            known = stack.finished(torch.zeros(1, stack.width, dtype=stack.dtype, device=stack.device)).shape[
-                -1
-            ]
-        check_weights(weights, stack.width, known)
-        self.layers, dtype, device = layers, stack.dtype, stack.device
+    def __init__(self, weights: Mapping[str, Tensor], layers: int, like: Tensor, known: int) -> None:
+        check_weights(weights, like.shape[-1], known)
+        self.layers, dtype, device = layers, like.dtype, like.device
         ready = {name: packed(weight.to(device, dtype)) for name, weight in weights.items()}
         self.join = ready[JOIN]
         self.blocks = [

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.errors import UserError
+from layerskip.model.adapter import Adapter
 from layerskip.model.head import Head, draft_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -147,6 +148,13 @@ class Stack(ABC):
             )
         places = sorted(range(size), key=ranked.__getitem__)
         return self.reduced_head([ranked[place] for place in places], rows[places])
+
+    def adapter(self, weights: Mapping[str, Tensor], layers: int) -> Adapter:
+        """Lay out the adapter of the exit after so many layers. Raises: UserError for weights that are none."""
+        like = torch.zeros(1, self.width, dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            known = self.finished(like).shape[-1]  # a head may read another width than the layers have
+        return Adapter(weights, layers, like, known)
 
     @abstractmethod
     def new_cache(self, rows: int, capacity: int) -> Cache:

@@ -73,7 +73,7 @@ class Workbench:
         return self.stack.run(self.wide, exit_layer, self.stack.num_layers, step, self.cache)[0]
 
     def headed(self, hidden: Tensor, head: Head | None = None) -> list[int]:
-        """Read the most probable tokens of one or several positions, through the head's adapter where it has one."""
+        """Read the most probable tokens of one or several positions, through the head's adapter if it has one."""
         states = hidden[0]
         if head is not None and head.adapter is not None:
             states = head.adapter(states, self.stack.finished(states))

@@ -225,7 +225,8 @@ def _store(run: Run, trainer: Any) -> StateStore | None:
             budget=recipe.states_gb * 1e9,
             key=json.dumps(told),
         )
-    rows.numbered, trainer.exits.store = True, store
+    rows.numbered = True
+    trainer.exits.keep(store)
     return store
 
 

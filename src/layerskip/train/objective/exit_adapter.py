@@ -12,7 +12,7 @@ Source: `model/adapter.py`; training on its own output as in HASS (arXiv 2408.15
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -25,13 +25,28 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from layerskip.train.objective.exits import ExitTraining
 
 NAME = "exit_adapter"
 STEP_WEIGHT = 0.8
 """What draft i + 1 counts against draft i: it is asked for only where draft i was kept."""
 DRAFTS = 4
 """Drafts of a round that evaluation looks at."""
+
+
+class Taught(Protocol):
+    """What an adapter's loss asks of `exits.ExitTraining`."""
+
+    hf: Any
+    store: Any
+    schedule: Any
+    bound: Any
+    head: Any
+    softcap: float | None
+
+    def states_of(self, inputs: dict[str, Any], wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]: ...
+    def draft_head(self, wanted: Tensor) -> tuple[Tensor, Tensor | None, Tensor]: ...
+    def token_of(self, places: Tensor) -> Tensor: ...
+    def read(self, x: Tensor) -> Tensor: ...
 
 
 class ExitAdapter(torch.nn.Module):
@@ -144,7 +159,7 @@ def best_of(states: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def frozen_states(exits: ExitTraining, inputs: dict[str, Any], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def frozen_states(exits: Taught, inputs: dict[str, Any], rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """States of a model that is not trained: after the exit, and behind the final norm, [B, T, D] each.
 
     `rows` [B, 2] are the numbers of the data's rows and their lengths, by which a store knows them.
@@ -162,7 +177,7 @@ def frozen_states(exits: ExitTraining, inputs: dict[str, Any], rows: Tensor | No
 
 
 def adapter_loss(
-    exits: ExitTraining,
+    exits: Taught,
     early: Tensor,
     final: Tensor,
     labels: Tensor,

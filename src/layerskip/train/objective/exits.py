@@ -180,6 +180,10 @@ class ExitTraining:
         """Say which optimiser step comes, and which row of its global batch is the first of the next call."""
         self.step, self.total, self.first_row = step, total, first_row
 
+    def keep(self, store: StateStore) -> None:
+        """Keep the states that an adapter learns from, and read them again."""
+        self.store = store
+
     def drain(self) -> Totals:
         """Hand over the totals and start new ones."""
         done, self.totals = self.totals, Totals()
