@@ -139,6 +139,54 @@ def test_rounds_on_the_device_are_those_of_the_host(family, processing):
     assert told[0] == told[1] == told[2]
 
 
+class Probing:
+    """A controller that looks at exit 2 at every round and keeps what it is told."""
+
+    copying, timed, plain = None, False, Choice(L, 0)
+
+    def __init__(self, choice):
+        self.chosen, self.told = choice, []
+
+    def choose(self, chances):
+        return [self.chosen] * len(chances)
+
+    def learn(self, choice, seconds, rows):
+        self.told += [row.agreements[2] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "choice", [Choice(L, 0, probes=(2,)), Choice(3, 2, probes=(2,))], ids=["plain", "exit 3"]
+)
+@pytest.mark.parametrize("family", ["llama", "llama+native"])
+def test_a_probe_asks_the_adapter_of_the_first_draft_behind_every_verified_token(family, choice):
+    stack = tiny.stack(family, torch.float64 if "+" not in family else torch.float32)
+    head, controller = head_of(stack), Probing(choice)
+    record = decode(
+        stack,
+        PROMPTS[:1],
+        NEW,
+        draft_head=head,
+        controller=controller,
+        rows=1,
+        capacity=80,
+        device_rounds=False,
+    )
+    tokens, wanted = list(PROMPTS[0]), []
+    for round in record.rounds[0]:
+        if round.source != "prefill":
+            seen = round.accepted + 1
+            hits = 0
+            for i in range(seen):
+                known = [*tokens, *round.draft[:i]]
+                following = [*round.draft[: round.accepted], *round.tokens[round.accepted :]][i : i + 1]
+                hits += drafted(stack, head, known, 2, 1) == following
+            wanted.append((hits, seen))
+        tokens += round.tokens
+    told = [(int(hits + 0.5), seen) for hits, seen in controller.told]
+    assert told[:-1] == wanted[:-1]  # the last round may have been cut by the budget
+    assert 0 < sum(hits for hits, _ in told) < sum(seen for _, seen in told)
+
+
 @pytest.mark.parametrize("device_rounds", [False, True])
 def test_sampling_draws_by_the_models_law(device_rounds):
     model = small_model()
