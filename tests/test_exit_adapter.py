@@ -19,6 +19,7 @@ from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.measure.exits.continuations import Continuation, observed
 from layerskip.measure.exits.replay import replay, runs
+from layerskip.train.data.encoding import IGNORED
 from layerskip.train.job.recipe import as_yaml, read_recipe
 from layerskip.train.job.run import finish, prepare
 from layerskip.train.objective.exit_adapter import (
@@ -244,6 +245,16 @@ def test_a_run_leaves_the_weights_as_they_were_and_a_folder_that_drafts(made, fo
         .tokens
     )
     assert {"draft_1_agreement", "tokens_per_round"} <= result.keys()
+
+
+def test_an_adapter_learns_from_prompts_too_and_is_judged_on_answers(made):
+    run, _ = made
+    (row,) = (run.train_rows[i] for i in range(1))
+    assert ((row["labels"] != IGNORED) == (row["position_ids"] > 0)).all()  # nothing predicts a text's first token
+    held = [run.eval_rows[i] for i in range(len(run.eval_rows))]
+    assert run.plan["held_out"] == 8
+    learnt = torch.cat([part["labels"] for part in held]) != IGNORED
+    assert int(learnt.sum()) == 8 * 40  # the answers
 
 
 def test_what_one_pass_says_is_what_rounds_do(made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from layerskip.errors import UserError
 from layerskip.reading import named_path, reason
 
 if TYPE_CHECKING:
-    from layerskip.train.data.encoding import Encoded
+    from layerskip.train.data.encoding import DataOptions, Encoded
     from layerskip.train.data.packing import Rows
     from layerskip.train.job.recipe import Recipe
     from layerskip.watch import Watch
@@ -86,7 +87,8 @@ def rows_of(
 ) -> tuple[Rows, Rows | None]:
     """Read the rows to train on, and those to evaluate on: of eval_data, else of examples that are set aside.
 
-    Examples are set aside before packing, the same ones for the same data and seed.
+    Examples are set aside before packing, the same ones for the same data and seed. An adapter may learn from
+    prompts too, but drafts stand in answers: there it is judged.
     Raises: UserError for data that cannot be read or encoded, or give no rows.
     """
     from layerskip.train.data import packing as data
@@ -103,7 +105,9 @@ def rows_of(
     )
     pad = tokenizer.pad_token_id
 
-    def read(sources: Sequence[str], limit: int | None = None) -> list[Encoded]:
+    answers = replace(options, loss_on="completions") if recipe.exit_adapter else options
+
+    def read(sources: Sequence[str], options: DataOptions, limit: int | None = None) -> list[Encoded]:
         found = itertools.chain.from_iterable(data.examples(source, columns) for source in sources)
         return data.encode(itertools.islice(found, limit), tokenizer, options, watch, ends)
 
@@ -112,11 +116,13 @@ def rows_of(
         data.check_labels(made, config.get_text_config().vocab_size)
         return made
 
-    trained, evaluated = read(recipe.sources), []
+    trained, evaluated = read(recipe.sources, options), []
     if recipe.eval_sources:
-        evaluated = read(recipe.eval_sources, recipe.eval_limit)
+        evaluated = read(recipe.eval_sources, answers, recipe.eval_limit)
     elif count := num_held_out(recipe, len(trained)):
-        trained, evaluated = data.split(trained, num=count, seed=recipe.seed)
+        judged = trained if answers == options else read(recipe.sources, answers)
+        trained, _ = data.split(trained, num=count, seed=recipe.seed)
+        _, evaluated = data.split(judged, num=count, seed=recipe.seed)
     return packed(trained), packed(evaluated) if evaluated else None
 
 
