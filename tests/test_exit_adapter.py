@@ -111,6 +111,7 @@ def test_the_adapter_learns_and_nothing_else_does(tmp_path, family):
     after = start.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert last["eval_tokens_per_round"] > first["eval_tokens_per_round"]
+    assert last["eval_exit_2_agreement"] == pytest.approx(last["eval_draft_1_agreement"])
     shares = [last[f"eval_draft_{i}_agreement"] for i in range(1, DRAFTS + 1)]
     assert last["eval_tokens_per_round"] == pytest.approx(
         1 + sum(torch.tensor(shares).cumprod(0).tolist()), abs=1e-4

@@ -186,8 +186,8 @@ def adapter_loss(
 ) -> tuple[Tensor, Sums, Tensor | int]:
     """Loss of the drafts, figures of the exit (its first draft) and of the last layer, and rounds by right drafts.
 
-    In training drafts are compared with what the last layer says of the draft vocabulary. In evaluation the figures
-    are those of the whole vocabulary, and rounds are counted, see `runs_of`.
+    In training drafts are compared with what the last layer says of the draft vocabulary. In evaluation losses are
+    those of the whole vocabulary, and rounds are counted, see `runs_of`.
     Shapes: early, final [B, T, D], labels [B, T].
     """
     adapter, last, training = adapter_of(exits.hf), exits.schedule.num_layers, exits.hf.training
@@ -210,6 +210,7 @@ def adapter_loss(
         loss, sums = multi_exit_loss(by_key, wanted, {}, *whole, exits.softcap)
         best, own = best_of(known, *whole), [0, 1]
         bits = [exits.token_of(best_of(x, head, bias)) == best for x in states]
+        sums.agreement[0] = bits[0].sum()  # by the head that drafts
         runs = runs_of(bits, places, labels.numel())
     told = Sums((adapter.exit_layer, last), sums.ce[own], sums.kl[own], sums.agreement[own], sums.tokens)
     return loss, told, runs
