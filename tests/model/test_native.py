@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,10 +167,11 @@ def test_a_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """Find the compiled regions as a new process with a cache of its own does; the compiler is one that copies."""
-    ready = next(iter((compiled.cache_folder() / "kernels").glob("*-*.so")), None)
-    if ready is None:
+    if compiled.kernels() is None:
         pytest.skip("no C++ compiler")
-    content = ready.read_bytes()
+    content = Path(
+        compiled.kernels().library._name
+    ).read_bytes()  # not any library of the cache: others are old
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
     runs = []
 
@@ -191,6 +193,18 @@ def fresh(monkeypatch, tmp_path):
 
 
 @needs_compiler
+@needs_compiler
+def test_two_libraries_in_one_process_are_two(tmp_path):
+    """Files under the same descriptor were one library to the loader: the second was the first, whatever it held."""
+    content, handles = Path(compiled.kernels().library._name).read_bytes(), set()
+    for more in (b"", b"\0"):
+        path = tmp_path / f"x-{compiled._digest(content + more)}.so"
+        path.write_bytes(content + more)
+        path.chmod(0o700)
+        handles.add(compiled._loaded(path)._handle)
+    assert len(handles) == 2
+
+
 def test_the_library_is_compiled_once_into_a_folder_that_is_ones_own(fresh, tmp_path, recwarn):
     found, runs = fresh()
     assert found is not None

@@ -211,16 +211,18 @@ def _library(compiler: list[str], fingerprint: str) -> tuple[Any, bool]:
 def _loaded(path: Path) -> Any:
     """Load a whole library that only this user can have written; None for any other."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(handle, "rb") as file:
+    with os.fdopen(handle, "rb", closefd=False) as file:
         distrust = _shared(os.fstat(handle), path)
         if distrust is None and _digest(file.read()) != path.stem.rpartition("-")[2]:
             distrust = f"{path} is damaged"
-        if distrust is not None:
-            warnings.warn(f"{distrust}: the compiled regions are compiled anew", stacklevel=5)
-            path.unlink()
-            return None
-        same = Path(f"/proc/self/fd/{handle}")
-        return ctypes.CDLL(str(same if same.exists() else path))
+    if distrust is not None:
+        os.close(handle)
+        warnings.warn(f"{distrust}: the compiled regions are compiled anew", stacklevel=5)
+        path.unlink()
+        return None
+    # It stays open: a second library under the same number would be taken for the first, by its name.
+    same = Path(f"/proc/self/fd/{handle}")
+    return ctypes.CDLL(str(same if same.exists() else path))
 
 
 def _shared(found: os.stat_result, path: Path) -> str | None:
