@@ -195,7 +195,7 @@ def fresh(monkeypatch, tmp_path):
 @needs_compiler
 @needs_compiler
 def test_two_libraries_in_one_process_are_two(tmp_path):
-    """Files under the same descriptor were one library to the loader: the second was the first, whatever it held."""
+    """Files under one descriptor were one library to the loader: the second was the first, whatever it held."""
     content, handles = Path(compiled.kernels().library._name).read_bytes(), set()
     for more in (b"", b"\0"):
         path = tmp_path / f"x-{compiled._digest(content + more)}.so"
