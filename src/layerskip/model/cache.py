@@ -90,13 +90,11 @@ class Cache:
             value[:, :, :held] = self.values[layer][:, :, :held]
             self.both[layer], self.keys[layer], self.values[layer] = both, key, value
         if self.finals is not None:
-            kept, self.finals = (
-                self.finals,
-                self.finals.new_zeros(
-                    *self.keys[0].shape[:1], 1, self._slots(capacity), self.finals.shape[-1]
-                ),
+            grown = self.finals.new_zeros(
+                *self.finals.shape[:2], self._slots(capacity), self.finals.shape[-1]
             )
-            self.finals[:, :, :held] = kept[:, :, :held]
+            grown[:, :, :held] = self.finals[:, :, :held]
+            self.finals = grown  # once it is filled: an interrupt must not lose what was there
         self.capacity = capacity
 
     def keep_finals(self, width: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -47,9 +47,7 @@ class ExitDrafter:
         drafts = [Draft() for _ in rows]
         hidden: Tensor | None = None
         adapter = self.head.adapter if self.head is not None and self.head.adapts(exit_layer) else None
-        before: dict[
-            int, Tensor
-        ] = {}  # row -> the last layer's normed state of the position before, or its stand-in
+        before: dict[int, Tensor] = {}  # by row: the last layer's normed state before, or its stand-in
         if adapter is not None:
             ends = [len(row.tokens) - 2 for row in rows]
             before = dict(

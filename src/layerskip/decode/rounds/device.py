@@ -126,9 +126,7 @@ def _exit_drafts(
     """
     hidden, drafts, laws, sure = [], [], [], []
     adapter = head.adapter if head is not None and head.adapts(shape.exit_layer) else None
-    before: Tensor | None = (
-        None  # the last layer's normed state of the position before, or its stand-in [B, D]
-    )
+    before: Tensor | None = None  # [B, D], the last layer's normed state before, or its stand-in
     if adapter is not None:
         before = stack.finished(cache.finals_at(index, (starts - 1).clamp(min=0)))
     for i in range(shape.draft_length + 1):  # the last turn is the last draft's early pass and draws nothing

@@ -177,10 +177,9 @@ class HostRounds:
             if head is None or head.adapter is None or not head.adapts(k):
                 asked.append(h[:seen])
                 continue
-            before = range(
-                len(row.tokens) - 2, len(row.tokens) - 2 + seen
-            )  # verification has just written them
-            known = self.stack.finished(self.cache.finals_at([row.slot] * seen, before))
+            first = len(row.tokens) - 2  # verification has just written what stands behind it
+            states_before = self.cache.finals_at([row.slot] * seen, range(first, first + seen))
+            known = self.stack.finished(states_before)
             asked.append(head.adapter(h[:seen], known))
         read = self.stack.logits(torch.cat(asked), head)
         read = read if head is None else head.scatter(read, self.stack.vocab_size)
