@@ -29,13 +29,13 @@ def train_adapter(
     prompts: Sequence[Any],
     *,
     output: str | Path | None = None,
-    exit_layer: int = 2,
+    exit_layer: int = 0,
     draft_vocab: int = 8192,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     epochs: float = 3.0,
-    learning_rate: float = 1e-3,
-    steps: int = 3,
+    learning_rate: float = 3e-3,
+    steps: int = 2,
     seed: int = 0,
 ) -> dict[str, float]:
     """Teach a model in memory to draft for itself; its own weights and its plain output stay as they are.
@@ -68,7 +68,7 @@ def train_adapter(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = LayerSkipArguments(
             scratch, p_max=0.0, exits=[exit_layer], curriculum="fixed", weighting="uniform", freeze="model",
-            exit_adapter=True, adapter_steps=steps, exit_loss="kl",
+            exit_adapter=True, adapter_steps=steps, exit_loss="kl", optimizer="muon",
             exit_vocab=min(draft_vocab, model.get_output_embeddings().weight.shape[0]),
             num_train_epochs=epochs, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.03,
             per_device_train_batch_size=4, per_device_eval_batch_size=4, save_strategy="no", report_to=[],

@@ -63,22 +63,31 @@ def drafted(stack, head, tokens, exit_layer, length):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("exit_layer", [0, 2])
 @pytest.mark.parametrize("family", ["llama", "llama+native", "gemma2+native", "gpt2", "opt"])
-def test_drafts_are_those_of_the_definition(family, rows):
+def test_drafts_are_those_of_the_definition(family, exit_layer, rows):
     """After kept and rejected drafts, in company, with rows that copied in between."""
     stack = tiny.stack(family, torch.float64 if "+" not in family else torch.float32)
-    head, kept = head_of(stack, size=50), Counter()
-    arms = (Choice(2, 3),)
+    head, kept = head_of(stack, exit_layer, size=50), Counter()
+    arms = (Choice(exit_layer, 3),)
     prices = Prices(L, 0.5, 0.5)
     controller = Controller(prices, arms, copying=Copying(2, 4, FREE), trained=True, guard=False, timed=False)
     record = decode(
-        stack, PROMPTS, NEW, 2, 3, rows=rows, draft_head=head, device_rounds=False, controller=controller
+        stack,
+        PROMPTS,
+        NEW,
+        exit_layer,
+        3,
+        rows=rows,
+        draft_head=head,
+        device_rounds=False,
+        controller=controller,
     )
     for prompt, rounds in zip(PROMPTS, record.rounds, strict=True):
         tokens = list(prompt)
         for round in rounds:
             if round.source == "exit":
-                assert round.draft == drafted(stack, head, tokens, 2, len(round.draft))
+                assert round.draft == drafted(stack, head, tokens, exit_layer, len(round.draft))
                 kept[round.accepted] += 1
             elif round.source == LOOKUP:
                 kept["copied"] += 1
@@ -96,7 +105,7 @@ def test_output_is_plain_decodings(family):
         dtype: decode(tiny.stack(family, dtype), PROMPTS, NEW).tokens
         for dtype in (torch.float32, torch.float64)
     }
-    cells = matrix([*plain], (1, 2, L - 1), (1, 4), SHARES, (False, True))
+    cells = matrix([*plain], (0, 2, L - 1), (1, 4), SHARES, (False, True))
     for number, (dtype, exit_layer, length, share, device) in enumerate(cells):
         rows = (1, 3)[number.bit_count() % 2]  # one by one, or ragged: each meets every other value
         stack = tiny.stack(family, dtype)
@@ -116,8 +125,9 @@ def test_output_is_plain_decodings(family):
 @pytest.mark.parametrize(
     "processing", [Processing(), Processing(Sampling(temperature=0.9, top_k=40))], ids=["greedy", "sampled"]
 )
+@pytest.mark.parametrize("exit_layer", [0, 2])
 @pytest.mark.parametrize("family", ["llama", "llama+native", "gpt2"])
-def test_rounds_on_the_device_are_those_of_the_host(family, processing):
+def test_rounds_on_the_device_are_those_of_the_host(family, exit_layer, processing):
     stack = tiny.stack(family)
     told = []
     for options in (
@@ -129,9 +139,9 @@ def test_rounds_on_the_device_are_those_of_the_host(family, processing):
             stack,
             PROMPTS,
             NEW,
-            2,
+            exit_layer,
             4,
-            draft_head=head_of(stack, size=50),
+            draft_head=head_of(stack, exit_layer, size=50),
             processing=processing,
             seed=5,
             **options,
@@ -141,7 +151,7 @@ def test_rounds_on_the_device_are_those_of_the_host(family, processing):
 
 
 class Probing:
-    """A controller that looks at exit 2 at every round and keeps what it is told."""
+    """A controller that looks at an exit at every round and keeps what it is told."""
 
     copying, timed, plain = None, False, Choice(L, 0)
 
@@ -152,16 +162,15 @@ class Probing:
         return [self.chosen] * len(chances)
 
     def learn(self, choice, seconds, rows):
-        self.told += [row.agreements[2] for row in rows]
+        self.told += [row.agreements[self.chosen.probes[0]] for row in rows]
 
 
-@pytest.mark.parametrize(
-    "choice", [Choice(L, 0, probes=(2,)), Choice(3, 2, probes=(2,))], ids=["plain", "exit 3"]
-)
+@pytest.mark.parametrize("choice", [Choice(L, 0), Choice(3, 2)], ids=["plain", "exit 3"])
+@pytest.mark.parametrize("probed", [0, 2])
 @pytest.mark.parametrize("family", ["llama", "llama+native"])
-def test_a_probe_asks_the_adapter_of_the_first_draft_behind_every_verified_token(family, choice):
+def test_a_probe_asks_the_adapter_of_the_first_draft_behind_every_verified_token(family, probed, choice):
     stack = tiny.stack(family, torch.float64 if "+" not in family else torch.float32)
-    head, controller = head_of(stack), Probing(choice)
+    head, controller = head_of(stack, probed), Probing(replace(choice, probes=(probed,)))
     record = decode(
         stack,
         PROMPTS[:1],
@@ -180,7 +189,7 @@ def test_a_probe_asks_the_adapter_of_the_first_draft_behind_every_verified_token
             for i in range(seen):
                 known = [*tokens, *round.draft[:i]]
                 following = [*round.draft[: round.accepted], *round.tokens[round.accepted :]][i : i + 1]
-                hits += drafted(stack, head, known, 2, 1) == following
+                hits += drafted(stack, head, known, probed, 1) == following
             wanted.append((hits, seen))
         tokens += round.tokens
     told = [(int(hits + 0.5), seen) for hits, seen in controller.told]

@@ -30,7 +30,7 @@ class Facts:
     """Our entry in a checkpoint's configuration; an absent entry means untrained exits."""
 
     exits: tuple[int, ...] = option((), "Exit layers that were trained.")
-    exit_layer: int | None = option(None, "E, layers that draft.", least=1)
+    exit_layer: int | None = option(None, "E, layers that draft; 0: an adapter reads the embedding.", least=0)
     draft_length: int | None = option(None, "K, tokens drafted per round.", least=0)
     draft_vocab: str | None = option(
         None, "File beside config.json: a JSON list of ids by falling frequency."
@@ -74,6 +74,11 @@ class Facts:
         return (self.draft_head or self.exit_adapter) is not None and self.exits == (exit_layer,)
 
     @property
+    def first_exit(self) -> int:
+        """The lowest exit layer there is: 0, the embedding, where an adapter was trained to read it."""
+        return 0 if self.owns_head(0) else 1
+
+    @property
     def pays(self) -> bool:
         """Whether drafting is the default: as measured, else with trained exits one of which is the default.
 
@@ -106,16 +111,16 @@ def facts_of(config: Any, name: str = "") -> Facts:
     for key in entry:
         if key not in known:
             raise UserError(f"config.json: unknown key layerskip.{key}", nearest(key, known))
-    layers = config.get_text_config().num_hidden_layers
+    layers, least = config.get_text_config().num_hidden_layers, 0 if entry.get("exit_adapter") else 1
     exits, default = entry.get("exits") or [], entry.get("exit_layer")
     for exit_layer in [
         *(exits if isinstance(exits, list) else [exits]),
         *([] if default is None else [default]),
     ]:
-        if type(exit_layer) is not int or not 1 <= exit_layer < layers:
+        if type(exit_layer) is not int or not least <= exit_layer < layers:
             raise UserError(
                 f"config.json: layerskip names exit {exit_layer!r}, the model has {layers} layers",
-                f"exits are whole numbers from 1 to {layers - 1}; exits is a list of them",
+                f"exits are whole numbers from {least} to {layers - 1}; exits is a list of them",
             )
     for key, (kind, _, told) in options_of(Facts).items():
         if key in entry and key != "exits":

@@ -133,7 +133,7 @@ class Engine:
         Raises: UserError for a request that cannot be honoured; the engine is unchanged then.
         """
         self.check(request)
-        exit_layer = request.exit_layer or self.stack.num_layers
+        exit_layer = self.stack.num_layers if request.exit_layer is None else request.exit_layer
         depth = exit_layer if request.unverified else self.stack.num_layers
         choice = Choice(exit_layer, request.draft_length, request.confidence, drafter=request.drafter)
         tokens, uniforms = list(request.prompt), Uniforms(request.seed)
@@ -163,8 +163,10 @@ class Engine:
         early = request.unverified or (request.draft_length > 0 and request.drafter == EXIT)
         if request.drafter not in DRAFTERS:
             raise UserError(f"unknown drafter {request.drafter!r}", nearest(request.drafter, DRAFTERS))
-        if not 1 <= exit_layer <= (layers - 1 if early else layers):
-            allowed = f"choose an exit layer from 1 to {layers - 1} (the model has {layers} layers)"
+        adapted = self.draft_head is not None and self.draft_head.adapts(0) and not request.unverified
+        least = 0 if adapted else 1
+        if not least <= exit_layer <= (layers - 1 if early else layers):
+            allowed = f"choose an exit layer from {least} to {layers - 1} (the model has {layers} layers)"
             raise UserError(f"exit layer {exit_layer} is out of range", allowed)
         if request.draft_length < 0:
             raise UserError(f"draft length {request.draft_length} is negative", "it must be 0 or more")

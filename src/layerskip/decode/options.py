@@ -188,10 +188,10 @@ class Options(SamplingOptions, DraftOptions):
         if exit_layer is None:
             quarter = max(1, num_layers // 4)
             exit_layer = min(facts.exits or (quarter,), key=lambda trained: abs(trained - quarter))
-        if not 1 <= exit_layer < num_layers:
+        if not facts.first_exit <= exit_layer < num_layers:
             raise UserError(
                 f"exit layer {exit_layer} is out of range",
-                f"choose one from 1 to {num_layers - 1} (the model has {num_layers} layers; "
+                f"choose one from {facts.first_exit} to {num_layers - 1} (the model has {num_layers} layers; "
                 f"all of them is --mode ar)",
             )
         draft_length = self.draft_length if self.draft_length is not None else facts.draft_length

@@ -7,8 +7,8 @@
     logits = stack.logits(h[:, -1:])                    # float32 [B, 1, V]
 
 Shape letters, fixed everywhere: `B` rows, `T` positions in this call, `S` cache capacity (slots), `D` width,
-`V` vocabulary, `L` layers, `E` exit layer (layers executed, 1 <= E <= L), `K` draft length, `H` key/value
-heads, `d` size of one head, `N` flattened (row, position) pairs.
+`V` vocabulary, `L` layers, `E` exit layer (layers executed, 1 <= E <= L; 0, the embedding, is for adapters alone),
+`K` draft length, `H` key/value heads, `d` size of one head, `N` flattened (row, position) pairs.
 """
 
 from __future__ import annotations
@@ -94,14 +94,15 @@ class Stack(ABC):
 
         Shapes: h [B, T, D] -> [B, T, D]; the dictionary holds the hidden state after k layers for k in taps.
         """
+        given = {k: h for k in taps if k == start}
         if start == stop:
-            return h, {}
+            return h, given
         cache.bind(step)
         self.counters.count_run(start, stop, step)
-        h, tapped = self._run(h, range(start, stop), step, cache, taps)
+        h, tapped = self._run(h, range(start, stop), step, cache, [k for k in taps if k != start])
         if stop == self.num_layers:
             cache.write_finals(h, step)
-        return h, tapped
+        return h, {**given, **tapped}
 
     @abstractmethod
     def _run(

@@ -56,6 +56,9 @@ class LayerSkipFields:
     adapter_steps: int = field(
         default=3, metadata={"help": "Drafts of a round that are trained, each on the last."}
     )
+    optimizer: str = field(
+        default="adamw", metadata={"help": "adamw (as optim says), or muon, for what freeze=model leaves."}
+    )
     freeze: str = field(
         default="nothing", metadata={"help": "nothing, embeddings (and head), above (the exits) or model."}
     )

@@ -34,6 +34,7 @@ from layerskip.train.objective.binding import base_model_of, bound
 from layerskip.train.objective.exit_adapter import NAME, adapter_of
 from layerskip.train.objective.exit_map import as_checkpoint, map_of
 from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.least_squares import solved
 from layerskip.train.objective.objective import Objective
 from layerskip.train.supported import refuse_other_trainers, refuse_unsupported
 
@@ -230,10 +231,38 @@ class LayerSkipMixin:
             self.exits.hf.config.layerskip = entry(Facts(trained))
         self._logged_s, self._micro = time.perf_counter(), (-1, 0)
         self.exits.drain()  # sums of a run that was refused would be refused again
+        self._begin_adapter(bool(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._interrupts.restore()
+
+    def _begin_adapter(self, resumed: bool) -> None:
+        """Let a new adapter start as the best linear one on some rows of the data."""
+        adapter, rows = adapter_of(self.exits.hf), self._rows()
+        if adapter is None or adapter.begun:
+            return
+        adapter.begun = True
+        if resumed or rows is None:
+            return
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            weight = solved(self.exits, rows, self.args.seed)
+        if weight is not None:
+            adapter.join.weight.data.copy_(weight)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, or Muon. Raises: UserError where that has more to step than matrices."""
+        learnt = [p for p in self.exits.hf.parameters() if p.requires_grad]
+        if self.optimizer is None and self.args.optimizer == "muon":
+            if self.exits.bound.objective.freeze != "model" or any(p.ndim != 2 for p in learnt):
+                raise UserError(
+                    "Muon steps matrices between layers alone, and more is learnt here", "optimizer=adamw"
+                )
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = torch.optim.Muon(
+                learnt, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            )
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._saving is not None:

@@ -43,7 +43,7 @@ SHORTEST_KV = 64  # slots read at least: below, attention costs nothing and buck
 class Shape:
     """All that a captured round cannot change: the key of its graph."""
 
-    exit_layer: int  # 0: the drafts are given
+    exit_layer: int | None  # None: the drafts are given
     depth: int
     draft_length: int
     law: Sampling
@@ -56,7 +56,7 @@ class Shape:
     @property
     def num_given(self) -> int:
         """Drafts per row that go in."""
-        return 0 if self.exit_layer else self.draft_length
+        return self.draft_length if self.exit_layer is None else 0
 
     @property
     def num_uniforms(self) -> int:
@@ -84,7 +84,7 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
         return Step.on_device(index, starts, counts, offsets, shape.kv_len, cache.capacity, shape.in_place)
 
     span, laws, confident = step(0, length + 1), None, torch.full_like(judged, length)  # [B]
-    if shape.exit_layer:
+    if shape.exit_layer is not None:
         hidden, draft, laws, confident = _exit_drafts(
             stack, cache, head, token, uniforms, shape, step, index, starts
         )
@@ -92,7 +92,7 @@ def device_round(stack: Stack, cache: Cache, head: Head | None, packed: Tensor, 
     else:
         draft = packed[:, 4 : 4 + length]  # [B, K]
         hidden = stack.embed(torch.cat([token[:, None], draft], 1), span)  # [B, K + 1, D]
-    h, _ = stack.run(hidden, shape.exit_layer, shape.depth, span, cache)  # [B, K + 1, D]
+    h, _ = stack.run(hidden, shape.exit_layer or 0, shape.depth, span, cache)  # [B, K + 1, D]
     logits = stack.logits(h)  # [B, K + 1, V]
     largest, targets = logits.max(-1)  # [B, K + 1]
     sound = largest.isfinite().long().cumprod(-1).sum(-1)  # [B]
@@ -125,13 +125,14 @@ def _exit_drafts(
     many drafts stand before low confidence [B].
     """
     hidden, drafts, laws, sure = [], [], [], []
-    adapter = head.adapter if head is not None and head.adapts(shape.exit_layer) else None
+    exit_layer = shape.exit_layer or 0
+    adapter = head.adapter if head is not None and head.adapts(exit_layer) else None
     before: Tensor | None = None  # [B, D], the last layer's normed state before, or its stand-in
     if adapter is not None:
         before = stack.finished(cache.finals_at(index, (starts - 1).clamp(min=0)))
     for i in range(shape.draft_length + 1):  # the last turn is the last draft's early pass and draws nothing
         at = step(i, 1)
-        h, _ = stack.run(stack.embed(token[:, None], at), 0, shape.exit_layer, at, cache)  # [B, 1, D]
+        h, _ = stack.run(stack.embed(token[:, None], at), 0, exit_layer, at, cache)  # [B, 1, D]
         hidden.append(h)
         if i == shape.draft_length:
             break
@@ -230,7 +231,7 @@ class DeviceRounds:
             cache.touch(row.slot, len(row.tokens) - 1 + count)
         needed = max(len(row.tokens) - 1 + count for row, count in zip(rows, counts, strict=True))
         shape = Shape(
-            exit_layer=first.exit_layer if copies is None else 0,
+            exit_layer=first.exit_layer if copies is None else None,
             depth=first.depth,
             draft_length=length,
             law=law[0],

@@ -55,7 +55,7 @@ class HostRounds:
         proposal = self.drafter(choice.source).draft(rows, limits)
         drafts = proposal.drafts
         counts = [len(draft.tokens) + 1 for draft in drafts]
-        above = [k for k in choice.probes if k > proposal.layers]
+        above = [k for k in choice.probes if k not in proposal.taps]
         if proposal.states is None:
             given = [[row.tokens[-1], *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
             live, taps = self._run_given(rows, starts, given, depth, above)

@@ -152,7 +152,7 @@ def drafts_of(stack: Stack, head: Head, states: Mapping[int, Tensor]) -> list[Te
 def check_exits(exits: Iterable[int], layers: int) -> None:
     """Refuse what is no layer of a model of `layers`. Raises: UserError."""
     for exit_layer in exits:
-        if not 1 <= exit_layer <= layers:
+        if not 0 <= exit_layer <= layers:
             raise UserError(f"exit layer {exit_layer} is out of range", f"exits are layers 1 to {layers}")
 
 

@@ -129,8 +129,9 @@ def exit_layers(lm: LanguageModel) -> list[int]:
     """The checkpoint's own; one layer, a quarter, a half, all but one (most drafts are kept there); other exits."""
     layers, facts = lm.stack.num_layers, lm.facts
     spread = (1, layers // 4, layers // 2, layers - 1)
-    wanted = (*filter(None, (facts.exit_layer,)), *spread, *facts.exits)
-    return list(dict.fromkeys(e for e in wanted if 1 <= e < layers))[:MOST_EXITS]
+    own = () if facts.exit_layer is None else (facts.exit_layer,)
+    wanted = (*own, *spread, *facts.exits)
+    return list(dict.fromkeys(e for e in wanted if facts.first_exit <= e < layers))[:MOST_EXITS]
 
 
 def draft_vocabulary(lm: LanguageModel) -> int:

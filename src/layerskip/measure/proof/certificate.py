@@ -127,7 +127,9 @@ def shortly(lm: LanguageModel, prompts: list[list[int]], max_new_tokens: int, ca
 
 def usual_case(lm: LanguageModel) -> Case:
     """How the checkpoint drafts by default; an exit after a quarter of the layers where it says nothing."""
-    exit_layer = lm.facts.exit_layer or max(1, lm.stack.num_layers // 4)
+    exit_layer = lm.facts.exit_layer
+    if exit_layer is None:
+        exit_layer = max(1, lm.stack.num_layers // 4)
     return Case(exit_layer, lm.facts.draft_length or 2, draft_vocabulary(lm))
 
 

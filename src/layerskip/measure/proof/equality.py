@@ -76,13 +76,14 @@ def logits_behind(stack: Stack, rows: Sequence[Sequence[int]], exit_layer: int |
     """
     tokens = torch.tensor([list(row) for row in rows], device=stack.device)  # [B, T]
     count, length = tokens.shape
+    last = stack.num_layers if exit_layer is None else exit_layer
     cache = stack.new_cache(count, length)
     for start in range(0, length, CHUNK):
         part = tokens[:, start : start + CHUNK]
         lengths = [part.shape[1]] * count
         step = Step.span(range(count), [start] * count, lengths, stack.device, spill=length)
-        h, _ = stack.run(stack.embed(part, step), 0, exit_layer or stack.num_layers, step, cache)  # [B, T, D]
-    return h[:, -1] if exit_layer else stack.logits(h[:, -1])
+        h, _ = stack.run(stack.embed(part, step), 0, last, step, cache)  # [B, T, D]
+    return h[:, -1] if exit_layer is not None else stack.logits(h[:, -1])
 
 
 @dataclass(frozen=True)

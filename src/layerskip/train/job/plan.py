@@ -85,7 +85,7 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             for key in (
                 "p_max", "drop_depth", "drop_time", "residual_scale", "e_scale", "weighting", "curriculum",
                 "rotation", "last_every", "exit_loss", "last_loss", "exit_vocab", "exit_map", "freeze",
-                "exit_adapter", "adapter_blocks", "adapter_hidden", "adapter_steps",
+                "exit_adapter", "adapter_blocks", "adapter_hidden", "adapter_steps", "optimizer",
                 "learning_rate", "weight_decay", "max_grad_norm", "seed", "report_to",
             )
         },

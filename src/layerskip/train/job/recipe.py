@@ -130,8 +130,8 @@ class Recipe(_Strict):
     """Exits trained at a step: in turn (rotational), from the last layer down (gradual), all, or those in exits."""
     rotation: Count | None = None
     """R: each exit is trained once in R steps (rotational only); null or more than the exits: one exit a step."""
-    exits: list[Count] | Literal["auto"] | None = None
-    """Exit layers to train: null is all, auto 1/8, 1/4, 3/8, 1/2 of the depth, rounded down; paper leaves 1 out."""
+    exits: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
+    """Exit layers to train: null is all, auto eighths of the depth up to its half; paper has no 1, adapters 0."""
     last_every: Count = 1
     """N: every N-th row runs all layers and trains the last one; the others stop at the deepest exit in use."""
     exit_vocab: Count | None = None
@@ -165,14 +165,16 @@ class Recipe(_Strict):
     """Forward passes per optimiser step."""
     global_batch: Count | None = None
     """Rows per optimiser step over all devices; sets accumulation to fit the number of devices."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon with the same scale of learning rates, which is for freeze=model: it steps matrices alone."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup: float = Field(default=0.03, ge=0)
     """Steps of warm-up; below 1 a share of all steps."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's weight decay."""
+    """Weight decay."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0 is off."""
     seed: int = Field(default=0, ge=0)

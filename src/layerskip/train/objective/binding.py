@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.errors import UserError
-from layerskip.model.families import parts_of
+from layerskip.model.families import ADDING_A_MODEL, parts_of
+from layerskip.model.parity import PARITY, probe_tokens
 from layerskip.train.data.packing import most_frequent
 from layerskip.train.objective import exit_map
 from layerskip.train.objective.anchor import anchor_of
 from layerskip.train.objective.exit_adapter import adapter_of, add_adapter
-from layerskip.train.objective.reference import reference_of
+from layerskip.train.objective.reference import evaluating, reference_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -132,3 +133,34 @@ def _ends(hf: Any) -> set[int]:
     if ids is None:
         return set()
     return {ids} if isinstance(ids, int) else {*ids}
+
+
+@torch.no_grad()
+def check_logits(hf: Any, finish: list[Any], softcap: float | None) -> None:
+    """Compare head(final norm(x)), as exits will be read, with the model's own logits on eight tokens.
+
+    Raises: UserError when they differ.
+    """
+    head = hf.get_output_embeddings()
+    if head.weight.device.type == "meta":
+        return
+    seen: list[Tensor] = []
+    hook = finish[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) if finish else None
+    try:
+        tokens = probe_tokens(head.weight.shape[0], head.weight.device)
+        with evaluating(hf):
+            reference = hf(input_ids=tokens, use_cache=False).logits.float()
+    finally:
+        if hook is not None:
+            hook.remove()
+    x = seen[-1]
+    for module in finish:
+        x = module(x)
+    ours = head(x).float()
+    if softcap is not None:
+        ours = torch.tanh(ours / softcap) * softcap
+    if (ours - reference).abs().max() > PARITY[hf.dtype] * reference.abs().max():
+        raise UserError(
+            f"model type {hf.config.model_type!r}: its logits are not head(norm(x)), exits would be misread",
+            ADDING_A_MODEL,
+        )

@@ -57,6 +57,7 @@ class ExitAdapter(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.exit_layer = exit_layer
+        self.begun = False  # `least_squares` found where to start from, or a checkpoint was loaded
         self.join = torch.nn.Linear(width + (known or width), width, bias=False)
         self.blocks = torch.nn.ModuleList(_Block(width, hidden) for _ in range(blocks))
         generator = torch.Generator().manual_seed(seed)

@@ -22,17 +22,15 @@ import numpy as np
 import torch
 
 from layerskip.errors import UserError
-from layerskip.model.families import ADDING_A_MODEL, parts_of, refuse_architecture
-from layerskip.model.parity import PARITY, probe_tokens
+from layerskip.model.families import parts_of, refuse_architecture
 from layerskip.train.data.encoding import IGNORED
 from layerskip.train.objective.anchor import live_tokens
-from layerskip.train.objective.binding import base_model_of, bound
+from layerskip.train.objective.binding import base_model_of, bound, check_logits
 from layerskip.train.objective.dropout import LayerDropout, keep_masks, sliced
 from layerskip.train.objective.exit_adapter import adapter_loss, adapter_of, frozen_states
 from layerskip.train.objective.exit_map import map_of
 from layerskip.train.objective.loss import Sums, multi_exit_loss
 from layerskip.train.objective.objective import Objective
-from layerskip.train.objective.reference import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,11 +137,21 @@ class ExitTraining:
         disable: Any = torch.compiler.disable
         self._eager = {
             f: disable(f)
-            for f in (self._catch, self._prepare, self._note, self._loss, self._referred, self._drafted)
+            for f in (
+                self._catch,
+                self._catch_embedded,
+                self._prepare,
+                self._note,
+                self._loss,
+                self._referred,
+                self._drafted,
+            )
         }
         for k, layer in enumerate(self.layers, 1):
             hook = functools.partial(self._eager[self._catch], k)
             self._hooks.append(layer.register_forward_hook(hook))
+        embedded = self._eager[self._catch_embedded]
+        self._hooks.append(self.layers[0].register_forward_pre_hook(embedded, with_kwargs=True))
         self._replaced = self.hf.__dict__.get("forward")
         original, inner = self.hf.forward, disable(self._forward, recursive=False)
 
@@ -204,6 +212,10 @@ class ExitTraining:
     def _catch(self, k: int, layer: Any, args: Any, out: Any) -> None:
         if k in self._wanted:
             self._caught[k] = out[0] if isinstance(out, tuple) else out
+
+    def _catch_embedded(self, layer: Any, args: Any, kwargs: Any) -> None:
+        if 0 in self._wanted:
+            self._caught[0] = args[0] if args else kwargs["hidden_states"]
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         hf = self.hf
@@ -383,34 +395,3 @@ class ExitTraining:
 def _picked(hidden: Tensor, places: Tensor) -> Tensor:
     """States that predict a token with a label: [N, D] from [B, T, D]; the last of a row predicts nothing."""
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
-
-
-@torch.no_grad()
-def check_logits(hf: Any, finish: list[Any], softcap: float | None) -> None:
-    """Compare head(final norm(x)), as exits will be read, with the model's own logits on eight tokens.
-
-    Raises: UserError when they differ.
-    """
-    head = hf.get_output_embeddings()
-    if head.weight.device.type == "meta":
-        return
-    seen: list[Tensor] = []
-    hook = finish[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) if finish else None
-    try:
-        tokens = probe_tokens(head.weight.shape[0], head.weight.device)
-        with evaluating(hf):
-            reference = hf(input_ids=tokens, use_cache=False).logits.float()
-    finally:
-        if hook is not None:
-            hook.remove()
-    x = seen[-1]
-    for module in finish:
-        x = module(x)
-    ours = head(x).float()
-    if softcap is not None:
-        ours = torch.tanh(ours / softcap) * softcap
-    if (ours - reference).abs().max() > PARITY[hf.dtype] * reference.abs().max():
-        raise UserError(
-            f"model type {hf.config.model_type!r}: its logits are not head(norm(x)), exits would be misread",
-            ADDING_A_MODEL,
-        )

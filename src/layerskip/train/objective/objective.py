@@ -94,6 +94,10 @@ class Objective:
                 and not (self.freeze == "model" and one_exit and fixed and schedule.last_every == 1),
                 "exit_adapter needs freeze=model, exits=[E], curriculum=fixed, p_max=0 and last_every=1",
             ),
+            (
+                isinstance(schedule.exits, (list, tuple)) and 0 in schedule.exits and not self.exit_adapter,
+                "exit 0, the embedding, is for an adapter: exit_adapter=true",
+            ),
             (self.exit_adapter and self.exit_map, "exit_adapter and exit_map exclude each other"),
             (
                 self.exit_adapter and (self.adapter_blocks < 0 or self.adapter_steps < 1),

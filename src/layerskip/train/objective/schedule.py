@@ -206,10 +206,10 @@ def _weight(num_layers: int, k: int, e_scale: float, weighting: str | Mapping[in
 
 def _check_exits(num_layers: int, exits: Sequence[int]) -> None:
     for k in exits:
-        if type(k) is not int or not 1 <= k <= num_layers:
+        if type(k) is not int or not 0 <= k <= num_layers:
             raise UserError(
                 f"exit {k!r}: the model has {num_layers} layers",
-                f"an exit is the number of layers executed, from 1 to {num_layers - 1}",
+                f"an exit is the number of layers executed, from 1 to {num_layers - 1}; 0 is for an exit_adapter",
             )
 
 

@@ -1,0 +1,84 @@
+"""The best linear adapter, in closed form: where training begins.
+
+    weight = solved(exits, batches, seed=0)      # of the two maps, [D, 2 D]; None where it cannot be had
+
+The head reads norm(z) as it reads the last layer's state. So the two maps should make of the exit's state, and of
+the last layer's one position before, what the last layer has before its norm. This linear regression has one
+solution. A pass of the model over some positions finds it; gradient steps need several times the data to get there
+(docs/notebook.md).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from layerskip.model.adapter import scaled
+from layerskip.train.objective.exit_adapter import frozen_states, places_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from layerskip.train.objective.exit_adapter import Taught
+
+POSITIONS = 65_536
+"""That the regression looks at; 26 times the unknowns of an output at a width of 576."""
+RIDGE = 0.01
+"""Added to the inputs' mean squares, which are 1."""
+
+
+@torch.no_grad()
+def solved(exits: Taught, batches: Sequence[Mapping[str, Tensor]], seed: int = 0) -> Tensor | None:
+    """Regress the last layer's state on the exit's and the one before; some of the rows, drawn with `seed`.
+
+    Shapes: a batch is one row, [1, T] each; gives float32 [D, 2 D]. None where rows have no label, or where the
+    head reads another width than the layers have.
+    """
+    device, squares, products, count = exits.hf.device, None, None, 0
+    gain = shift = None
+    for row in np.random.default_rng(seed).permutation(len(batches)):
+        batch = {key: value.to(device) for key, value in batches[int(row)].items()}
+        labels, _ = batch.pop("labels"), batch.pop("rows", None)
+        places = places_of(labels[:, 1:] >= 0, batch.get("position_ids"), 1)
+        if not len(places):
+            continue
+        early, final = (x.flatten(0, 1).float() for x in frozen_states(exits, batch, None))
+        if early.shape[-1] != final.shape[-1]:
+            return None
+        if gain is None or shift is None:
+            gain, shift = affine(exits.read, early)
+        inputs = torch.cat((scaled(early[places]), scaled(final[places - 1])), -1)
+        wanted = (final[places] - shift) / gain
+        squared, product = inputs.T @ inputs, inputs.T @ wanted
+        squares = squared if squares is None else squares + squared
+        products = product if products is None else products + product
+        count += len(places)
+        if count >= POSITIONS:
+            break
+    return None if squares is None or products is None else solution(squares, products, count)
+
+
+def solution(squares: Tensor, products: Tensor, count: int) -> Tensor:
+    """Solve for the map from sums over `count` positions.
+
+    Shapes: inputs by inputs [I, I], inputs by outputs [I, D] -> [D, I].
+    """
+    ridge = RIDGE * count * torch.eye(len(squares), dtype=torch.float64)
+    solved: Tensor = torch.linalg.solve(squares.cpu().double() + ridge, products.cpu().double())
+    return solved.T.float()
+
+
+def affine(read: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and shift of a norm, found by what it makes of two opposite states of mean 0 and mean square 1.
+
+    Shapes: `like` [..., D] -> [D] each. A gain next to 0 is taken for 1: nothing is to be learnt there.
+    """
+    probe = torch.ones(like.shape[-1], device=like.device)
+    probe[1::2] = -1.0
+    plus, minus = read(probe).float(), read(-probe).float()
+    gain, shift = (plus - minus) / 2 * probe, (plus + minus) / 2
+    return torch.where(gain.abs() < 1e-3, 1.0, gain), shift
