@@ -23,12 +23,13 @@ import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import record
 import torch
-from builtin import GROUPS, TASKS, Task, difference, of_group
+from builtin import CHAT, GROUPS, TASKS, Task, difference, of_group
 from policies import fresh
 
 import layerskip
@@ -50,9 +51,10 @@ if TYPE_CHECKING:
 
 QUESTIONS = "spec-bench/dev-120.jsonl"
 KINDS = {
-    "chat": TASKS["chat"],
+    "chat": Task(QUESTIONS, of_group(*CHAT[:-1])),  # without qa, a kind of its own
     "qa": Task(QUESTIONS, of_group("qa")),
-    "summaries": TASKS["cnn-dm"],
+    "summaries": Task(QUESTIONS, of_group("summarization")),
+    "cnn-dm": TASKS["cnn-dm"],
     "translation": GROUPS["translation"],
     "retrieval": GROUPS["rag"],
     "maths": Task(QUESTIONS, of_group("math_reasoning")),
@@ -65,13 +67,14 @@ OURS: dict[str, dict[str, Any]] = {
     "exit": {"drafter": "exit", "guard": True},
 }
 AR, HF, HF_LOOKUP, ECONOMIZE = "ar", "hf", "hf-lookup-", "economize-"
+PEER_CYCLE = 4  # tokens of its round: three drafts
 PEERS = (HF, ECONOMIZE)  # by whole calls: they do not tell tokens as they come
 
 
 def methods_of(
-    lm: LanguageModel, names: Sequence[str], stops: Sequence[str], temperature: float
+    lm: LanguageModel, names: Sequence[str], stops: Sequence[str], temperature: float, peers: Path | None
 ) -> dict[str, Method]:
-    """Build the methods by name; ours end where the model does."""
+    """Build the methods by name; ours end where the model does. `peers` holds drafters of economize by name."""
     hf = (
         ways.hugging_face_model(lm, lm.stack.dtype) if any(name.startswith(PEERS) for name in names) else None
     )
@@ -85,11 +88,16 @@ def methods_of(
         elif name == HF or name.startswith(HF_LOOKUP):
             made[name] = Method(name, peer(hf, name.removeprefix(HF_LOOKUP)), 0)
         elif name.startswith(ECONOMIZE):
-            made[name] = Method(name, economize(hf, int(name.removeprefix(ECONOMIZE))), 0)
+            drafter = name.removeprefix(ECONOMIZE)
+            if drafter.isdecimal() or peers is None:
+                made[name] = Method(name, economize(hf, int(drafter)), 0)
+            else:
+                own = ways.hugging_face_model(lm, lm.stack.dtype)  # a technique belongs to its model
+                made[name] = Method(name, economize_drafter(own, peers, drafter), 0)
         else:
             raise UserError(
                 f"unknown method {name!r}",
-                f"of ar, {', '.join(OURS)}, hf, hf-lookup-TOKENS, economize-TOKENS",
+                f"of ar, {', '.join(OURS)}, hf, hf-lookup-TOKENS, economize-TOKENS, economize-DRAFTER",
             )
     return made
 
@@ -128,6 +136,31 @@ def economize(hf: Any, tokens: int) -> Any:
         out = model.generate(ids, max_new_tokens=budget, decoding=decoding)
         run.tokens = out[0, len(prompt) :].tolist()
         run.arrivals.append((time.perf_counter() - began, len(run.tokens)))
+        return run
+
+    return decode
+
+
+def economize_drafter(hf: Any, folder: Path, name: str) -> Any:
+    """Wrap economize's greedy decoding with a drafter that peer_training.py has trained; `plain` is without."""
+    import economize as peers
+
+    trained = (
+        next(one for one in sorted(folder.iterdir()) if one.is_dir()) if name == "plain" else folder / name
+    )
+    model = peers.load(hf, str(trained))
+    decoding = peers.DecodeConfig(cycle_length=1 if name == "plain" else PEER_CYCLE)
+    ends = hf.generation_config.eos_token_id
+
+    def decode(index: int, prompt: list[int], budget: int) -> Run:
+        run, began = Run(), time.perf_counter()
+        out = model.decode(torch.tensor(prompt), budget, decoding=decoding, stop=ends)
+        end = time.perf_counter() - began  # when a cycle's tokens came is not told, how many were is
+        run.tokens, left = out.tokens.tolist(), len(out.tokens) - 1
+        run.arrivals.append((end, min(1, len(run.tokens))))
+        for _, kept in out.acceptance if name != "plain" else [(0, 0)] * left:
+            run.arrivals.append((end, min(left, kept + 1)))
+            left -= run.arrivals[-1][1]
         return run
 
     return decode
@@ -274,7 +307,7 @@ def main() -> None:
             lm.encode(text, chat=task.chat and lm.has_template)
             for text in task.prompts(arguments.data, arguments.limit)
         ]
-        methods = methods_of(lm, names, stops, arguments.temperature)
+        methods = methods_of(lm, names, stops, arguments.temperature, arguments.peers)
         records = Records(work_folder(arguments.work, f"sources-{name}", setup), key=("trial", "index"))
         by_kind[name] = measured(
             lm, methods, prompts, records, arguments.max_new_tokens, arguments.trials, name
@@ -305,7 +338,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         default="ar,default",
-        help="ar, default, lookup, exit, hf, hf-lookup-TOKENS, economize-TOKENS",
+        help="ar, default, lookup, exit, hf, hf-lookup-TOKENS, economize-TOKENS, economize-DRAFTER",
+    )
+    parser.add_argument(
+        "--peers", type=Path, help="what peer_training.py wrote: drafters of economize by name"
     )
     parser.add_argument("--limit", type=int, default=12, help="prompts of a kind")
     parser.add_argument("--max-new-tokens", type=int, default=256)

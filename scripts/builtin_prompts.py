@@ -1,12 +1,13 @@
-"""Prompts and documents that the built-in model's exits are trained on; every source is permissive and counted.
+"""Prompts that the built-in model answers to learn to draft; every source is permissive and counted.
 
     python scripts/builtin_prompts.py work/prompts --open-turns 1600       # then distill-data continues these
     python scripts/builtin_prompts.py work/prompts --data DATA --questions work/questions.jsonl
 
-Writes JSON lines, one file for each kind, and `sources.json`: per source its name, licence and count. `--data` is a
-folder with gsm8k/, oasst-en-100/, synthetic-conversations/ and standard-ebooks/ (what is missing is left out);
-Python source comes from the interpreter's own library and from the packages named here, where installed. An open
-turn is a chat up to where the user speaks: what the model writes there is a question as it knows them.
+Writes JSON lines, one file for each kind; `asked.jsonl`, all of them mixed but code; `continued.jsonl`, code, which
+is continued as text; and `sources.json`: per source its name, licence and count. `--data` is a folder with gsm8k/,
+oasst-en-100/, synthetic-conversations/ and standard-ebooks/ (what is missing is left out); Python source comes from
+the interpreter's own library and from the packages named here, where installed. An open turn is a chat up to where
+the user speaks: what the model writes there is a question as it knows them.
 """
 
 from __future__ import annotations
@@ -190,8 +191,6 @@ def books(made: Collection, data: Path) -> None:
         for sentence in made.sample(sentences, 1000)
     ]
     made.write("translation", lines, source, licence)
-    long = made.sample(list(passages(text, made.random, 3000, 6000)), 260)
-    made.write("documents", [{"text": passage} for passage in long], source, licence)
 
 
 def filled(
@@ -280,8 +279,6 @@ def code(made: Collection) -> None:
         made.write("on-code", filled(made, ON_CODE, whole, 150), source, licence)
         told = [doc for text in texts if (doc := documentation(text)) is not None]
         made.write("summaries", filled(made, SUMMARIES, told, 60), source, licence)
-        kept = [text[:8000] for text in texts if len(text) > 500]
-        made.write("documents", [{"text": text} for text in made.sample(kept, 15)], source, licence)
 
 
 def once(folder: Path) -> None:
@@ -290,11 +287,23 @@ def once(folder: Path) -> None:
     for path in sorted(folder.glob("*.jsonl")):
         kept = []
         for line in read_lines(path):
-            words = re.findall(r"[a-z]+", str(line.get("prompt", line.get("text"))).lower())
+            words = re.findall(r"[a-z]+", line["prompt"].lower())
             if (key := " ".join(words)) not in seen:
                 kept.append(json.dumps(line, ensure_ascii=False) + "\n")
             seen.add(key)
         path.write_text("".join(kept), encoding="utf-8")
+
+
+def mixed(folder: Path, random_: random.Random) -> None:
+    """Put prompts in random order, so that the first thousand are of all kinds; each tells its kind in its id."""
+    files = {path.stem: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
+    for name, kinds in (("asked", {*files} - {"code"}), ("continued", {"code"} & {*files})):
+        lines = [
+            {"id": f"{kind}:{i}", **line} for kind in sorted(kinds) for i, line in enumerate(files[kind])
+        ]
+        random_.shuffle(lines)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -322,6 +331,7 @@ def main() -> None:
     translations(made)
     code(made)
     once(given.output)
+    mixed(given.output, made.random)
     (given.output / "sources.json").write_text(json.dumps(made.sources, indent=1) + "\n", encoding="utf-8")
 
 

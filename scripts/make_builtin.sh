@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The built-in model from its base: prompts, its own answers, training, the delta, what it is worth, the card.
+# The built-in model from its base: prompts, its own answers, the adapter, the delta, what it is worth, the card.
 #
-#   scripts/make_builtin.sh --data DATA               an hour and a half of answers, half as much of training, two cores
-#   scripts/make_builtin.sh --data DATA --gpu         28 M tokens and more epochs, for one large GPU
+#   scripts/make_builtin.sh --data DATA               5 M tokens of answers in some three hours, four of training; two cores
+#   scripts/make_builtin.sh --data DATA --gpu         28 M tokens, for one large GPU
 #   scripts/make_builtin.sh --smoke                   every step once, in minutes; teaches nothing
 #
 # --data DATA      gsm8k/, oasst-en-100/, synthetic-conversations/, standard-ebooks/ to learn from, human-eval/,
-#                  cnn-dailymail/, spec-bench/ and wikitext-2/ to measure with; what is missing to learn from is left out
+#                  cnn-dailymail/, xsum/, spec-bench/ and wikitext-2/ to measure with; what is missing is left out
 # --work FOLDER    where everything goes (build/builtin); run again, it goes on where it was stopped
 # --install        put delta and card into the package at the end
 set -euo pipefail
@@ -31,24 +31,23 @@ done
 
 base=smollm2-135m-base
 case $size in
-  # Half of what is learnt on a CPU are the answers to maths, the narrowest kind; of the documents a fourth.
-  cpu)   questions=1600 share=1 maths=2924 others=1000 documents=4 tokens=256 batch=48 settings=() ;;
-  gpu)   questions=40000 share=20 maths=7473 others=40000 documents=1 tokens=256 batch=256
-         settings=(length=1024 batch_size=32 steps=null epochs=5 'exits=[4]') ;;
-  smoke) questions=4 share=0.002 maths=4 others=4 documents=1 tokens=16 batch=8
-         settings=(steps=3 batch_size=2 length=128 last_every=2 save_every=3 log_every=1 warmup=1 'exits=[4]') ;;
+  cpu)   questions=5000 share=1 asked=20000 continued=1800 tokens=256 batch=48 settings=(epochs=1) ;;
+  gpu)   questions=40000 share=20 asked=110000 continued=20000 tokens=256 batch=256
+         settings=(length=1024 batch_size=8 epochs=2) ;;
+  smoke) questions=4 share=0.002 asked=40 continued=8 tokens=16 batch=8
+         settings=(steps=3 batch_size=2 length=128 save_every=3 log_every=1 exit_vocab=512) ;;
 esac
 mkdir -p "$work"
 
 say() { printf '\n== %s\n' "$*"; }
-answer() {  # KIND MAX_NEW_TOKENS LIMIT [OPTIONS]
-  local kind=$1 budget=$2 limit=$3; shift 3
-  if [ -s "$work/prompts/$kind.jsonl" ]; then
-    layerskip distill-data $base --prompts "$work/prompts/$kind.jsonl" --output "$work/own/$kind.jsonl" \
+answer() {  # NAME MAX_NEW_TOKENS LIMIT [OPTIONS]
+  local name=$1 budget=$2 limit=$3; shift 3
+  if [ -s "$work/prompts/$name.jsonl" ]; then
+    layerskip distill-data $base --prompts "$work/prompts/$name.jsonl" --output "$work/own/$name.jsonl" \
       --limit "$limit" --max-new-tokens "$((budget < tokens ? budget : tokens))" --batch $batch "$@"
-    # One answer of forty is never trained on: the gate and the tuner look at these.
-    awk 'NR % 40 != 8' "$work/own/$kind.jsonl" > "$work/train/$kind.jsonl"
-    awk 'NR % 40 == 8' "$work/own/$kind.jsonl" > "$work/held/$kind.jsonl"
+    # One answer of a hundred is never trained on: the run is judged by these, and the tuner looks at them.
+    awk 'NR % 100 != 8' "$work/own/$name.jsonl" > "$work/train/$name.jsonl"
+    awk 'NR % 100 == 8' "$work/own/$name.jsonl" > "$work/held/$name.jsonl"
   fi
 }
 
@@ -57,40 +56,49 @@ python scripts/builtin_prompts.py "$work/open" --open-turns $questions
 layerskip distill-data $base --prompts "$work/open/open.jsonl" --no-chat --separator "" --temperature 1 \
   --max-new-tokens $((tokens < 96 ? tokens : 96)) --batch $batch --output "$work/questions.jsonl"
 
-say "prompts and documents"
-[ -s "$work/prompts/sources.json" ] ||
+say "prompts"
+if [ ! -s "$work/prompts/sources.json" ]; then
   python scripts/builtin_prompts.py "$work/prompts" --data "$data" --questions "$work/questions.jsonl" --share $share
+fi
+judged=()
+for file in human-eval/HumanEval.jsonl spec-bench/dev-120.jsonl cnn-dailymail/summarization.jsonl \
+  xsum/summarization.jsonl gsm8k/test.jsonl.gz wikitext-2/test.txt; do
+  [ ! -f "$data/$file" ] || judged+=(--judged "$data/$file")
+done
+[ ${#judged[@]} -eq 0 ] || python scripts/check_prompts.py --drop \
+  --train "$work/prompts/asked.jsonl" --train "$work/prompts/continued.jsonl" "${judged[@]}"
 
 say "its own answers"
 mkdir -p "$work/own" "$work/train" "$work/held"
-answer maths 256 $maths
-answer code 160 $others --no-chat --separator ""
-answer summaries 128 $others
-answer chat 256 $others
-[ ! -s "$work/prompts/documents.jsonl" ] ||
-  awk "NR % $documents == 0" "$work/prompts/documents.jsonl" > "$work/train/documents.jsonl"
-[ $size != cpu ] || [ ! -s "$work/train/maths.jsonl" ] || cp "$work/train/maths.jsonl" "$work/train/maths-again.jsonl"
+answer asked 256 $asked
+answer continued 160 $continued --no-chat --separator ""
+# What it wrote may be a text it is judged by, too.
+[ ${#judged[@]} -eq 0 ] || python scripts/check_prompts.py --drop --train "$work/train" "${judged[@]}"
 
 say "training"
 resume=; [ -d "$work/run" ] && resume=--resume
 [ -f "$work/run/config.json" ] ||
-  layerskip train smollm2-135m "data=$work/train" "output=$work/run" "${settings[@]}" $resume
-python - "$work/held" > "$work/tune.jsonl" <<'PYTHON'
+  layerskip train exit-adapter "model=$base" "data=$work/train" "eval_data=$work/held" "output=$work/run" \
+    "${settings[@]}" $resume
+# Six prompts of each kind that were not learnt from, without their answers.
+python - "$work/held/asked.jsonl" > "$work/tune.jsonl" <<'PYTHON'
 import json, sys
+from collections import Counter
 from pathlib import Path
 
-for file in sorted(Path(sys.argv[1]).glob("*.jsonl")):
-    for line in (json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:6] if line):
-        told = {"messages": line["messages"][:-1]} if "messages" in line else {"prompt": line["prompt"]}
-        print(json.dumps(told))
+seen = Counter()
+for line in map(json.loads, Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()):
+    seen[kind := line["id"].split(":")[0]] += 1
+    if seen[kind] <= 6:
+        print(json.dumps({"id": line["id"], "messages": line["messages"][:-1]}))
 PYTHON
-[ $size = smoke ] || layerskip tune "$work/run" --prompts "$work/tune.jsonl" --seconds 120 --save
+[ $size = smoke ] || layerskip tune "$work/run" --prompts "$work/tune.jsonl" --seconds 240 --save
 
 say "the delta"
 printf '{"licence": "Apache-2.0", "trained_on": "%s", "commit": "%s"}\n' \
   "$([ $size = gpu ] && echo a GPU || echo a CPU)" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" \
   > "$work/about.json"
-layerskip pack-delta $base "$work/run" --output "$work/smollm2-135m.safetensors" --size-mb 24 --about "$work/about.json"
+layerskip pack-delta $base "$work/run" --output "$work/smollm2-135m.safetensors" --size-mb 12 --about "$work/about.json"
 python - "$work" <<'PYTHON'
 import shutil, sys
 from pathlib import Path
@@ -104,11 +112,8 @@ PYTHON
 
 say "what it is worth"
 layerskip generate "$work/model" "What is the capital of France?" --mode self-speculative --max-new-tokens 24
-if [ $size != smoke ]; then
-  python benchmarks/builtin.py --model "$work/model" --base $base --data "$data" --limit 12 --hf --save --name smollm2-135m
-  python benchmarks/builtin_cost.py --model "$work/model" --base $base --data "$data" --quality-limit 200 --save \
-    --name smollm2-135m
-fi
+[ $size = smoke ] || python benchmarks/sources.py --model "$work/model" --base $base --data "$data" \
+  --methods ar,default,lookup,exit --threads 2 --trials 2 --save --name smollm2-135m
 python scripts/model_card.py --run "$work/run" --sources "$work/prompts/sources.json" --train "$work/train" \
   --delta "$work/smollm2-135m.safetensors" --output "$work/smollm2-135m.md"
 

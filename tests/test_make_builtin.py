@@ -37,12 +37,15 @@ def test_the_whole_pipeline_runs_and_goes_on_where_it_was_stopped(tmp_path):
     for _ in range(2):  # the second time nothing is left to train
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (tmp_path / "smollm2-135m.safetensors").stat().st_size <= 24_000_000
+    assert (tmp_path / "smollm2-135m.safetensors").stat().st_size <= 12_000_000
     lm = layerskip.load(str(tmp_path / "model"), dtype="float32")
     assert lm.facts.trained
-    assert lm.facts.draft_head == "draft_head.safetensors"
+    assert lm.facts.exit_adapter == "exit_adapter.safetensors"
+    base = hub.cached("smollm2-135m-base") / "model.safetensors"
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == base.read_bytes()
     plain, drafted = (
-        lm.generate("The capital", mode=mode, max_new_tokens=12).tokens for mode in ("ar", "self-speculative")
+        lm.generate("The capital", mode=mode, max_new_tokens=12, **options).tokens
+        for mode, options in (("ar", {}), ("self-speculative", {"drafter": "exit"}))
     )
     assert plain == drafted
     sources = json.loads((tmp_path / "prompts" / "sources.json").read_text())

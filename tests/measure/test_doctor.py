@@ -83,7 +83,7 @@ def test_a_loss_is_told_with_what_to_do_about_it(analysis):
     text = doctor.verdict(losing, "m", False, None)
     assert "0.99 x [0.89, 1.09] at best, with --drafter lookup" in text
     assert "use plain decoding (--drafter off). It is the default already." in text
-    assert "layerskip train anchor model=m" in text
+    assert "layerskip train exit-adapter model=m" in text
     trained = doctor.verdict(losing, "m", True, LOOKUP)
     assert "makes that the default" in trained
     assert "like those it was trained for" in trained

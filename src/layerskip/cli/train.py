@@ -34,7 +34,7 @@ def train(
 ) -> None:
     """Teach a model's exits by a recipe. The last line printed is a JSON object with every exit's loss.
 
-    layerskip train anchor model=./your-model data=own.jsonl output=my-model
+    layerskip train exit-adapter model=./your-model data=own.jsonl output=my-model
     """
     from layerskip.train.job.recipe import read_recipe
 

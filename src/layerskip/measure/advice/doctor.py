@@ -96,13 +96,13 @@ def _about_exits(analysis: Analysis, name: str, trained: bool) -> str:
     """Say why exits earn nothing here, and what would change that."""
     exit_layer = analysis.best.cell.exit_layer
     if not trained:
-        train = f"layerskip train anchor model={name} data=... output=..."
+        train = f"layerskip train exit-adapter model={name} data=... output=..."
         return f"The exits are not trained; to gain from them, train them: {train}"
     return (
         f"The exits are trained, but exit {exit_layer} agrees with the whole model at "
         f"{100 * analysis.seen.agreement[exit_layer]:.0f}% of the positions of these prompts. Give prompts like "
         f"those it was trained for (--prompts), or train it further on such data: "
-        f"layerskip train finetune model={name} data=..."
+        f"layerskip train exit-adapter model={name} data=..."
     )
 
 

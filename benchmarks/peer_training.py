@@ -1,0 +1,92 @@
+"""Train economize's drafters on the answers our adapter learns from, for sources.py to compare.
+
+    python benchmarks/peer_training.py --data OWN.jsonl --tokens 500000 --output PEERS --threads 2
+    layerskip train exit-adapter model=smollm2-135m-base data=PEERS/data.jsonl output=OURS epochs=1
+    python benchmarks/sources.py --data DATA --model OURS --base '' --peers PEERS --limit 2 --save \\
+        --methods ar,exit,hf,economize-plain,economize-jump,economize-early_exit
+
+economize (Apache-2.0, from PyPI) is no dependency of ours: `pip install economize==0.3.2`. Drafters are trained
+by its own `fit` with its own losses and rates, one pass over the lines. Settings are those of its card, in the same
+share of the depth: a jump over two thirds of the layers with a linear predictor, and an exit after an eighth, layers
+frozen. PEERS/data.jsonl are the lines that were read, PEERS/NAME the drafters, PEERS/told.json seconds and sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from layerskip.checkpoint.resolve import resolve
+
+
+def configurations(layers: int) -> dict[str, Any]:
+    """The settings of its card, for a model of so many layers."""
+    import economize
+    from economize.techniques.early_exit import EarlyExitConfig
+
+    middle = 2 * layers // 3
+    jump = economize.JumpConfig(
+        target_layer=middle, source_layer=middle + 1, exit_layer=middle + 1, predictor="linear"
+    )
+    return {"jump": jump, "early_exit": EarlyExitConfig(exit_layer=max(1, layers // 8))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, action="append", required=True, help="what distill-data wrote")
+    parser.add_argument("--model", default="smollm2-135m-base")
+    parser.add_argument("--tokens", type=int, default=500_000, help="of answers")
+    parser.add_argument("--length", type=int, default=512, help="of a row; the rest is left out")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    import economize
+    from economize.train import fit
+    from economize.train.data import Example
+
+    torch.set_num_threads(given.threads)
+    given.output.mkdir(parents=True, exist_ok=True)
+    taken, count = [], 0
+    for line in (
+        line for path in given.data for line in path.read_text(encoding="utf-8").split("\n") if line
+    ):
+        taken.append(line)
+        count += sum(json.loads(line)["completion_mask"])
+        if count >= given.tokens:
+            break
+    (given.output / "data.jsonl").write_text("\n".join([*taken, ""]), encoding="utf-8")
+    rows = [json.loads(line) for line in taken]
+    rows = [
+        Example(
+            torch.tensor(row["input_ids"][: given.length]),
+            torch.tensor(row["completion_mask"][: given.length]),
+        )
+        for row in rows
+        if any(row["completion_mask"][: given.length])
+    ]
+    told: dict[str, Any] = {"tokens": count, "rows": len(rows), "economize": economize.__version__}
+    for name in configurations(24):
+        if (given.output / name).is_dir():
+            continue
+        hf = transformers.AutoModelForCausalLM.from_pretrained(resolve(given.model), dtype=torch.bfloat16)
+        model = economize.apply(hf, configurations(hf.config.num_hidden_layers)[name])
+        began = time.perf_counter()
+        fit(model, rows, steps=len(rows) // given.batch, batch_size=given.batch, log_every=20)
+        size = sum(parameter.numel() for parameter in model.technique_parameters())
+        told[name] = {"train_s": time.perf_counter() - began, "parameters": size}
+        model.save_pretrained(str(given.output / name))
+        (given.output / "told.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
+        print(name, told[name], flush=True)
+
+
+if __name__ == "__main__":
+    main()
