@@ -7,7 +7,7 @@
 
 economize (Apache-2.0, from PyPI) is no dependency of ours: `pip install economize==0.3.2`. Drafters are trained
 by its own `fit` with its own losses and rates, one pass over the lines. Settings are those of its card, in the same
-share of the depth: a jump over two thirds of the layers with a linear predictor, and an exit after an eighth, layers
+share of the depth: a jump over two thirds of it with a linear predictor, and an exit after an eighth, all layers
 frozen. PEERS/data.jsonl are the lines that were read, PEERS/NAME the drafters, PEERS/told.json seconds and sizes.
 """
 

@@ -72,7 +72,11 @@ PEERS = (HF, ECONOMIZE)  # by whole calls: they do not tell tokens as they come
 
 
 def methods_of(
-    lm: LanguageModel, names: Sequence[str], stops: Sequence[str], temperature: float, peers: Path | None
+    lm: LanguageModel,
+    names: Sequence[str],
+    stops: Sequence[str],
+    temperature: float,
+    peers: Path | None = None,
 ) -> dict[str, Method]:
     """Build the methods by name; ours end where the model does. `peers` holds drafters of economize by name."""
     hf = (

@@ -201,12 +201,12 @@ class _Run:
     def __post_init__(self) -> None:
         from layerskip.measure.exits.states import check_exits, own_heads
 
-        layers = self.lm.stack.num_layers
+        layers, first = self.lm.stack.num_layers, self.lm.facts.first_exit
         self.heads = own_heads(self.lm)
         self.files: list[Path] = []
         if self.exits is None:
-            self.exits = list(range(1, layers + 1))
-        check_exits(self.exits, layers)
+            self.exits = list(range(first, layers + 1))
+        check_exits(self.exits, layers, first)
         self.exits = sorted({*self.exits, layers})
 
     @property
@@ -272,7 +272,10 @@ class _Run:
         records = self._records(LIKELIHOOD, self.asked.data, exits=exits, chat=chat, separator=separator)
         left = [i for i in range(len(items)) if i not in records.found]
         advance = self._advance("scoring", [sum(n for _, n in of_item) for of_item in pairs], left)
-        found = scored(self.lm.stack, [items[i] for i in left], [pairs[i] for i in left], exits, advance)
+        adapted = {k: head for k, head in self.heads.items() if head.adapts(k)}
+        found = scored(
+            self.lm.stack, [items[i] for i in left], [pairs[i] for i in left], exits, advance, adapted
+        )
         for i, record in zip(left, found, strict=True):
             records.keep({"index": i, **record})
         kept = [records.found[i] for i in range(len(items))]
@@ -327,7 +330,7 @@ class _Run:
 
         layers = self.lm.stack.num_layers
         chosen = next(k for k in (given, self.lm.facts.exit_layer, max(1, layers // 4)) if k is not None)
-        check_exits([chosen], layers)
+        check_exits([chosen], layers, self.lm.facts.first_exit)
         return chosen
 
     def _judged(

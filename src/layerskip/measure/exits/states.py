@@ -110,7 +110,8 @@ def chunks(
     Raises: UserError for an exit that is no layer of the model, an empty sequence, one beyond the context, and for
     logits that are not numbers.
     """
-    check_exits(exits, stack.num_layers)
+    adapted = 0 in (heads or {})
+    check_exits(exits, stack.num_layers, 0 if adapted else 1)
     _check(stack, sequences)
     firsts = [0] * len(sequences) if firsts is None else firsts
     for group in _batches([len(tokens) for tokens in sequences], batch_tokens):
@@ -149,11 +150,13 @@ def drafts_of(stack: Stack, head: Head, states: Mapping[int, Tensor]) -> list[Te
     return made
 
 
-def check_exits(exits: Iterable[int], layers: int) -> None:
-    """Refuse what is no layer of a model of `layers`. Raises: UserError."""
+def check_exits(exits: Iterable[int], layers: int, first: int = 1) -> None:
+    """Refuse what is no exit of a model of `layers`; `first` is 0 where an adapter reads it. Raises: UserError."""
     for exit_layer in exits:
-        if not 0 <= exit_layer <= layers:
-            raise UserError(f"exit layer {exit_layer} is out of range", f"exits are layers 1 to {layers}")
+        if not first <= exit_layer <= layers:
+            raise UserError(
+                f"exit layer {exit_layer} is out of range", f"exits are layers {first} to {layers}"
+            )
 
 
 def _finite(logits: Tensor, exit_layer: int) -> Tensor:

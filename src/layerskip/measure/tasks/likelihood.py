@@ -11,7 +11,7 @@ are scored: a space at the end of a context then belongs to the first scored tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
     from layerskip.measure.exits.states import Chunk
     from layerskip.measure.lines import LikelihoodLine
+    from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
 # Context and continuation in tokens, and how many of them are scored, from the end.
@@ -81,8 +82,9 @@ def scored(
     pairs: Sequence[Sequence[Pair]],
     exits: Sequence[int],
     watch: Callable[[int], None] = lambda tokens: None,
+    heads: Mapping[int, Head] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Score items at several exits in one pass, yielding a record per item, in order.
+    """Score items at several exits in one pass, yielding a record per item, in order. `heads` bring adapters.
 
     By exit and continuation: the log-likelihood of every scored token, and whether all are the exit's own choice.
     """
@@ -91,7 +93,7 @@ def scored(
     exits = sorted({*exits})
     tried: dict[int, list[dict[str, Any]]] = {k: [] for k in exits}
     read = [tokens[:-1] for _, tokens, _ in flat]  # the last token is only predicted
-    for chunk in chunks(stack, read, exits, firsts):
+    for chunk in chunks(stack, read, exits, firsts, heads=heads):
         i, tokens, _ = flat[chunk.sequence]
         start, stop = chunk.positions.start, chunk.positions.stop
         following = torch.tensor(tokens[start + 1 : stop + 1], device=stack.device)
@@ -109,9 +111,13 @@ def scored(
 
 @torch.inference_mode()
 def _read(chunk: Chunk, following: Tensor) -> dict[int, tuple[list[float], bool]]:
-    """By exit: log-likelihoods of the tokens that follow, and whether each is the exit's most probable one."""
+    """By exit: log-likelihoods of the tokens that follow, and whether each is the exit's most probable one.
+
+    All are read by the model's head, which has a probability for every token.
+    """
     found = {}
-    for exit_layer, logits in chunk.exits():
+    for exit_layer in sorted(chunk.states):
+        logits = chunk.logits(exit_layer)
         likelihoods = logits.log_softmax(-1).gather(-1, following[:, None])[:, 0]  # [N]
         found[exit_layer] = (likelihoods.tolist(), bool((logits.argmax(-1) == following).all()))
     return found
