@@ -47,18 +47,18 @@ class Cell:
     def options(self) -> dict[str, Any]:
         """What decodes by it; copies go by the clock, as they do by default."""
         made = {"mode": "self-speculative", "drafter": self.drafter, "policy": "fixed"}
-        given = {name: value for name, value in self._given().items() if value}
         clock = {"guard": True} if self.copy_length else {}
-        return {**made, **given, **clock, "draft_vocab": self.draft_vocab or "off"}
+        return {**made, **self._given(), **clock, "draft_vocab": self.draft_vocab or "off"}
 
     def _given(self) -> dict[str, int]:
-        names = ("exit_layer", "draft_length", "match_min", "copy_length")
-        return {name: getattr(self, name) for name in names}
+        exit = ("exit_layer", "draft_length") if self.draft_length else ()
+        copies = ("match_min", "copy_length") if self.copy_length else ()
+        return {name: getattr(self, name) for name in (*exit, *copies)}
 
     def record(self) -> dict[str, Any]:
         vocab = (self.draft_vocab or "off") if self.draft_length else None
-        given = {name: value or None for name, value in self._given().items()}
-        return {"drafter": self.drafter, **given, "draft_vocab": vocab}
+        unused = dict.fromkeys(("exit_layer", "draft_length", "match_min", "copy_length"))
+        return {"drafter": self.drafter, **unused, **self._given(), "draft_vocab": vocab}
 
     def __str__(self) -> str:
         return worded(self.record())
@@ -68,7 +68,7 @@ def worded(setting: Mapping[str, Any]) -> str:
     """Word a setting's record for a sentence or a table."""
     names = {"E": "exit_layer", "K": "draft_length", "vocabulary": "draft_vocab"}
     names |= {"match": "match_min", "copy": "copy_length"}
-    given = (f"{word} {setting[name]}" for word, name in names.items() if setting[name])
+    given = (f"{word} {setting[name]}" for word, name in names.items() if setting[name] is not None)
     return ", ".join([setting["drafter"], *given])
 
 
