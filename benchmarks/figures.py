@@ -47,6 +47,7 @@ def main() -> None:
             acceptance,
         ),
         "exit-gate.png": (newest(arguments.results, "exit-gate")[-1:], gate),
+        "adapter-gate.png": (newest(arguments.results, "adapter-gate")[-1:], adapter_gate),
         "builtin-speedup.png": (newest(arguments.results, "builtin")[-1:], builtin),
         "lens.png": (inspected, lens),
         "timeline.png": (inspected, timeline),
@@ -125,6 +126,36 @@ def gate(results: list[dict[str, Any]], file: Path) -> Path:
     title = "What short runs teach the best exit, and what that costs the whole model"
     note = "x: perplexity of the whole model over the base's; black line: the exit always agrees"
     return draw.bars(groups, file, title, "agreement with the last layer", note)
+
+
+def adapter_gate(results: list[dict[str, Any]], file: Path) -> Path:
+    """What a cell's drafts cost against what they bring, numbered by the speed-up it is predicted to give."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cells = sorted(results[-1]["cells"].items(), key=lambda item: -item[1]["speedup"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.5), width_ratios=(3, 2), layout="constrained")
+    speedups = [told["speedup"] for _, told in cells]
+    place = {
+        "x": [1000 * told["draft_s"] for _, told in cells],
+        "y": [told["kinds"]["mean"]["tokens_per_round"][3] for _, told in cells],
+    }
+    left.scatter(**place, c=speedups, cmap="viridis", s=220)
+    for number, (x, y) in enumerate(zip(place["x"], place["y"], strict=True), 1):
+        left.annotate(str(number), (x, y), ha="center", va="center", color="white", fontsize=8)
+    left.set_xlabel("ms a draft")
+    left.set_ylabel("tokens per round, four drafts")
+    left.set_title("What each setting learnt from the same tokens", fontsize=11)
+    right.barh(range(len(cells)), speedups, color="0.7")
+    right.set_yticks(range(len(cells)), [f"{i}  {name}" for i, (name, _) in enumerate(cells, 1)], fontsize=8)
+    right.invert_yaxis()
+    right.set_xlim(1.0)
+    right.set_xlabel("predicted speed-up at its best K")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return file
 
 
 def acceptance(results: list[dict[str, Any]], file: Path) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ def train_adapter(
     longest = max(len(answer.input_ids) for answer in answers)
     options = DataOptions(length=longest, pack=False)
     trained, held_out = split(answers, num=max(2, round(HELD_OUT * len(answers))), seed=seed)
+    # The model has a law for prompts too, so that is learnt; judged are drafts of answers.
+    trained = [replace(one, labels=one.input_ids) for one in trained]
     data, unseen = rows(trained, options), rows(held_out, options)
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training

@@ -32,6 +32,7 @@ from layerskip.decode.rounds.host import HostRounds
 from layerskip.decode.row import Draft, Outcome, Row, span
 from layerskip.decode.sampling import Uniforms
 from layerskip.errors import UserError, nearest
+from layerskip.model.head import adapter_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,8 +164,7 @@ class Engine:
         early = request.unverified or (request.draft_length > 0 and request.drafter == EXIT)
         if request.drafter not in DRAFTERS:
             raise UserError(f"unknown drafter {request.drafter!r}", nearest(request.drafter, DRAFTERS))
-        adapted = self.draft_head is not None and self.draft_head.adapts(0) and not request.unverified
-        least = 0 if adapted else 1
+        least = 1 if request.unverified or adapter_of(self.draft_head, 0) is None else 0
         if not least <= exit_layer <= (layers - 1 if early else layers):
             allowed = f"choose an exit layer from {least} to {layers - 1} (the model has {layers} layers)"
             raise UserError(f"exit layer {exit_layer} is out of range", allowed)

@@ -48,6 +48,11 @@ class Head:
         return full
 
 
+def adapter_of(head: Head | None, exit_layer: int) -> Adapter | None:
+    """Find what drafts of this exit go through on their way to the head."""
+    return head.adapter if head is not None and head.adapts(exit_layer) else None
+
+
 def draft_ids(size: int, vocab_size: int, ranked: Sequence[int] | None, always: Sequence[int]) -> list[int]:
     """Choose the token ids of a draft vocabulary of `size`, in ascending order.
 

@@ -16,6 +16,7 @@ from layerskip.decode import sampling
 from layerskip.decode.drafters.drafter import Proposal
 from layerskip.decode.row import Draft, span
 from layerskip.decode.sampling import DRAFT
+from layerskip.model.head import adapter_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,7 @@ class ExitDrafter:
         below = [k for k in rows[0].choice.probes if k <= exit_layer]
         drafts = [Draft() for _ in rows]
         hidden: Tensor | None = None
-        adapter = self.head.adapter if self.head is not None and self.head.adapts(exit_layer) else None
+        adapter = adapter_of(self.head, exit_layer)
         before: dict[int, Tensor] = {}  # by row: the last layer's normed state before, or its stand-in
         if adapter is not None:
             ends = [len(row.tokens) - 2 for row in rows]

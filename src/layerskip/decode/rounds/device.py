@@ -22,6 +22,7 @@ from layerskip.decode.drafters.lookup import copied
 from layerskip.decode.rounds.graphs import CudaCapture, Graphs
 from layerskip.decode.row import Outcome, Verdict
 from layerskip.decode.sampling import DRAFT, KEEP, NEXT, Sampling
+from layerskip.model.head import adapter_of
 from layerskip.model.stack import Counters
 from layerskip.model.step import Step
 
@@ -126,7 +127,7 @@ def _exit_drafts(
     """
     hidden, drafts, laws, sure = [], [], [], []
     exit_layer = shape.exit_layer or 0
-    adapter = head.adapter if head is not None and head.adapts(exit_layer) else None
+    adapter = adapter_of(head, exit_layer)
     before: Tensor | None = None  # [B, D], the last layer's normed state before, or its stand-in
     if adapter is not None:
         before = stack.finished(cache.finals_at(index, (starts - 1).clamp(min=0)))

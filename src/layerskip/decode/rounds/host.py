@@ -16,6 +16,7 @@ from layerskip.decode import sampling
 from layerskip.decode.drafters import DRAFTERS
 from layerskip.decode.row import Draft, Outcome, Verdict, span
 from layerskip.decode.sampling import KEEP, NEXT
+from layerskip.model.head import adapter_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -174,13 +175,13 @@ class HostRounds:
         p = sampling.warp(logits[:seen], shape)  # [m + 1, V]
         asked = []
         for k, h in states.items():
-            if head is None or head.adapter is None or not head.adapts(k):
+            if (adapter := adapter_of(head, k)) is None:
                 asked.append(h[:seen])
                 continue
             first = len(row.tokens) - 2  # verification has just written what stands behind it
             states_before = self.cache.finals_at([row.slot] * seen, range(first, first + seen))
             known = self.stack.finished(states_before)
-            asked.append(head.adapter(h[:seen], known))
+            asked.append(adapter(h[:seen], known))
         read = self.stack.logits(torch.cat(asked), head)
         read = read if head is None else head.scatter(read, self.stack.vocab_size)
         overlaps = [torch.minimum(q, p).sum() for q in torch.split(sampling.warp(read, shape), seen)]
