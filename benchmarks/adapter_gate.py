@@ -17,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ import torch
 
 import layerskip
 from layerskip.measure.exits.states import _batches
+from layerskip.measure.results import named
 from layerskip.model.adapter import scaled
 from layerskip.model.step import Step
 from layerskip.train.data.encoding import IGNORED
@@ -329,6 +330,7 @@ def main() -> None:
     lm = layerskip.load(given.model, dtype="bfloat16", device="cpu")
     lm.row_costs()
     cells = [CELLS[i] for i in given.cells] if given.cells else list(CELLS)
+    cells = [replace(cell, vocabulary=min(cell.vocabulary, lm.stack.vocab_size)) for cell in cells]
     exits = sorted(
         {cell.exit_layer for cell in cells}
         | ({lm.stack.num_layers // 2} if any(c.middle for c in cells) else set())
@@ -381,7 +383,7 @@ def main() -> None:
         print(f"{cell.name}: {_quality(told)}; {_price(told)}", flush=True)
     result["configuration"] = record.configuration(given, torch.device("cpu"))
     if given.save:
-        record.save(result, "adapter-gate", "smollm2-135m-base")
+        record.save(result, "adapter-gate", named(given.model))
 
 
 def _plain(lm: LanguageModel) -> float:

@@ -51,6 +51,28 @@ def test_attention_compares_bits_before_it_times_passes(script, folder, capsys, 
         script("attention", *given)
 
 
+def test_the_adapters_gate_trains_judges_and_prices_each_cell_once(script, folder, tmp_path, capsys):
+    lines = []
+    for n in range(12):
+        ids = [(7 * n + 3 * i * i) % 50 + 4 for i in range(30)]
+        lines.append(json.dumps({"input_ids": ids, "completion_mask": [0] * 8 + [1] * 22}) + "\n")
+    train, held = tmp_path / "own.jsonl", tmp_path / "maths.jsonl"
+    train.write_text("".join(lines[:9]))
+    held.write_text("".join(lines[9:]))
+    given = (
+        "--model", folder, "--train", train, "--held", held, "--work", tmp_path / "work", "--threads", 1,
+        "--epochs", 1, "--tokens", 150, "--cells", 2, 7,
+    )  # fmt: skip
+    script("adapter_gate", *given)
+    told = capsys.readouterr().out
+    assert "154 tokens of answers, 7 sequences" in told
+    assert told.count("drafts right") == 4  # when it is judged, and beside its price
+    assert told.count("ms a draft") == 2
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+    script("adapter_gate", *given)  # nothing is trained again
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+
+
 @pytest.fixture
 def topv2(script, folder, tmp_path):
     """Run topv2.py on the tiny checkpoint and twelve items; `work` is its folder of finished items."""
