@@ -194,16 +194,17 @@ def train(
     cell: Cell, text: Text, lm: LanguageModel, gain: Tensor, head: Tensor, ids: Tensor, epochs: int
 ) -> Any:
     """Train one cell; every cell sees the same tokens in the same order."""
+    # Sequences lie by length: a share of them is drawn.
+    parts = list(_parts([*text.starts, len(text.wanted)]))
+    parts = [parts[i] for i in np.random.default_rng(0).permutation(len(parts))]
+    parts = parts[: round(cell.share * len(parts))]
     model: Any = ExitAdapter(head.shape[1], cell.exit_layer, cell.blocks, cell.hidden)
     if cell.start == "least squares":
-        model.join.weight.data.copy_(linear(cell, text.part(0, round(cell.share * len(text.wanted))), gain))
+        model.join.weight.data.copy_(linear(cell, text, parts, gain))
     model = WithMiddle(model, head.shape[1]) if cell.middle else model
     place_of = torch.full((lm.stack.vocab_size,), -1)
     place_of[ids] = torch.arange(len(ids))
     own = head[ids]
-    used = round(len(text.starts) * cell.share)
-    bounds = [*text.starts[:used], text.starts[used] if used < len(text.starts) else len(text.wanted)]
-    parts = [(a, b) for a, b in _parts(bounds)]
     total = epochs * len(parts)
     optimizer: Any = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=cell.rate, weight_decay=0.0, betas=(0.9, 0.95)),
@@ -237,9 +238,14 @@ def train(
 
 
 @torch.no_grad()
-def linear(cell: Cell, text: Text, gain: Tensor) -> Tensor:
+def linear(cell: Cell, text: Text, parts: list[tuple[int, int]], gain: Tensor) -> Tensor:
     """The best linear adapter, as `least_squares.solved` finds it: [D, 2 D]."""
-    places = places_of((text.wanted >= 0)[None, :-1], text.positions, 1)[:POSITIONS]
+    chosen, count = torch.zeros(len(text.wanted), dtype=torch.bool), 0
+    for first, last in parts:
+        chosen[first:last], count = True, count + last - first
+        if count >= POSITIONS:
+            break
+    places = places_of((chosen & (text.wanted >= 0))[None, :-1], text.positions, 1)
     early, final = text.states[cell.exit_layer][0].float(), text.final[0].float()
     inputs = torch.cat((scaled(early[places]), scaled(final[places - 1]) * cell.remembers), -1)
     return solution(inputs.T @ inputs, inputs.T @ (final[places] / gain), len(places))
