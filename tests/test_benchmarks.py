@@ -337,16 +337,18 @@ def test_every_figure_has_its_result_file(script, tmp_path, capsys):
     cell = {"exit_layer": 2, "draft_length": 3, "draft_vocab": "off", "predicted_speedup": 1.3}
     measured = cell | {"speedup": {"ratio": 1.2, "ci95": [1.1, 1.3]}}
     row = {"exit_layer": 2, "agreement": 0.5, "kl": 1.0, "tv": 0.4, "perplexity": 20.0, "tokens": 9}
+    gate = {"draft_s": 1e-3, "speedup": 1.2, "kinds": {"mean": {"tokens_per_round": [1.3, 1.4, 1.45, 1.47]}}}
     doctor = {"surface": [cell], "acceptance_by_position": {"2": [0.9, 0.5, None]}}
     files = {
         "eval_tiny_float32_cpu_2026-01-01": {"exits": [row, row | {"exit_layer": 5, "kl": 0.0}]},
         "tuning_tiny_float32_cpu_2026-01-01": {"grid": [measured], "doctor": doctor},
+        "adapter-gate_tiny_2026-01-01": {"cells": {"default": gate, "steps 1": gate | {"speedup": 1.1}}},
     }
     for name, result in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result | {"configuration": configuration}))
     script("figures", "--results", tmp_path, "--figures", tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        "exits.png", "speedup-surface.png", "acceptance-by-position.png"
+        "exits.png", "speedup-surface.png", "acceptance-by-position.png", "adapter-gate.png"
     }  # fmt: skip
     assert capsys.readouterr().out.count("no result file yet") == 5
     (tmp_path / "tuning_tiny_float32_cpu_2026-01-01.json").unlink()
