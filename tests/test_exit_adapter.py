@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import layerskip
 import tiny
@@ -370,13 +371,18 @@ def test_a_store_gives_back_whole_states_of_the_rows_it_has_room_for(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_delta_holds_an_adapter_and_gives_it_back(folder, made, tmp_path):
-    run, _ = made
-    report = make_delta(folder, run.output, tmp_path / "made.safetensors", 1_000_000, {"licence": "MIT"})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_delta_holds_an_adapter_and_gives_it_back(folder, made, tmp_path, dtype):
+    trained = shutil.copytree(made[0].output, tmp_path / "trained")
+    adapter = {
+        key: weight.to(dtype) for key, weight in load_file(trained / "exit_adapter.safetensors").items()
+    }
+    save_file(adapter, trained / "exit_adapter.safetensors")
+    report = make_delta(folder, trained, tmp_path / "made.safetensors", 1_000_000, {"licence": "MIT"})
     assert report["kept"] == 1.0
     apply_delta(folder, tmp_path / "made.safetensors", tmp_path / "out")
     for name in ("model.safetensors", "exit_adapter.safetensors"):
-        one, other = (load_file(path / name) for path in (run.output, tmp_path / "out"))
+        one, other = (load_file(path / name) for path in (trained, tmp_path / "out"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     lm = layerskip.load(str(tmp_path / "out"), dtype="float32")

@@ -326,10 +326,12 @@ def _pinned(pinned: Mapping[str, Any]) -> str:
 
 
 def _digest(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    import torch
+
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
