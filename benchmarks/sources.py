@@ -93,8 +93,10 @@ def methods_of(
             made[name] = Method(name, peer(hf, name.removeprefix(HF_LOOKUP)), 0)
         elif name.startswith(ECONOMIZE):
             drafter = name.removeprefix(ECONOMIZE)
-            if drafter.isdecimal() or peers is None:
+            if drafter.isdecimal():
                 made[name] = Method(name, economize(hf, int(drafter)), 0)
+            elif peers is None:
+                raise UserError(f"{name} is a trained drafter", "--peers names what peer_training.py wrote")
             else:
                 own = ways.hugging_face_model(lm, lm.stack.dtype)  # a technique belongs to its model
                 made[name] = Method(name, economize_drafter(own, peers, drafter), 0)

@@ -193,7 +193,6 @@ def fresh(monkeypatch, tmp_path):
 
 
 @needs_compiler
-@needs_compiler
 def test_two_libraries_in_one_process_are_two(tmp_path):
     """Files under one descriptor were one library to the loader: the second was the first, whatever it held."""
     content, handles = Path(compiled.kernels().library._name).read_bytes(), set()
@@ -205,6 +204,7 @@ def test_two_libraries_in_one_process_are_two(tmp_path):
     assert len(handles) == 2
 
 
+@needs_compiler
 def test_the_library_is_compiled_once_into_a_folder_that_is_ones_own(fresh, tmp_path, recwarn):
     found, runs = fresh()
     assert found is not None

@@ -239,11 +239,12 @@ class LayerSkipMixin:
 
     def _begin_adapter(self, resumed: bool) -> None:
         """Let a new adapter start as the best linear one on some rows of the data."""
-        adapter, rows = adapter_of(self.exits.hf), self._rows()
+        adapter = adapter_of(self.exits.hf)
         if adapter is None or adapter.begun:
             return
         adapter.begun = True
-        if resumed or rows is None:
+        rows = None if resumed else self._rows()
+        if rows is None:
             return
         with self.compute_loss_context_manager():  # type: ignore[attr-defined]
             weight = solved(self.exits, rows, self.args.seed)
