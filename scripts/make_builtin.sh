@@ -31,7 +31,7 @@ done
 
 base=smollm2-135m-base
 case $size in
-  cpu)   questions=5000 share=1 asked=20000 continued=1800 tokens=256 batch=48 settings=(epochs=1) ;;
+  cpu)   questions=5000 share=2 asked=30000 continued=3000 tokens=256 batch=48 settings=(epochs=1) ;;
   gpu)   questions=40000 share=20 asked=110000 continued=20000 tokens=256 batch=256
          settings=(length=1024 batch_size=8 epochs=2) ;;
   smoke) questions=4 share=0.002 asked=40 continued=8 tokens=16 batch=8
@@ -43,11 +43,12 @@ say() { printf '\n== %s\n' "$*"; }
 answer() {  # NAME MAX_NEW_TOKENS LIMIT [OPTIONS]
   local name=$1 budget=$2 limit=$3; shift 3
   if [ -s "$work/prompts/$name.jsonl" ]; then
-    layerskip distill-data $base --prompts "$work/prompts/$name.jsonl" --output "$work/own/$name.jsonl" \
+    layerskip distill-data $base --states --prompts "$work/prompts/$name.jsonl" --output "$work/own/$name.jsonl" \
       --limit "$limit" --max-new-tokens "$((budget < tokens ? budget : tokens))" --batch $batch "$@"
     # One answer of a hundred is never trained on: the run is judged by these, and the tuner looks at them.
     awk 'NR % 100 != 8' "$work/own/$name.jsonl" > "$work/train/$name.jsonl"
     awk 'NR % 100 == 8' "$work/own/$name.jsonl" > "$work/held/$name.jsonl"
+    ln -sf "../own/$name.states" "$work/train/$name.states"
   fi
 }
 

@@ -5,12 +5,15 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import layerskip
+from layerskip.checkpoint.facts import fingerprint
 from layerskip.decode.language_model import LanguageModel
 from layerskip.train.data.packing import DataOptions, encode, examples
+from layerskip.train.data.states import made_by
 
 PROMPTS = [{"prompt": f"question {n}", "response": "not the model's"} for n in range(6)]
 CHATS = [
@@ -88,6 +91,34 @@ def test_a_killed_run_is_continued_as_if_it_had_not_been(distill, tmp_path, left
     code, summary, _ = distill(*options, output=part)
     assert (code, summary["found"], summary["written"]) == (0, 6, 0)
     assert part.read_bytes() == whole
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_kept_states_are_what_the_head_reads_of_every_token(distill, folder, prompts, tmp_path, chat):
+    """Through drafts, several rows at once and a kill: as if the model had read prompt and answer in one pass."""
+    prompts.write_text(prompts.read_text() + "".join(json.dumps(line) + "\n" for line in CHATS if chat))
+    options = ["--chat" if chat else "--no-chat", "--states", "--batch", 3, "--dtype", "float32"]
+    assert distill(*options, "--limit", 3, max_new_tokens=60)[0] == 0
+    own, states = tmp_path / "own.jsonl", tmp_path / "own.states"
+    half = states.stat().st_size
+    own.write_bytes(own.read_bytes() + b'{"index": 3')
+    states.write_bytes(states.read_bytes() + b"half of a state")
+    assert distill(*options, max_new_tokens=60)[0] == 0
+    assert states.stat().st_size > half
+    hf = layerskip.load(folder, dtype="float32", stack="hf").hf
+    for line in examples(own):
+        kept = line["states"].read(hf.config.hidden_size, torch.float32)
+        assert line["states"].of == made_by(fingerprint(folder), torch.float32)
+        with torch.no_grad():
+            wanted = hf.base_model(torch.tensor([line["input_ids"]])).last_hidden_state[0, :-1]
+        torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_states_are_asked_for_from_the_start(distill):
+    assert distill("--limit", 2)[0] == 0
+    code, _, message = distill("--states")
+    assert code == 2
+    assert "states differ" in message
 
 
 def test_a_run_under_other_settings_is_not_continued(distill, folder, tmp_path):

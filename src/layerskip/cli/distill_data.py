@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +48,10 @@ def distill_data(
     ],
     first: Annotated[PromptOptions, only("limit")],
     loading: Loading,
+    states: Annotated[
+        bool,
+        Option("Keep the last layer's states beside it, for `train exit-adapter`; 2 x width bytes a token."),
+    ] = False,
     column: Annotated[str | None, Option("Column of the prompts.", shown="prompt or messages")] = None,
     separator: Separator = "\\n",
     as_json: AsJson = False,
@@ -58,8 +62,9 @@ def distill_data(
     """
     from layerskip.checkpoint.facts import fingerprint
     from layerskip.measure.lines import read_prompts
+    from layerskip.train.data.states import SUFFIX, StatesFile, made_by
 
-    options = merged(sampling, chat=False)  # wrapped here already; a slip costs no time
+    options = merged(sampling, chat=False) | {"states": states}  # wrapped here already; a slip costs no time
     if output.suffix != ".jsonl":
         raise UserError(f"{output} is not named .jsonl", "the data are JSON lines: --output own.jsonl")
     lines = [line for path in prompts for line in read_prompts(path, column)][: first.limit]
@@ -73,7 +78,7 @@ def distill_data(
     after = unescaped(separator)
     settings = {name: options[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     settings |= {"separator": after, "dtype": str(lm.stack.dtype), "quantize": loading.quantize}
-    settings |= {"weights": fingerprint(lm.path)}
+    settings |= {"weights": fingerprint(lm.path)} | ({"states": True} if states else {})
     _check_found(found, given, settings, output)
     left = [index for index in range(len(given)) if index not in found]
     tokens_of = [encoded(lm, given[index], False, after) for index in left]
@@ -88,13 +93,20 @@ def distill_data(
         "interrupted": False,
     }
     try:
-        with output.open("a", encoding="utf-8", newline="\n") as file, _bar(record) as advance:
+        made = made_by(settings["weights"], lm.stack.dtype, loading.quantize)
+        with (
+            output.open("a", encoding="utf-8", newline="\n") as file,
+            StatesFile(output.with_suffix(SUFFIX), found.values(), made) if states else nullcontext() as kept,
+            _bar(record) as advance,
+        ):
             results = lm.each(tokens_of, indices=left, **options)
             for index, tokens, result in zip(left, tokens_of, results, strict=True):
                 result.checked()
                 begins = not found and not record["written"]
                 more = {} if lines[index].id is None else {"id": lines[index].id}
                 more |= {"settings": settings} if begins else {}
+                if kept is not None and result.states is not None:
+                    more["states"] = kept.append(result.states)
                 file.write(_line(index, given[index], tokens, result, more) + "\n")
                 file.flush()
                 record["written"] += 1

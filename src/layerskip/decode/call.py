@@ -52,6 +52,7 @@ class Call:
             logprobs=options.logprobs,
             simulated=None if simulated is None else cost.per_token_from(simulated, plan.draft_length),
             keep=keep,
+            states=options.states,
         )
 
     def generation(

@@ -47,6 +47,7 @@ class Engine:
     """Own one cache and serve its rows, one work item (a prefill chunk or a round) per `step`.
 
     `device_rounds` keeps rounds on the device as far as requests allow; None: where the whole model is on CUDA.
+    `finals` keeps the last layer's states, for requests that ask for them; an adapter needs them anyway.
 
     Raises: UserError for a capacity beyond the context, or where the memory is not there.
     """
@@ -60,8 +61,10 @@ class Engine:
         draft_head: Head | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         device_rounds: bool | None = None,
+        finals: bool = False,
     ) -> None:
         self.stack = stack
+        self.finals = finals or (draft_head is not None and draft_head.adapter is not None)
         self.draft_head = draft_head
         self.prefill_chunk = prefill_chunk
         if stack.context is not None and capacity > stack.context:
@@ -71,7 +74,7 @@ class Engine:
             )
         with torch.inference_mode():
             self.cache = stack.new_cache(rows, capacity)
-            if draft_head is not None and draft_head.adapter is not None:
+            if self.finals:
                 self.cache.keep_finals(stack.width, stack.dtype, stack.device)
         if device_rounds is None:
             device_rounds = stack.device.type == "cuda" and self.cache.devices == {stack.device}
@@ -83,9 +86,9 @@ class Engine:
         self._events: list[Round | Failure] = []  # of a step that is going on, or was interrupted
         self._driving = threading.Lock()
 
-    def serves(self, rows: int, capacity: int, draft_head: Head | None) -> bool:
+    def serves(self, rows: int, capacity: int, draft_head: Head | None, finals: bool = False) -> bool:
         """Whether this engine has no rows and is what one would be made as now."""
-        same = (len(self.cache.lengths), self.cache.capacity) == (rows, capacity)
+        same = (len(self.cache.lengths), self.cache.capacity) == (rows, capacity) and self.finals >= finals
         return not self._rows and same and self.draft_head is draft_head
 
     def grow(self, capacity: int) -> None:
@@ -172,6 +175,8 @@ class Engine:
             raise UserError(f"draft length {request.draft_length} is negative", "it must be 0 or more")
         if request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {request.max_new_tokens}", "ask for at least one new token")
+        if request.states and not self.finals:
+            raise UserError("this engine keeps no states of the last layer", "make it with finals=True")
         if length == 0:
             raise UserError("the prompt is empty", "give at least one token to continue")
         if length > self.cache.capacity:
@@ -392,10 +397,17 @@ class Engine:
                 prompt_tokens=prompt_tokens,
                 finish_reason=reason,
                 logprobs=logprobs,
+                states=self._states(row) if reason and request.states else None,
             )
         )
         if row.finished and not request.keep:
             self.cancel(row.slot)
+
+    def _states(self, row: Row) -> Tensor:
+        known = len(row.tokens) - 1
+        states = self.stack.finished(self.cache.finals_at([row.slot] * known, range(known))).cpu()
+        with torch.inference_mode(mode=False):  # the caller may train on them
+            return states.clone()
 
 
 def _logprobs(logits: Tensor | None, tokens: list[int]) -> list[float]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from layerskip.decode.options import Plan
     from layerskip.decode.request import Round
 
@@ -24,6 +26,11 @@ class Generation:
     rounds: list[Round]
     stats: dict[str, Any]
     error: Exception | None = None  # what ended it, where `finish_reason` is "error"
+
+    @property
+    def states(self) -> Tensor | None:
+        """What the head read of all tokens but the last, [T - 1, D], prompt included; None unless asked."""
+        return self.rounds[-1].states if self.rounds else None
 
     def checked(self) -> Generation:
         """Raise the error that ended it, where one did."""

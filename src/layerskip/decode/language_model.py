@@ -296,7 +296,8 @@ class LanguageModel:
     ) -> Iterator[tuple[int, Round | Exception]]:
         """Serve requests, so many at a time; yield (place, round or error). Requests are checked at once."""
         wanted = max(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
-        engine = self.engines.take(rows, max(1, min(wanted, self.stack.context or wanted)), call.head)
+        capacity = max(1, min(wanted, self.stack.context or wanted))
+        engine = self.engines.take(rows, capacity, call.head, call.options.states)
         for request in requests:  # before any work: the last of many prompts may be the wrong one
             try:
                 engine.check(request)

@@ -80,6 +80,7 @@ class SamplingOptions(_Checked):
         None, "Tokens that end an output; all of the generation config by default.", offered=False
     )
     logprobs: bool = option(False, "Keep every token's log-probability.", offered=False)
+    states: bool = option(False, "Keep what the last layer says of every token.", offered=False)
     batch_size: int = option(8, "Prompts continued together.", least=1)
 
     @property
@@ -285,6 +286,7 @@ class Keywords(TypedDict, total=False):
     control_tokens: bool
     eos_token_id: int | Sequence[int] | None
     logprobs: bool
+    states: bool
     batch_size: int
 
 

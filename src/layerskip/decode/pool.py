@@ -7,6 +7,7 @@ pool.give_back(engine)
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from layerskip.decode.engine import Engine
@@ -27,19 +28,20 @@ class EnginePool:
         self.keep = stack.device.type == "cuda" if keep is None else keep
         self.last: Engine | None = None
 
-    def take(self, rows: int, capacity: int, head: Head | None) -> Engine:
-        """Find or make an engine for as many rows of at least `capacity` tokens."""
+    def take(self, rows: int, capacity: int, head: Head | None, finals: bool = False) -> Engine:
+        """Find or make an engine for as many rows of at least `capacity` tokens, see `Engine` for `finals`."""
+        made = partial(Engine, self.stack, rows=rows, draft_head=head, finals=finals)
         if not self.keep:
-            return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
+            return made(capacity=capacity)
         rounded = rounded_capacity(capacity, self.stack.context)
         last, self.last = self.last, None  # lent: two streams must not share it
-        if last is not None and last.serves(rows, rounded, head):
+        if last is not None and last.serves(rows, rounded, head, finals):
             return last
         del last  # its cache must not stand beside the new one
         try:
-            return Engine(self.stack, rows=rows, capacity=rounded, draft_head=head)
+            return made(capacity=rounded)
         except UserError:
-            return Engine(self.stack, rows=rows, capacity=capacity, draft_head=head)
+            return made(capacity=capacity)
 
     def give_back(self, engine: Engine) -> None:
         """Take an engine back, empty, for the next call."""

@@ -13,6 +13,8 @@ from layerskip.decode.sampling import Processing
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from layerskip.decode.control import Controller
 
 
@@ -39,12 +41,15 @@ class Request:
     logprobs: bool = False
     simulated: float | None = None  # keep each greedy draft with this probability, whatever the target says
     keep: bool = False  # leave the row's cache in place when it finishes, for a next turn
+    states: bool = False  # its last round tells what the last layer said, of an engine with `finals`
 
     def __post_init__(self) -> None:
         if self.controller is not None and self.drafter != "exit":
             raise UserError(
                 "a controller chooses among exits only", 'leave out the policy, or use drafter="exit"'
             )
+        if self.states and self.unverified:
+            raise UserError("early-exit decoding runs no last layer", "leave out states, or the mode")
         if self.simulated is not None and not self.processing.plain_greedy:
             raise UserError(
                 "an acceptance can be simulated for plain greedy drafts only", "no sampling, no processors"
@@ -68,6 +73,7 @@ class Round:
     prompt_tokens: int = 0  # prompt positions computed by this work item
     finish_reason: str | None = None  # eos, stop, length
     logprobs: list[float] | None = None
+    states: Tensor | None = None  # behind the final norm, of all tokens but the last, [T - 1, D] on the CPU
 
     @property
     def drafted(self) -> int:

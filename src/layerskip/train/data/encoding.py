@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from layerskip.checkpoint.control_tokens import ControlTokens
 from layerskip.errors import UserError, nearest
 from layerskip.reading import check_unicode, reason
+from layerskip.train.data.states import Kept
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,6 +72,7 @@ class Encoded:
 
     input_ids: Tokens
     labels: Tokens
+    states: Kept | None = None  # of its tokens, in this order, where the data tell them
 
 
 # -- encoding ------------------------------------------------------------------------------------------------
@@ -96,12 +98,12 @@ def encode(
     over: list[int] = []
     num_examples = num_dropped = 0
     for chunk in _chunks(examples):
-        for where, running, pieces in coder.encoded(chunk):
+        for where, running, pieces, states in coder.encoded(chunk):
             num_examples += 1
             if running:
                 found += _windows(pieces, options.length)
                 continue
-            one = _joined(pieces)
+            one = replace(_joined(pieces), states=states)
             if not (one.labels != IGNORED).any():
                 raise UserError(
                     f"{where} has no token to learn: its completion is empty, or no assistant speaks in it",
@@ -109,7 +111,8 @@ def encode(
                 )
             if len(one.input_ids) > options.length:
                 over.append(len(one.input_ids))
-                one = Encoded(one.input_ids[: options.length].copy(), one.labels[: options.length].copy())
+                short = slice(options.length)
+                one = Encoded(one.input_ids[short].copy(), one.labels[short].copy(), states)
                 if options.long != "cut" or not (one.labels != IGNORED).any():
                     num_dropped += 1
                     continue
@@ -184,14 +187,17 @@ class _Coder:
         """Tokenise rendered chats, whose template writes control tokens; those of messages are marked."""
         return self.control.encoded(texts)
 
-    def encoded(self, chunk: list[Example]) -> Iterator[tuple[str, bool, Pieces]]:
-        """Yield (where, whether it is running text, pieces) in the order of the chunk."""
+    def encoded(self, chunk: list[Example]) -> Iterator[tuple[str, bool, Pieces, Kept | None]]:
+        """Yield (where, whether it is running text, pieces, kept states) in the order of the chunk."""
         made: list[Pieces] = [[] for _ in chunk]
+        states: dict[int, Kept | None] = {}  # of those whose own tokens are taken
         kinds: dict[str, list[int]] = {"text": [], "pair": [], "chat": []}
         for index, example in enumerate(chunk):
             self._check_text(example, index)
             if (known := self._known(example)) is not None:
                 made[index] = known
+                told = example.get("states")
+                states[index] = told if isinstance(told, Kept) else None
             elif "messages" in example:
                 kinds["chat"].append(index)
             elif "text" in example:
@@ -209,7 +215,8 @@ class _Coder:
             ):  # a model may end at once, a writer not
                 learnt = {int(token) for tokens, loss in pieces if loss for token in tokens}
                 pieces = pieces if learnt - self.ends else []
-            yield example.get("where", f"example {index + 1}"), index in running, pieces
+            where = example.get("where", f"example {index + 1}")
+            yield where, index in running, pieces, states.get(index)
 
     def _check_text(self, example: Example, index: int) -> None:
         """Refuse half characters, and note an example that spells a control token."""

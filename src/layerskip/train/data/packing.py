@@ -7,6 +7,7 @@ dataset = rows(trained, options)          # a torch Dataset; collate makes batch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,6 +48,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         ordered = [example for row in packed for example in row]
         sizes = [len(example.input_ids) for example in ordered]
         self.pad_id = pad_id
+        self.states = [example.states for example in ordered]
         self.numbered = False  # whether batches tell the numbers of their rows, and their lengths
         self.tokens = np.concatenate([example.input_ids for example in ordered])
         self.labels = np.concatenate([example.labels for example in ordered])
@@ -58,6 +60,12 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
+
+    @property
+    def spans(self) -> Sequence[tuple[int, int]]:
+        """First and last-but-one example of each row."""
+        bounds = self.bounds.tolist()
+        return list(itertools.pairwise(bounds))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Shapes: input_ids, labels and position_ids [T] of this row, not padded."""

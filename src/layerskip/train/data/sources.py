@@ -19,6 +19,7 @@ from typing import Any
 
 from layerskip.errors import UserError
 from layerskip.reading import messages_of, named_path, parsed, reason, spoken
+from layerskip.train.data.states import Kept
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 DATA = {".jsonl", ".ndjson", ".json", ".parquet", *TABLES}
@@ -47,7 +48,7 @@ _ALIASES = {
     "messages": ("conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
     "text": ("content", "code", "document", "body", "raw", "article"),
 }
-_KEPT = ("input_ids", "completion_mask", "finish_reason")
+_KEPT = ("input_ids", "completion_mask", "finish_reason", "states")
 _SHAPE = (
     'a chat is a list such as [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]'
 )
@@ -142,7 +143,10 @@ def _read(path: Path, in_folder: bool = False) -> Iterator[tuple[str, Any]]:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         where = f"{path}, line {number}"
-                        yield where, parsed(line, where, "one JSON object per line in .jsonl")
+                        record = parsed(line, where, "one JSON object per line in .jsonl")
+                        if isinstance(record, dict) and "states" in record:
+                            record["states"] = Kept.told(record, path)
+                        yield where, record
                 return
             text = lines.read()
     except UnicodeDecodeError as error:

@@ -159,10 +159,9 @@ def plan_of(run: Run) -> dict[str, Any]:
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     states = 0
     if recipe.exit_adapter and steps > per_epoch:
-        states = (
-            len(rows) * rows.longest * 2 * config.hidden_size * next(run.model.parameters()).element_size()
-        )
-        states = min(states, int(recipe.states_gb * 1e9))
+        planes = 2 if max(run.schedule.trained) else 1
+        size = planes * config.hidden_size * next(run.model.parameters()).element_size()
+        states = min(len(rows) * rows.longest * size, int(recipe.states_gb * 1e9))
     return {
         "steps": steps,
         "epochs": round(steps / per_epoch, 2),

@@ -25,6 +25,7 @@ from layerskip.checkpoint.files import write_text
 from layerskip.errors import UserError, hint_of
 from layerskip.reading import named_path, read_json
 from layerskip.train import checkpoints
+from layerskip.train.data.states import made_by
 from layerskip.train.job.export import export
 from layerskip.train.job.loading import (
     check_length,
@@ -40,7 +41,7 @@ from layerskip.train.job.recipe import Recipe, as_yaml, differing_keys, read_rec
 from layerskip.train.objective.binding import shape
 from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
-from layerskip.train.objective.store import StateStore
+from layerskip.train.objective.store import AnswerStates, StateStore
 
 if TYPE_CHECKING:
     from layerskip.train.figures import Setting
@@ -154,7 +155,7 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     )
     if callbacks or not main:
         trainer.remove_callback(PrinterCallback)
-    store = _store(run, trainer)
+    store = _keep_states(run, trainer)
     began = time.perf_counter()
     if (run.plan["resumes_at"] or 0) < run.plan["steps"]:
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
@@ -208,25 +209,41 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     return result
 
 
-def _store(run: Run, trainer: Any) -> StateStore | None:
-    """Keep the states that an adapter learns from for the next epoch, as far as states_gb reaches."""
+def _keep_states(run: Run, trainer: Any) -> StateStore | None:
+    """Read states that came with the data; keep others for the next epoch, as far as states_gb reaches."""
     recipe, rows = run.recipe, run.train_rows
-    passes = run.plan["steps"] * run.plan["rows_per_step"] / len(rows)
-    if not recipe.exit_adapter or not recipe.states_gb or passes <= 1:
+    if not recipe.exit_adapter:
         return None
-    told = [_facts(run)["data"], fingerprint(run.folder), run.schedule.trained, recipe.length, recipe.dtype]
-    with run.arguments.main_process_first():
-        store = StateStore(
-            run.output / STATES,
-            rows=len(rows),
-            length=rows.longest,
-            width=run.model.config.get_text_config().hidden_size,
-            dtype=next(run.model.parameters()).dtype,
-            budget=recipe.states_gb * 1e9,
-            key=json.dumps(told),
-        )
-    rows.numbered = True
-    trainer.exits.keep(store)
+    width = run.model.config.get_text_config().hidden_size
+    dtype, weights = next(run.model.parameters()).dtype, fingerprint(run.folder)
+    answers = AnswerStates(rows, made_by(weights, dtype), width, dtype)
+    early = bool(max(run.schedule.trained))  # whose states no answers tell; an embedding is read anew
+    if early:
+        answers.held.clear()
+    store = None
+    passes = run.plan["steps"] * run.plan["rows_per_step"] / len(rows)
+    if recipe.states_gb and passes > 1:
+        told = [
+            _facts(run)["data"],
+            weights,
+            run.schedule.trained,
+            recipe.length,
+            recipe.dtype,
+            len(answers.held),
+        ]
+        with run.arguments.main_process_first():
+            store = StateStore(
+                run.output / STATES,
+                rows={*range(len(rows))} - answers.held,
+                planes=1 + early,
+                length=rows.longest,
+                width=width,
+                dtype=dtype,
+                budget=recipe.states_gb * 1e9,
+                key=json.dumps(told),
+            )
+    rows.numbered = store is not None or bool(answers.held)
+    trainer.exits.keep(store, answers)
     return store
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from layerskip.model.adapter import adapted
+from layerskip.model.families import FAMILIES, Family, parts_of
+from layerskip.train.objective.dropout import sliced
 from layerskip.train.objective.loss import Sums, multi_exit_loss
 from layerskip.train.objective.reference import evaluating
 
@@ -38,6 +40,7 @@ class Taught(Protocol):
 
     hf: Any
     store: Any
+    answers: Any
     schedule: Any
     bound: Any
     head: Any
@@ -163,18 +166,60 @@ def best_of(states: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
 def frozen_states(exits: Taught, inputs: dict[str, Any], rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """States of a model that is not trained: after the exit, and behind the final norm, [B, T, D] each.
 
-    `rows` [B, 2] are the numbers of the data's rows and their lengths, by which a store knows them.
+    `rows` [B, 2] are the numbers of the data's rows and their lengths, by which states are known that were kept, or
+    came with the data. The model runs over the other rows alone.
     """
-    store, hf, exit_layer = exits.store, exits.hf, adapter_of(exits.hf).exit_layer
-    numbers, lengths = ([], []) if rows is None else rows.T.tolist()
-    found = None if store is None or rows is None else store.get(numbers, lengths)
-    if found is not None:
-        return found[0].to(hf.device), found[1].to(hf.device)
-    with evaluating(hf.base_model):
+    tokens, told = inputs.get("input_ids"), [] if rows is None else rows.tolist()
+    known = [_known(exits, *one) for one in told]
+    left = [place for place, states in enumerate(known) if states is None]
+    if tokens is None or len(left) == len(known):
+        early, final = _computed(exits, inputs, told)
+        return early, final
+    exit_layer, positions = adapter_of(exits.hf).exit_layer, inputs.get("position_ids")
+    found = [states for states in known if states is not None]
+    both = found[0].new_zeros(
+        len(known), len(found[0]), *tokens.shape[1:], found[0].shape[-1]
+    )  # [B, P, T, D]
+    for place, states in enumerate(known):
+        if states is not None:
+            both[place, :, : states.shape[1]] = states
+    both = both.to(exits.hf.device)
+    early = both[:, 0] if exit_layer else embedded(exits.hf, tokens, positions)
+    final = both[:, -1]
+    if left:
+        index = torch.tensor(left, device=tokens.device)
+        part = _computed(exits, sliced(inputs, index, len(known)), [told[place] for place in left])
+        final[index] = part[1].to(final.dtype)
+        early[index] = part[0].to(early.dtype)
+    return early, final
+
+
+def _known(exits: Taught, row: int, length: int) -> Tensor | None:
+    """States [P, T, D] of a row: of the exit, if it runs a layer, and of the last layer."""
+    for source in (exits.answers, exits.store):
+        if source is not None and (states := source.get(row, length)) is not None:
+            return states  # type: ignore[no-any-return]
+    return None
+
+
+def _computed(exits: Taught, inputs: dict[str, Any], told: list[list[int]]) -> tuple[Tensor, Tensor]:
+    exit_layer = adapter_of(exits.hf).exit_layer
+    with evaluating(exits.hf.base_model):
         final, caught = exits.states_of(inputs, {exit_layer})
-    if store is not None and rows is not None:
-        store.put(numbers, lengths, caught[exit_layer], final)
-    return caught[exit_layer], final
+    early = caught[exit_layer]
+    if exits.store is not None:
+        for place, (row, length) in enumerate(told):
+            kept = (early, final)[0 if exit_layer else 1 :]
+            exits.store.put(row, torch.stack([states[place, :length] for states in kept]))
+    return early, final
+
+
+def embedded(hf: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """What the first layer reads. Shapes: [B, T] -> [B, T, D]."""
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    family = FAMILIES.get(hf.config.get_text_config().model_type, Family())
+    return family.embed(parts_of(hf)[0], hf.get_input_embeddings(), tokens, positions)
 
 
 def adapter_loss(

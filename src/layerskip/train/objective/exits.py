@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from layerskip.train.objective.binding import Bound
     from layerskip.train.objective.schedule import Schedule
-    from layerskip.train.objective.store import StateStore
+    from layerskip.train.objective.store import AnswerStates, StateStore
 
 
 @dataclass
@@ -112,6 +112,7 @@ class ExitTraining:
         self.totals = Totals()
         self.measuring = measuring
         self.store: StateStore | None = None  # of the states that an adapter learns from
+        self.answers: AnswerStates | None = None  # those that came with the data
         self.step, self.total, self.first_row = 0, 1, 0
         self._whole: list[bool] | None = None  # rows of this pass that go through all layers; None: every one
         self._wanted: set[int] = set()
@@ -188,9 +189,9 @@ class ExitTraining:
         """Say which optimiser step comes, and which row of its global batch is the first of the next call."""
         self.step, self.total, self.first_row = step, total, first_row
 
-    def keep(self, store: StateStore) -> None:
-        """Keep the states that an adapter learns from, and read them again."""
-        self.store = store
+    def keep(self, store: StateStore | None, answers: AnswerStates | None = None) -> None:
+        """Keep the states that an adapter learns from, or read those that came with the data."""
+        self.store, self.answers = store, answers
 
     def drain(self) -> Totals:
         """Hand over the totals and start new ones."""

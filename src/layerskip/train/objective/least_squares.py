@@ -42,11 +42,11 @@ def solved(exits: Taught, batches: Sequence[Mapping[str, Tensor]], seed: int = 0
     gain = shift = None
     for row in np.random.default_rng(seed).permutation(len(batches)):
         batch = {key: value.to(device) for key, value in batches[int(row)].items()}
-        labels, _ = batch.pop("labels"), batch.pop("rows", None)
+        labels, numbers = batch.pop("labels"), batch.pop("rows", None)
         places = places_of(labels[:, 1:] >= 0, batch.get("position_ids"), 1)
         if not len(places):
             continue
-        early, final = (x.flatten(0, 1).float() for x in frozen_states(exits, batch, None))
+        early, final = (x.flatten(0, 1).float() for x in frozen_states(exits, batch, numbers))
         if early.shape[-1] != final.shape[-1]:
             return None
         if gain is None or shift is None:

@@ -1,8 +1,9 @@
-"""States of a frozen model, kept on the disk for the next pass over the data.
+"""States of a frozen model, kept on the disk for the next pass over the data, or come with the data.
 
-    store = StateStore(folder, rows=len(data), length=512, width=576, dtype=torch.bfloat16, budget=4e9, key="...")
-    found = store.get([3, 17], [512, 400])      # (early, final), [B, T, D] each, or None
-    store.put([3, 17], [512, 400], early, final)
+    store = StateStore(folder, rows=range(len(data)), planes=2, length=512, width=576, dtype=torch.bfloat16,
+                       budget=4e9, key="...")
+    found = store.get(3, 512)                  # [planes, T, D], or None
+    store.put(3, states)
 
 A row of data has one place, as far as the budget reaches; rows behind it are computed anew every time. What a kill
 or a power cut leaves half-written is found by its checksum and computed again: a resumed run reads the same states.
@@ -21,10 +22,12 @@ from layerskip.checkpoint.files import write_text
 from layerskip.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
+
+    from layerskip.train.data.packing import Rows
 
 KEY_FILE = "key"
 
@@ -36,59 +39,90 @@ class StateStore:
     """
 
     def __init__(
-        self, folder: Path, *, rows: int, length: int, width: int, dtype: torch.dtype, budget: float, key: str
+        self,
+        folder: Path,
+        *,
+        rows: Iterable[int],
+        planes: int,
+        length: int,
+        width: int,
+        dtype: torch.dtype,
+        budget: float,
+        key: str,
     ) -> None:
-        self.folder, self.length, self.width, self.dtype = folder, length, width, dtype
-        self.row_bytes = 2 * length * width * dtype.itemsize
-        self.rows = min(rows, int(budget // self.row_bytes))
+        self.folder, self.planes, self.width, self.dtype = folder, planes, width, dtype
+        self.row_bytes = planes * length * width * dtype.itemsize
+        rows = sorted(rows)[: int(budget // self.row_bytes)]
+        self.place_of = {row: place for place, row in enumerate(rows)}
         self._states = self._sums = None
-        if not self.rows:
+        if not rows:
             return
         if not (folder / KEY_FILE).is_file() or (folder / KEY_FILE).read_text(encoding="utf-8") != key:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             free = shutil.disk_usage(folder).free
-            if free < 1.02 * self.rows * self.row_bytes:
+            if free < 1.02 * len(rows) * self.row_bytes:
                 raise UserError(
-                    f"states of {self.rows:,} rows take {self.rows * self.row_bytes / 1e9:.1f} GB, {folder} has "
+                    f"states of {len(rows):,} rows take {len(rows) * self.row_bytes / 1e9:.1f} GB, {folder} has "
                     f"{free / 1e9:.1f} GB free",
                     "states_gb=0 computes them anew in every epoch",
                 )
-            for name, size in (("states", self.rows * self.row_bytes), ("sums", 8 * self.rows)):
+            for name, size in (("states", len(rows) * self.row_bytes), ("sums", 8 * len(rows))):
                 with (folder / name).open("wb") as file:
                     file.truncate(size)
             write_text(folder / KEY_FILE, key)
-        self._states = np.memmap(folder / "states", np.uint8, "r+", shape=(self.rows, self.row_bytes))
-        self._sums = np.memmap(folder / "sums", np.int64, "r+", shape=(self.rows,))
+        self._states = np.memmap(folder / "states", np.uint8, "r+", shape=(len(rows), self.row_bytes))
+        self._sums = np.memmap(folder / "sums", np.int64, "r+", shape=(len(rows),))
 
-    def get(self, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Read the states of rows, zero behind their lengths; None unless all of them are here and whole."""
-        if self._states is None or self._sums is None or any(row >= self.rows for row in rows):
+    def get(self, row: int, length: int) -> Tensor | None:
+        """Read the states of a row, [planes, length, D]; None unless they are here and whole."""
+        place = self.place_of.get(row)
+        if place is None or self._states is None or self._sums is None:
             return None
-        found = torch.zeros(2, len(rows), max(lengths), self.width, dtype=self.dtype)
-        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            content = self._states[row, : 2 * length * self.width * self.dtype.itemsize]
-            if self._sums[row] != _sum(content):
-                return None
-            states = torch.from_numpy(np.array(content)).view(self.dtype).view(2, length, self.width)
-            found[:, place, :length] = states
-        return found[0], found[1]
+        content = np.array(self._states[place, : self.planes * length * self.width * self.dtype.itemsize])
+        if self._sums[place] != _sum(content):
+            return None
+        return torch.from_numpy(content).view(self.dtype).view(self.planes, length, self.width)
 
-    def put(self, rows: Sequence[int], lengths: Sequence[int], early: Tensor, final: Tensor) -> None:
-        """Keep the states of rows that have a place. Shapes: [B, T, D] each."""
-        if self._states is None or self._sums is None:
+    def put(self, row: int, states: Tensor) -> None:
+        """Keep the states [planes, T, D] of a row that has a place."""
+        place = self.place_of.get(row)
+        if place is None or self._states is None or self._sums is None:
             return
-        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if row < self.rows:
-                both = torch.stack([early[place, :length], final[place, :length]]).to("cpu", self.dtype)
-                content = both.contiguous().view(torch.uint8).flatten().numpy()
-                self._states[row, : len(content)] = content
-                self._sums[row] = _sum(content)
+        content = states.to("cpu", self.dtype).contiguous().view(torch.uint8).flatten().numpy()
+        self._states[place, : len(content)] = content
+        self._sums[place] = _sum(content)
 
     def remove(self) -> None:
         """Give the disk back."""
         self._states = self._sums = None
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class AnswerStates:
+    """States of the last layer that came with the data (`distill-data --states`), for rows of such examples."""
+
+    def __init__(self, rows: Rows, of: str, width: int, dtype: torch.dtype) -> None:
+        self.rows, self.width, self.dtype = rows, width, dtype
+        told = [states is not None and states.of == of for states in rows.states]
+        self.held = {row for row, (first, stop) in enumerate(rows.spans) if all(told[first:stop])}
+
+    def get(self, row: int, length: int) -> Tensor | None:
+        """Read the states of a row, [1, length, D], zero for the last token of an answer; None if one is lost."""
+        if row not in self.held:
+            return None
+        found = torch.zeros(1, length, self.width, dtype=self.dtype)
+        first, stop = self.rows.spans[row]
+        at = 0
+        for example in range(first, stop):
+            size = int(self.rows.starts[example + 1] - self.rows.starts[example])
+            kept = self.rows.states[example]
+            states = None if kept is None else kept.read(self.width, self.dtype)
+            if states is None or len(states) < size - 1:
+                return None
+            found[0, at : at + min(size, len(states))] = states[:size]
+            at += size
+        return found
 
 
 def _sum(content: np.ndarray) -> int:
