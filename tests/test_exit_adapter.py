@@ -370,7 +370,7 @@ def with_states(folder, own, tmp_path, name="own.jsonl"):
 def test_states_that_came_with_the_data_train_what_computed_ones_train(
     folder, own, tmp_path, lost, monkeypatch
 ):
-    """A bad disk loses some (read at the start and in both epochs), or all are another model's: they are computed."""
+    """A bad disk loses some (read at the start, then in both epochs), or all are another model's."""
     data = with_states(folder, own, tmp_path)
     if lost == "some":
         with (tmp_path / "own.states").open("r+b") as file:
