@@ -137,9 +137,9 @@ def bars(
     """Draw values as bars: by group, then by name, `{"ratio": ..., "ci95": ...}` (or no interval), or None."""
     figure = _canvas(3.8)
     panel = figure.subplots()
-    colours = dict(
-        zip(SERIES, dict.fromkeys(name for group in groups.values() for name in group), strict=False)
-    )
+    names = dict.fromkeys(name for group in groups.values() for name in group)
+    colours = dict(zip(SERIES, names, strict=False))
+    size = min(8.5, 220 / (len(groups) * len(colours)))  # of numbers as wide as their bars
     for place, (colour, name) in enumerate(colours.items()):
         for at, told in ((at, group.get(name)) for at, group in enumerate(groups.values())):
             if told is not None:
@@ -147,9 +147,9 @@ def bars(
                 low, high = told.get("ci95", (ratio, ratio))
                 away = [[max(0.0, ratio - low)], [max(0.0, high - ratio)]]
                 panel.bar(x, ratio, 0.74 / len(colours), yerr=away, color=colour, ecolor=GREY, capsize=3)
-                panel.text(x, 0.03, f"{ratio:.2f}", color="white", ha="center", fontsize=8.5)
+                panel.text(x, 0.03, f"{ratio:.2f}", color="white", ha="center", fontsize=size)
     panel.axhline(1.0, color="black", linewidth=1)
-    panel.set_xticks(range(len(groups)), list(groups))
+    panel.set(xticks=range(len(groups)), xticklabels=list(groups), xmargin=0.01)
     _dress(panel, title, "", axis)
     _legend(figure, _signs(colours, note))
     return _written(figure, file)
