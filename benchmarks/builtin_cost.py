@@ -156,7 +156,7 @@ def main() -> None:
         "configuration": record.configuration(arguments, device),
     }
     result["configuration"] |= {"dtype": common["dtype"], "stack": common["stack"]}
-    from tables import builtin_cost_table
+    from builtin_tables import builtin_cost_table
 
     print("\n".join(builtin_cost_table(result)))
     if arguments.save:
@@ -167,6 +167,7 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = record.comparison(__doc__, f"{tasks.HUMANEVAL},{tasks.GSM8K}")
+    parser.add_argument("--base", default="smollm2-135m-base", help="what it was before; '' for none")
     parser.add_argument("--windows", type=int, default=60, help="windows of text")
     parser.add_argument("--quality-limit", type=int, default=0, help="items of a task, the first; 0: all")
     parser.add_argument("--max-new-tokens", type=int, help="default: the task's own budget")

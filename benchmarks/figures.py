@@ -4,16 +4,20 @@
     python benchmarks/figures.py --inspect FILE --figures FOLDER  # that lens and timeline; somewhere else
 
 Lens and timeline come from `layerskip inspect ... --generate N --save`, the exits from `layerskip eval ... --save`
-of one or more models, the speed-ups from `tuning.py --save`, those by task from `builtin.py --save`.
+of one or more models, the speed-ups from `tuning.py --save`, those by kind of text from
+`sources.py --save`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from kinds import KINDS
 
 from layerskip.errors import UserError
 from layerskip.measure.exits import draw
@@ -35,6 +39,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.figures.mkdir(parents=True, exist_ok=True)
     told = newest(arguments.results, "inspect")
+    ours = newest(arguments.results, "sources")
+    ours = [file for file in ours if file.name.startswith("sources_smollm2-135m_")]
     demo = [file for file in told if file.name.startswith("inspect_smollm2-135m_")]
     inspected = [arguments.inspect] if arguments.inspect else [file for file in told if file not in demo][-1:]
     tuned = newest(arguments.results, "tuning")
@@ -48,7 +54,7 @@ def main() -> None:
         ),
         "exit-gate.png": (newest(arguments.results, "exit-gate")[-1:], gate),
         "adapter-gate.png": (newest(arguments.results, "adapter-gate")[-1:], adapter_gate),
-        "builtin-speedup.png": (newest(arguments.results, "builtin")[-1:], builtin),
+        "builtin-speedup.png": (ours, builtin),
         "lens.png": (inspected, lens),
         "timeline.png": (inspected, timeline),
         "demo-rounds.png": (demo, timeline),
@@ -99,18 +105,16 @@ def fastest(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def builtin(results: list[dict[str, Any]], file: Path) -> Path:
-    """A group per task and one of their means; the base comes before what training made of it."""
+    """A group per kind of text and one of their mean; the two sources come before both of them together."""
+    names = {"exit": "exit alone", "lookup": "copies alone", "default": "both, the default"}
     result = results[-1]
-    names = {"base": "base, untrained exits", "model": "trained exits"}
-    by_task = {
-        task: {who: models[who]["methods"]["self-speculative"] for who in models}
-        for task, models in result["tasks"].items()
-    }
-    groups = {**by_task, f"mean of {len(result['mean_of'])}": result["mean"]}
     told = {
-        group: {name: rows[who]["speedup"] for who, name in names.items() if who in rows}
-        for group, rows in groups.items()
+        textwrap.fill(KINDS[kind].title, 12): {
+            words: by_name[name]["speedup"] for name, words in names.items() if name in by_name
+        }
+        for kind, by_name in result["kinds"].items()
     }
+    told["mean"] = {words: result["mean"].get(name) for name, words in names.items()}
     title = "Self-speculation over plain decoding of the same model"
     return draw.bars(
         told, file, title, "speed-up, x", "black line: plain decoding; 95% intervals over prompts"

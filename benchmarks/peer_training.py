@@ -2,7 +2,7 @@
 
     python benchmarks/peer_training.py --data OWN.jsonl --tokens 500000 --output PEERS --threads 2
     layerskip train exit-adapter model=smollm2-135m-base data=PEERS/data.jsonl output=OURS epochs=1
-    python benchmarks/sources.py --data DATA --model OURS --base '' --peers PEERS --limit 2 --save \\
+    python benchmarks/sources.py --data DATA --model OURS --peers PEERS --limit 2 --save \\
         --methods ar,exit,hf,economize-plain,economize-jump,economize-early_exit
 
 economize (Apache-2.0, from PyPI) is no dependency of ours: `pip install economize==0.3.2`. Drafters are trained

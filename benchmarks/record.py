@@ -1,6 +1,6 @@
-"""What the scripts beside it share: what their result files say about their making, and where they go.
+"""What the scripts beside it share: what their result files say about their making, and where they lie.
 
-`record.configuration(arguments, device)`, `record.save(result, "kind", ...)`.
+`record.configuration(arguments, device)`, `record.save(result, "kind", ...)`, `record.newest("kind_*.json")`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,23 @@ def save(result: dict[str, Any], *parts: str) -> Path:
     return path
 
 
+def newest(pattern: str) -> Path | None:
+    """Find the latest result file of a kind; names end in their date."""
+    return max(HERE.glob(f"results/{pattern}"), key=lambda path: path.name[-15:], default=None)
+
+
+def newest_of_each(pattern: str) -> list[Path]:
+    """Find the latest result file of each model, dtype and device."""
+    found = sorted(HERE.glob(f"results/{pattern}"), key=lambda path: path.name[-15:])
+    return sorted({path.name[:-15]: path for path in found}.values())
+
+
 def comparison(description: str | None, tasks: str) -> argparse.ArgumentParser:
-    """The options of scripts that hold the built-in model against its base; `tasks` are the default ones."""
+    """The options of scripts that judge the built-in model; `tasks` are the default ones."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m", help="folder or name of the trained model")
-    parser.add_argument("--base", default="smollm2-135m-base", help="what it was before; '' for none")
+    parser.add_argument("--model", default="smollm2-135m", help="folder or name of the model")
     parser.add_argument("--data", required=True, type=Path, help="folder of the tasks' files")
     parser.add_argument("--tasks", default=tasks, help="comma-separated")
     parser.add_argument("--dtype", default="bfloat16")

@@ -1,18 +1,19 @@
 """What each source of drafts is worth, by kind of text: the default, lookup alone, the exit alone, and peers.
 
     python benchmarks/sources.py --data DATA --model smollm2-135m-base --threads 2 --save
-    python benchmarks/sources.py --data DATA --methods ar,default,lookup,exit --threads 2 --save
+    python benchmarks/sources.py --data DATA --methods ar,default,lookup,exit,exit-4 --threads 2 --save
     python benchmarks/sources.py --data DATA --methods ar,default --temperature 0.8 --threads 2 --save
     python benchmarks/sources.py --data DATA --methods ar,default,hf,hf-lookup-3,hf-lookup-10 --limit 3 --save
 
 DATA holds human-eval/HumanEval.jsonl, gsm8k/test.jsonl.gz, cnn-dailymail/summarization.jsonl and
-spec-bench/dev-120.jsonl. HumanEval is completed as text up to what begins the next thing on the top level; other
-prompts are wrapped by the chat template. Ends of sequence are respected.
+spec-bench/dev-120.jsonl; kinds.py says what is taken from them. Code of HumanEval ends where the next thing on the
+top level begins. Ends of sequence are respected.
 
 Every prompt is decoded by all methods before the next one is begun, led in rotation. What a controller learns from
 a prompt is forgotten before the next one, as when a command is called. A speed-up is plain seconds over a method's
 own, all prompts of a kind together, behind the first token; with --temperature, where outputs differ, seconds per
-token. Peers are compared by whole calls. The mean is over kinds, each counting alike.
+token. Peers are compared by whole calls. The mean is over kinds, each counting alike. Agreement: of the
+rounds in which the exit reached draft i, all before it kept, the share that kept it; `exit-4` drafts four a round.
 
 Every finished prompt is a line in the work folder: the same command goes on where it was stopped.
 """
@@ -29,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import record
 import torch
-from builtin import CHAT, GROUPS, TASKS, Task, difference, of_group
+from builtin_tables import builtin_table, sources_table
+from kinds import KINDS, chosen
 from policies import fresh
 
 import layerskip
@@ -38,6 +40,7 @@ from layerskip.decode.generation import by_source
 from layerskip.decode.load import resolve_device
 from layerskip.errors import UserError
 from layerskip.measure.intervals import mean_of_ratios, ratio_of_sums
+from layerskip.measure.proof.equality import dtype_name, equality_promised, first_difference
 from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.results import named
 from layerskip.measure.speed import methods as ways
@@ -48,24 +51,15 @@ if TYPE_CHECKING:
     import argparse
 
     from layerskip.decode.language_model import LanguageModel
+    from layerskip.decode.request import Round
 
-QUESTIONS = "spec-bench/dev-120.jsonl"
-KINDS = {
-    "chat": Task(QUESTIONS, of_group(*CHAT[:-1])),  # without qa, a kind of its own
-    "qa": Task(QUESTIONS, of_group("qa")),
-    "summaries": Task(QUESTIONS, of_group("summarization")),
-    "cnn-dm": TASKS["cnn-dm"],
-    "translation": GROUPS["translation"],
-    "retrieval": GROUPS["rag"],
-    "maths": Task(QUESTIONS, of_group("math_reasoning")),
-    "gsm8k": TASKS["gsm8k"],
-    "humaneval": TASKS["humaneval"],
-}
 OURS: dict[str, dict[str, Any]] = {
     "default": {},
     "lookup": {"drafter": "lookup"},
     "exit": {"drafter": "exit", "guard": True},
+    "exit-4": {"drafter": "exit", "draft_length": 4},  # no guard: every round shows drafts 1 to 4
 }
+PLACES, AGREED = 16, 4  # drafts of a round that are counted, and those whose agreement is told
 AR, HF, HF_LOOKUP, ECONOMIZE = "ar", "hf", "hf-lookup-", "economize-"
 PEER_CYCLE = 4  # tokens of its round: three drafts
 PEERS = (HF, ECONOMIZE)  # by whole calls: they do not tell tokens as they come
@@ -172,6 +166,21 @@ def economize_drafter(hf: Any, folder: Path, name: str) -> Any:
     return decode
 
 
+def counted(rounds: Sequence[Round]) -> dict[str, dict[str, Any]]:
+    """Count by who drafted: rounds, drafts, accepted ones; rounds that reached draft 1, 2, ... and that kept it.
+
+    A round reaches a draft that was judged behind kept ones only.
+    """
+    counts: dict[str, dict[str, Any]] = by_source(rounds)
+    for own in counts.values():
+        own |= {"reached": [0] * PLACES, "kept": [0] * PLACES}
+    for one in rounds:
+        for i in range(min(one.drafted, one.accepted + 1, PLACES)):
+            counts[one.source]["reached"][i] += 1
+            counts[one.source]["kept"][i] += i < one.accepted
+    return counts
+
+
 def measured(
     lm: LanguageModel,
     methods: Mapping[str, Method],
@@ -204,8 +213,8 @@ def measured(
                     "decode_tokens": run.decode_tokens,
                     "rounds": len(run.arrivals) - 1,
                     "plain_rounds": sum(not r.draft for r in run.rounds[1:]),
-                    "by_source": by_source([r for r in run.rounds if r.source != "prefill"]),
-                    "difference": difference(plain, run.tokens),
+                    "by_source": counted([r for r in run.rounds if r.source != "prefill"]),
+                    "difference": first_difference(plain, run.tokens),
                 }
                 for name, (run, seconds) in runs.items()
             }
@@ -236,7 +245,7 @@ def columns(found: Sequence[Record], name: str, temperature: float) -> tuple[np.
 def report(
     by_kind: Mapping[str, Sequence[Record]], names: Sequence[str], temperature: float
 ) -> dict[str, Any]:
-    """Sum up every method by kind, and over kinds."""
+    """Sum up every method by kind, and over kinds; counts are of the first trial, equality of all."""
     kinds: dict[str, Any] = {}
     for kind, found in by_kind.items():
         kinds[kind] = {}
@@ -246,15 +255,10 @@ def report(
             rounds = sum(run["rounds"] for run in runs)
             told["tokens_per_round"] = sum(run["decode_tokens"] for run in runs) / rounds if rounds else None
             told["plain_share"] = sum(run["plain_rounds"] for run in runs) / rounds if rounds else None
-            sources: dict[str, dict[str, int]] = {}
-            for run in runs:
-                for source, own in run["by_source"].items():
-                    into = sources.setdefault(source, dict.fromkeys(own, 0))
-                    for key, count in own.items():
-                        into[key] += count
-            told["by_source"] = sources
+            told |= drafts(runs)
             if name != AR:
-                told["equal"] = sum(run["difference"] is None for run in runs)
+                unequal = {one["index"] for one in found if one["runs"][name]["difference"] is not None}
+                told["equal"] = len(runs) - len(unequal)
                 told["speedup"] = ratio_of_sums(*columns(found, name, temperature)).record()
             kinds[kind][name] = told
     mean = {
@@ -265,42 +269,39 @@ def report(
     return {"kinds": kinds, "mean": mean}
 
 
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """Lay the result out as a table in Markdown."""
-    names = [*result["mean"]]
-    told = ["| kind | " + " | ".join(f"{name} | tokens/round" for name in names) + " |"]
-    told.append("| --- |" + " --- |" * (2 * len(names)))
-    for kind, by_name in result["kinds"].items():
-        cells = []
-        for name in names:
-            one = by_name[name]
-            low, high = one["speedup"]["ci95"]
-            cells += [
-                f"{one['speedup']['ratio']:.2f} x [{low:.2f}, {high:.2f}]",
-                f"{one['tokens_per_round'] or 0:.2f}",
-            ]
-        told.append(f"| {kind} | " + " | ".join(cells) + " |")
-    cells = []
-    for name in names:
-        low, high = result["mean"][name]["ci95"]
-        cells += [f"**{result['mean'][name]['ratio']:.2f} x** [{low:.2f}, {high:.2f}]", ""]
-    return [*told, "| mean | " + " | ".join(cells) + " |"]
+def drafts(runs: Sequence[Record]) -> dict[str, Any]:
+    """Add up what was drafted, by source; the share that was accepted; the agreement of the exit's first drafts."""
+    sources: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for source, own in run["by_source"].items():
+            into = sources.setdefault(source, {})
+            for key, count in own.items():
+                into[key] = np.add(into.get(key, 0), count).tolist()
+    acceptance = {
+        source: own["accepted"] / own["drafted"] for source, own in sources.items() if own["drafted"]
+    }
+    told: dict[str, Any] = {"by_source": sources, "acceptance": acceptance}
+    if "exit" in sources:
+        places = zip(sources["exit"]["kept"][:AGREED], sources["exit"]["reached"], strict=False)
+        told["agreement"] = [kept / reached if reached else None for kept, reached in places]
+    return told
 
 
 def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
-    kinds = {name: KINDS[name] for name in arguments.tasks.split(",") if name in KINDS}
+    kinds = chosen(arguments.tasks)
     names = list(dict.fromkeys([AR, *arguments.methods.split(",")]))
     device = resolve_device(arguments.device)
     lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=device)
-    dtype = str(lm.stack.dtype).removeprefix("torch.")
+    dtype = dtype_name(lm.stack.dtype)
     by_kind = {}
-    for name, task in kinds.items():
+    for name, kind in kinds.items():
         stops = STOPS if name == "humaneval" else ()
         setup = {
-            "data": hashlib.sha256((arguments.data / task.file).read_bytes()).hexdigest()[:16],
-            "weights": fingerprint(lm.path),
+            "data": hashlib.sha256((arguments.data / kind.file).read_bytes()).hexdigest()[:16],
+            "model": fingerprint(lm.path, "*.safetensors", "config.json", "draft_vocab.json"),
+            "places": PLACES,
             "dtype": dtype,
             "device": device.type,
             "stops": stops,
@@ -310,8 +311,8 @@ def main() -> None:
             },
         }
         prompts = [
-            lm.encode(text, chat=task.chat and lm.has_template)
-            for text in task.prompts(arguments.data, arguments.limit)
+            lm.encode(text, chat=kind.chat and lm.has_template)
+            for text in kind.prompts(arguments.data, arguments.limit)
         ]
         methods = methods_of(lm, names, stops, arguments.temperature, arguments.peers)
         records = Records(work_folder(arguments.work, f"sources-{name}", setup), key=("trial", "index"))
@@ -322,20 +323,21 @@ def main() -> None:
     result["row_costs"] = lm.row_costs().points
     result["configuration"] = record.configuration(arguments, device)
     result["configuration"] |= {"dtype": dtype, "stack": lm.stack.name, "trained_exits": list(lm.facts.exits)}
-    print("\n".join(lines(result)))
+    print("\n".join(sources_table(result)))
+    if "exit-4" in names:
+        print("\n".join(["", *builtin_table(result)]))
     if arguments.save:
         title = (
             "sources" + ("" if not arguments.temperature else "-sampled") + ("-peers" if HF in names else "")
         )
         record.save(result, title, arguments.name or named(arguments.model), dtype, device.type)
-    exact = lm.stack.row_exact or lm.stack.dtype in (torch.float32, torch.float64)
     unequal = [
         f"{name} on {kind}"
         for kind, by_name in result["kinds"].items()
         for name in names
         if name in OURS and by_name[name]["equal"] < by_name[name]["prompts"]
     ]
-    if unequal and exact and not arguments.temperature:
+    if unequal and equality_promised(lm) and not arguments.temperature:
         raise SystemExit(f"not lossless: {', '.join(unequal)}")
 
 
@@ -344,7 +346,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         default="ar,default",
-        help="ar, default, lookup, exit, hf, hf-lookup-TOKENS, economize-TOKENS, economize-DRAFTER",
+        help=f"ar, {', '.join(OURS)}, hf, hf-lookup-TOKENS, economize-TOKENS, economize-DRAFTER",
     )
     parser.add_argument(
         "--peers", type=Path, help="what peer_training.py wrote: drafters of economize by name"

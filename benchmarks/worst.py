@@ -14,7 +14,8 @@ import sys
 import numpy as np
 import record
 import torch
-from sources import AR, KINDS, methods_of
+from kinds import KINDS, chosen
+from sources import AR, methods_of
 
 import layerskip
 from layerskip.decode.load import resolve_device
@@ -38,10 +39,9 @@ def main() -> None:
     device = resolve_device(arguments.device)
     lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=device)
     prompts = [
-        lm.encode(text, chat=task.chat and lm.has_template)
-        for name, task in KINDS.items()
-        if name in arguments.tasks.split(",")
-        for text in task.prompts(arguments.data, POOL)
+        lm.encode(text, chat=kind.chat and lm.has_template)
+        for kind in chosen(arguments.tasks).values()
+        for text in kind.prompts(arguments.data, POOL)
     ]
     budget, tried = arguments.max_new_tokens, []
     call = lm.call(Options(drafter="lookup", policy="fixed"))

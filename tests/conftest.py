@@ -2,10 +2,12 @@
 
 import functools
 import gc
+import importlib
 import io
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -139,6 +141,34 @@ def fails(run):
         return message
 
     return call
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a script of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def script(benchmark, monkeypatch):
+    """Call a script of benchmarks/ in this process with arguments; returns its module."""
+
+    def call(name, *arguments):
+        module = benchmark(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module.main()
+        return module
+
+    return call
+
+
+@pytest.fixture
+def results(benchmark, monkeypatch, tmp_path):
+    """An empty folder of result files, in place of the committed ones."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(benchmark("record"), "HERE", tmp_path)
+    return tmp_path / "results"
 
 
 @pytest.fixture(scope="session")
