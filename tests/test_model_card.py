@@ -33,14 +33,12 @@ RATIO = {"ratio": 1.234, "ci95": [1.1, 1.3]}
 
 
 def speed():
-    row = {"equal": 3, "prompts": 3, "acceptance": 0.456, "tokens_per_round": 2.5, "speedup": RATIO}
-    row |= {"speedup_with_prompt": None}
-    exit_alone = {"agreement": 0.5, "agreement_draft_vocab": None}
+    sources = {"exit": {"drafted": 1000, "accepted": 456}, "lookup": {"drafted": 4, "accepted": 1}}
+    row = {"equal": 3, "prompts": 3, "tokens_per_round": 2.5, "by_source": sources, "speedup": RATIO}
+    four = {"agreement": [0.5, 0.4, None, None]}
     return {
-        "tasks": {"gsm8k": {"model": {"methods": {"self-speculative": row}, "exit": exit_alone}}},
-        "mean": {"model": {"speedup": RATIO, "speedup_with_prompt": None}},
-        "mean_of": ["gsm8k"],
-        "drafting": {"exit_layer": 4, "draft_length": 6, "draft_vocab": 8192, "policy": "adaptive"},
+        "kinds": {"gsm8k": {"exit": row, "lookup": row, "default": row, "exit-4": four}},
+        "mean": {"exit": RATIO, "lookup": RATIO, "default": RATIO, "exit-4": RATIO},
         "configuration": {**MACHINE, "commit": "abc123", "max_new_tokens": 256, "trials": 1},
     }
 
@@ -73,13 +71,13 @@ def test_the_card_tells_everything_the_files_tell(module):
     about = {
         "commit": "def456",
         "trained_on": "2 cores of some CPU",
-        "layerskip": {"exit_layer": 4, "draft_length": 6},
+        "layerskip": {"exit_layer": 4, "draft_length": 6, "draft_vocab_size": 8192, "policy": "adaptive"},
     }
     text = module.card(
         BUILTIN,
         [module.Training(recipe, LOG)],
         SOURCES,
-        {"about": about, "bytes": 23_500_000},
+        {"about": about, "bytes": 23_500_000, "changed": 2},
         speed(),
         cost(),
     )
@@ -88,19 +86,33 @@ def test_the_card_tells_everything_the_files_tell(module):
     assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     for told in (
         BUILTIN.requirement, BUILTIN.file_sha256, "**not the original weights**", "of 23.5 MB",
-        "exit layer E 4, draft length K 6, draft vocabulary 8192, policy adaptive",
-        "| maths | questions | MIT | 1,200 |", "1,234 in all", "10 steps, 2,340,000 tokens",
+        "with a trained early exit", "exit layer E 4, draft length K 6, draft vocabulary 8192, policy adaptive",
+        "| maths | questions | MIT | 1,200 |", "1,234 in all. Documents are read", "10 steps, 2,340,000 tokens",
         "data: [gsm.jsonl]", "| 4 | 2.500 | 50.0% |", "| 30 | 1.000 | not measured |", "the last training batches",
-        "| gsm8k | trained exits | 3 of 3 | 45.6% | 2.50 | 50.0% |", "1.23 x [1.10, 1.30]",
+        "| maths questions (GSM8K) | 1.23 x [1.10, 1.30] |", "| 2.50 | 50 40 - - | 45.6% | 25.0% | 9 of 9 |",
         "Measured 2026-01-02 on some CPU, 2 threads, bfloat16, 256 new tokens at most.",
         "| 20.50 | 20.00 | +2.5% [+2.0, +3.0] |",
         "HumanEval pass@1, 164 items | 6.2% | not measured | not measured |",
         "2.3 million tokens on 2 cores of some CPU", "Made from commit def456, measured at abc123.",
-        "scripts/make_builtin.sh",
+        "scripts/make_builtin.sh", "benchmarks/sources.py", "benchmarks/builtin_cost.py",
     ):  # fmt: skip
         assert told in text, told
     assert "/some/where" not in text
     assert "lora" not in text
+
+
+@pytest.mark.parametrize(
+    ("exit_layer", "read"), [(0, "a token's embedding"), (2, "a token's state after layer 2")]
+)
+def test_an_adapter_is_called_one_and_costs_nothing(module, exit_layer, read):
+    entry = {"exit_layer": exit_layer, "exits": [exit_layer], "exit_adapter": "exit_adapter.safetensors"}
+    delta = {"about": {"layerskip": entry}, "bytes": 11_000_000, "changed": 0}
+    text = module.card(BUILTIN, [], SOURCES[:1], delta, speed())
+    assert f"an exit adapter: a small network drafts from {read} and the last layer's state" in text
+    assert "## What it cost\n\nTraining changed no weight of the base" in text
+    assert "1,200 in all. Prompts were answered by the base itself" in text
+    assert "early exit:" not in text
+    assert "builtin_cost" not in text
 
 
 def test_what_no_file_tells_is_said_to_be_missing(module):
@@ -132,8 +144,8 @@ def test_the_card_is_written_from_a_folder_of_files(module, tmp_path, monkeypatc
     for step in (5, 10):
         state = {"log_history": [line for line in LOG if line["step"] <= step]}
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
-    about = {"about": {"trained_on": "a GPU"}}
-    save_file({"x": torch.zeros(2)}, tmp_path / "d.safetensors", {"layerskip_delta": json.dumps(about)})
+    about = {"layerskip_delta": json.dumps({"about": {"trained_on": "a GPU"}})}
+    save_file({"x": torch.zeros(2)}, tmp_path / "d.safetensors", about)
     (tmp_path / "sources.json").write_text(json.dumps(SOURCES))
     (tmp_path / "speed.json").write_text(json.dumps(speed()))
     monkeypatch.setattr(module, "newest", lambda pattern: None)
@@ -145,7 +157,14 @@ def test_the_card_is_written_from_a_folder_of_files(module, tmp_path, monkeypatc
     printed = capsys.readouterr().out
     text = (tmp_path / "card.md").read_text()
     assert printed == text + "written: card.md\n"
-    for told in ("Trained on: a GPU.", "10 steps, 2,340,000 tokens", "steps: 10", "| gsm8k |", "books"):
+    for told in ("Trained on: a GPU.", "10 steps, 2,340,000 tokens", "steps: 10", "(GSM8K) |", "books"):
         assert told in text
+    assert module.delta_header(tmp_path / "d.safetensors")["changed"] == 1
+    own = {name: torch.zeros(2) for name in ("draft_vocab", "draft_head:whole", "exit_adapter:join.weight")}
+    save_file(own, tmp_path / "d.safetensors", about)
+    monkeypatch.setattr(module, "newest", lambda pattern: tmp_path / "speed.json")  # cost, too
+    module.main()
+    assert "Training changed no weight" in (tmp_path / "card.md").read_text()
+    assert module.result("none", "sources") is None
     assert module.delta_header(tmp_path / "none.safetensors") is None
     assert module.training(tmp_path / "none") == module.Training()
