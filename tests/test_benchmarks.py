@@ -102,15 +102,12 @@ def test_topv2_refuses_a_draft_vocabulary_that_nobody_ranked(topv2):
         topv2("--limit", 3, "--draft-vocab", 100)
 
 
-def test_the_tables_of_topv2_are_made_from_what_it_saves(topv2, monkeypatch, results, tmp_path):
-    import tables
-
-    monkeypatch.setattr(tables, "HERE", tmp_path)
+def test_the_tables_of_topv2_are_made_from_what_it_saves(topv2, results, benchmark, tmp_path):
     topv2("--limit", 3, "--save")
     (saved,) = results.iterdir()
     assert str(tmp_path) not in saved.read_text()
     assert json.loads(saved.read_text())["configuration"]["data"] == "test.jsonl"
-    assert f"results/{saved.name}" in tables.topv2()
+    assert f"results/{saved.name}" in benchmark("tables").topv2()
 
 
 def test_curves_are_drawn_from_a_log_in_which_exits_rotate(script, tmp_path):

@@ -1,9 +1,7 @@
 """The verbs that measure, in process on a tiny checkpoint: what they print, write, refuse."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -154,13 +152,10 @@ def test_a_result_file_goes_where_results_are_kept_and_its_place_is_told(
 
 
 def test_the_readme_table_gives_equality_first_and_labels_what_is_simulated(
-    run, folder, prompts, tmp_path, monkeypatch
+    run, folder, prompts, tmp_path, monkeypatch, benchmark
 ):
-    script = Path(__file__).parent.parent / "benchmarks" / "tables.py"
-    spec = importlib.util.spec_from_file_location("tables", script)
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    monkeypatch.setattr(tables, "HERE", tmp_path / "benchmarks")
+    tables = benchmark("tables")
+    monkeypatch.setattr(benchmark("record"), "HERE", tmp_path / "benchmarks")
     assert tables.bench() == "(no result file yet)"
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

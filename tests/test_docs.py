@@ -1,6 +1,5 @@
 """What the documents say is true: they render, commands exist, code runs, tables come from result files."""
 
-import importlib.util
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -106,10 +105,8 @@ def test_the_readme_is_a_first_page():
     assert len(README.splitlines()) <= 150
 
 
-def test_tables_and_transcripts_come_from_result_files():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+def test_tables_and_transcripts_come_from_result_files(benchmark):
+    tables = benchmark("tables")
     for page in tables.PAGES:
         assert tables.filled(page) == (ROOT / page).read_text(), "run `python benchmarks/tables.py --write`"
 
