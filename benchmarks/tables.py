@@ -275,6 +275,51 @@ def _model(path: Path, told: dict) -> str:
     return "smollm2-135m-base" if early else str(told["model"])
 
 
+def formats() -> str:
+    path = record.newest("formats_*.json")
+    result = json.loads(path.read_text())
+    told, decoded = result["configuration"], result["decoding"]
+    lines = [
+        *formats_table(result),
+        "",
+        f"`{told['model']}`, {told['threads']} threads of an {told['device_name']}, greedy, {decoded['prompts']} "
+        f"prompts, {decoded['new_tokens']} tokens each, with the model's defaults for drafts; the formats and "
+        "llama.cpp take turns. Faster: a plain step against bfloat16's. Rows: a pass over so many positions "
+        "against one. llama.cpp (node-llama-cpp 3.22.1) has the Q4_1 file that the model was made of and its "
+        f"better number of threads. Perplexity: of WikiText-2's test text, {result['text']['tokens']:,} tokens in "
+        f"windows of 512, against bfloat16, paired. 95% intervals ({link(path)}).",
+    ]
+    return "\n".join(lines)
+
+
+def formats_table(result: dict) -> list[str]:
+    """A row per weight format, and llama.cpp's where it was measured."""
+    decoded, text = result["decoding"], result.get("text", {})
+    lines = head(
+        "weights", "MB a step", "faster", "of the bandwidth", "4 rows", "9 rows", "plain decoding", "with drafts",
+        "plain over llama.cpp", "with drafts", "first token", "perplexity", "drafts equal to plain",
+    )  # fmt: skip
+    for name, own in result["steps"].items():
+        plain, drafts = decoded[f"{name} plain"], decoded[f"{name} drafts"]
+        rows = {int(width): ratio for width, ratio in own["over_one"].items()}
+        cost = text.get(name, {}).get("cost")
+        steps = (
+            f"{own['bytes'] / 1e6:.0f}",
+            f"{own['faster']:.2f} x",
+            f"{100 * own['bandwidth_share']:.0f}%",
+        )
+        ratios = (ratio(plain.get("over_full")) or "1", ratio(drafts["over_full"]))
+        ratios += (ratio(plain.get("over_llama_cpp")), ratio(drafts.get("over_llama_cpp")))
+        first, equal = f"{1000 * plain['first_token_s']:.0f} ms", f"{drafts['equal']} of {decoded['prompts']}"
+        cells = (name, *steps, f"{rows[4]:.2f}", f"{rows[9]:.2f}", *ratios, first, away(cost, "%"), equal)
+        lines.append(line(*cells))
+    if (best := decoded["best_llama_cpp"]) is not None:
+        over = 1 / decoded["bfloat16 plain"]["over_llama_cpp"]["ratio"]
+        first = f"{1000 * decoded[best]['first_token_s']:.0f} ms"
+        lines.append(line(best, "", "", "", "", "", f"{over:.2f} x", "", "1", "", first, "", ""))
+    return lines
+
+
 PAGES = {
     "README.md": {"table: gain": gain, "list: price": price, "transcript: demo": demo},
     "docs/drafting.md": {"table: sources": sources},
@@ -285,6 +330,7 @@ PAGES = {
         "table: tuning": tuning,
         "table: policies": policies,
         "table: lossless": lossless,
+        "table: formats": formats,
         "table: bench": bench,
         "table: overhead": overhead,
     },

@@ -16,7 +16,7 @@ from layerskip.errors import UserError
 from layerskip.model.families import FAMILIES
 from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.load import load
-from layerskip.model.native.linear import FORMATS
+from layerskip.model.native.formats import FORMATS
 from rounds import decode
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()

@@ -10,6 +10,7 @@ import torch
 import tiny
 from conftest import FULL
 from layerskip.decode.sampling import Processing, Sampling
+from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.linear import packs
 from layerskip.model.native.load import FAMILIES
 from layerskip.model.native.stack import NativeStack
@@ -20,7 +21,7 @@ from rounds import decode
 pytestmark = pytest.mark.matrix
 CPU, L = torch.device("cpu"), tiny.NUM_LAYERS
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
-KINDS = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))
+KINDS = ((torch.float32, None), (torch.bfloat16, None), *((torch.bfloat16, name) for name in FORMATS))
 COMPILED = (True, False)
 NEW = 48 if FULL else 24
 

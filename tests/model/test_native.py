@@ -1,6 +1,5 @@
 """The native stack: what it takes, what it refuses, what it frees; its compiled regions against torch's."""
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -14,7 +13,6 @@ from conftest import CLOSE
 from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model.native import kernels as compiled
-from layerskip.model.native import linear
 from layerskip.model.native import load as native_load
 from layerskip.model.native.attention import Attention
 from layerskip.model.native.stack import NativeStack
@@ -258,48 +256,6 @@ def test_where_the_cache_is_another_users_the_library_is_compiled_in_private(fre
     assert found is not None
     assert not runs[0].is_relative_to(tmp_path / "cache")
     assert not runs[0].exists()
-
-
-def test_int8_is_bfloat16_on_the_cpu_and_anything_else_says_so(tmp_path):
-    folder = saved(tmp_path)
-    with pytest.raises(UserError, match="bfloat16 activations, not float32"):
-        models.load(folder, dtype=torch.float32, quantize="int8")
-    with pytest.raises(UserError, match="unknown quantisation 'int3'"):
-        models.load(folder, dtype=torch.bfloat16, quantize="int3")
-    with pytest.raises(UserError, match="no kernel on meta"):
-        linear.require_format("int8", torch.bfloat16, torch.device("meta"))
-
-
-def test_int8_weights_are_rounded_to_half_a_step_of_their_row():
-    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    weight[3] = 0
-    small = linear.Int8.quantized(weight.bfloat16(), None)
-    back = small.weight.float() * small.scales.float()[:, None]
-    step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((back - weight).abs() <= 0.5 * step + 0.01 * weight.abs() + 1e-6).all()
-    assert small.num_bytes == 40 * 64 + 40 * 2, "a byte a weight, one scale an output"
-
-
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_reduced_head_gives_the_same_numbers_for_its_tokens(quantize, tied):
-    model = tiny.random_model("llama", tie_word_embeddings=tied).to(torch.bfloat16)
-    ours, ids = NativeStack(model, quantize=quantize), [3, 9, 40, 63]
-    head, h = ours.reduced_head(ids), torch.randn(5, ours.width).bfloat16()
-    with torch.inference_mode():
-        full, reduced = ours.logits(h), ours.logits(h, head)
-    torch.testing.assert_close(reduced, full[:, ids], rtol=0, atol=0.05)
-
-
-def test_a_native_stack_tells_the_bytes_it_holds():
-    for quantize, per_weight in ((None, 2), ("int8", 1)):
-        model = tiny.random_model("llama", dtype=torch.bfloat16)
-        layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-        ours = NativeStack(copy.deepcopy(model), quantize=quantize)
-        told = tiny.NUM_LAYERS * ours.layer_bytes
-        scales = 2 * tiny.NUM_LAYERS * sum(x.out_features for x in ours.layers[0].linears)
-        assert told == layers * per_weight + (scales if quantize else 0)
-        assert ours.table_bytes == tiny.VOCAB * ours.width * 2
 
 
 def test_a_language_model_on_the_native_stack_keeps_its_ends_and_facts(tmp_path, monkeypatch):

@@ -20,8 +20,8 @@ from layerskip.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
 ORDER = (  # of `layerskip --help`; other files follow
-    "generate", "chat", "models", "env", "demo", "bench", "draft_vocab", "eval", "train", "recipes", "distill_data",
-    "inspect", "doctor", "tune", "verify", "pack_delta",
+    "generate", "chat", "models", "formats", "env", "demo", "bench", "draft_vocab", "eval", "train", "recipes",
+    "distill_data", "inspect", "doctor", "tune", "verify", "pack_delta",
 )  # fmt: skip
 others = {file.stem for file in Path(__file__).parent.glob("*.py")} - {*ORDER, "main", "__init__"}
 for name in (*ORDER, *sorted(others)):

@@ -16,11 +16,13 @@ from layerskip.checkpoint import resolve as hub
 from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.options import LoadOptions
+from layerskip.decode.weight_formats import compared, fastest
 from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model import threads as cores
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native.linear import FORMATS, fast_bfloat16
+from layerskip.model.native.formats import FORMATS
+from layerskip.model.native.linear import fast_bfloat16
 from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
@@ -79,9 +81,10 @@ def load(
 ) -> LanguageModel:
     """Load a built-in model, a Hugging Face folder, or a hub id.
 
-    `stack` is native (fast, Llama-shaped families), hf (the model's own modules) or auto; `quantize` int8 rounds
-    the weights of a native stack on the CPU. `threads` sets how many CPU threads torch uses, in the whole process;
-    one per free physical core is fastest, and a warning says where others keep cores busy.
+    `stack` is native (fast, Llama-shaped families), hf (the model's own modules) or auto. `quantize` int8 or int4
+    rounds the weights of a native stack on the CPU; auto measures and chooses, see `weight_formats`. `threads` sets
+    how many CPU threads torch uses, in the whole process; one per free physical core is fastest, and a warning says
+    where others keep cores busy.
 
     Raises: UserError when it cannot be found or loaded, or fails the parity check.
     """
@@ -111,6 +114,8 @@ def _loaded(
     progress: bool,
 ) -> LanguageModel:
     path = hub.resolve(name, progress=progress)
+    if quantize == "auto":
+        quantize = _fastest_format(path, chosen, stack, device_map)
     kind = resolve_dtype(dtype, chosen, native=stack != "hf" and device_map is None and native_family(path))
     if quantize in FORMATS and dtype == "auto":
         kind = FORMATS[quantize].dtypes[0]
@@ -124,6 +129,17 @@ def _loaded(
     lm = LanguageModel(model, tokenizer, path, hf)
     lm.facts = checkpoint.facts_of(hf.config, name)
     return lm
+
+
+def _fastest_format(path: Path, device: torch.device, stack: str, device_map: Any) -> str | None:
+    """The fastest weight format that costs next to nothing; None where there are none."""
+    if device.type != "cpu" or stack == "hf" or device_map is not None or not native_family(path):
+        return None
+
+    def loaded(name: str | None) -> LanguageModel:
+        return _loaded(str(path), "auto", device, None, stack, name, progress=False)
+
+    return fastest(compared(path, loaded))
 
 
 @contextmanager

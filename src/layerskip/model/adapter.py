@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from layerskip.errors import UserError
 from layerskip.model.native.attention import repeated
-from layerskip.model.native.linear import least_rows_of, packed
+from layerskip.model.native.formats import least_rows_of, packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -10,9 +10,10 @@ import torch
 from layerskip.errors import UserError, nearest
 from layerskip.model.families import refuse_unsupported
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native.linear import require_format
+from layerskip.model.native.formats import FORMATS, require_format
 from layerskip.model.native.load import FAMILIES as NATIVE_FAMILIES
 from layerskip.model.native.load import native_reason, native_stack
+from layerskip.model.native.stored import stored_stack
 from layerskip.reading import reason
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def load(
     if kind not in KINDS:
         raise UserError(f"unknown stack {kind!r}", nearest(kind, KINDS))
     require_format(quantize, dtype, torch.device(device))
+    if quantize is not None and kind != "hf" and device_map is None:
+        made = stored_stack(path, FORMATS[quantize], dtype)
+        if made is not None:
+            return made
     hf = load_model(path, dtype=dtype, device=device, device_map=device_map)
     refuse_unsupported(hf)
     reason = "it was refused" if kind == "hf" else native_reason(hf, placed=device_map is not None)

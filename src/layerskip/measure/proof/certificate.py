@@ -35,7 +35,7 @@ from layerskip.measure.proof.equality import (
 from layerskip.measure.speed.methods import hugging_face, hugging_face_model
 from layerskip.model.cache import available_bytes
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native.linear import FORMATS, require_format
+from layerskip.model.native.formats import FORMATS, require_format
 from layerskip.model.native.load import native_stack
 from layerskip.model.parity import PARITY
 from layerskip.watch import Watch, silent

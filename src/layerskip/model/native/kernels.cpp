@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "numbers.h"
+#include "quantized.h"
 
 // More rows may be wanted than there are (see `Packed` in linear.py): row 0 of `out` stands for those behind.
 template <typename T>
@@ -98,3 +99,6 @@ static void attend(const Shape &s, const T *qkv, const T *cache, const int64_t *
 
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
+
+extern "C" void int8_bf16(const Product *p, const bf16 *x, bf16 *y) { multiply<Int8>(*p, x, y); }
+extern "C" void int4_bf16(const Product *p, const bf16 *x, bf16 *y) { multiply<Int4>(*p, x, y); }

@@ -61,6 +61,15 @@ class Shape(ctypes.Structure):
     ]
 
 
+class Product(ctypes.Structure):
+    """The `Product` of quantized.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "in_features", "out_features")),
+        *((name, ctypes.c_void_p) for name in ("weights", "scales", "bias", "onto")),
+    ]
+
+
 @dataclass
 class Kernels:
     """The compiled regions. All take contiguous CPU tensors of one dtype in `SUFFIXES`.
@@ -84,6 +93,10 @@ class Kernels:
                 call = getattr(self.library, f"{name}_{suffix}")
                 call.argtypes, call.restype = types, None
                 self._calls[name, dtype] = call
+        for name in ("int8", "int4"):
+            call = getattr(self.library, f"{name}_bf16")
+            call.argtypes, call.restype = [ctypes.POINTER(Product), pointer, pointer], None
+            self._calls[name, torch.bfloat16] = call
 
     def norm(self, h: Tensor, gain: Tensor, eps: float, live: int | None = None) -> Tensor:
         """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D].
@@ -101,6 +114,20 @@ class Kernels:
         width = x.shape[-1] // 2
         out, rows = x.new_empty((*x.shape[:-1], width)), x.numel() // (2 * width)
         self._calls["swiglu", x.dtype](x.data_ptr(), out.data_ptr(), live or rows, width, rows)
+        return out
+
+    def product(self, kernel: str, weights: Product, x: Tensor, onto: Tensor | None) -> Tensor:
+        """Multiply by weights of few bits, add the bias and `onto`, round once.
+
+        Shapes: [..., in] -> [..., out]. `weights` says where all but the rows and `onto` are.
+        """
+        x, shape = x.contiguous(), Product.from_buffer_copy(weights)
+        out = x.new_empty((*x.shape[:-1], shape.out_features))
+        shape.rows = x.numel() // shape.in_features
+        if onto is not None:
+            onto = onto.contiguous()
+            shape.onto = onto.data_ptr()
+        self._calls[kernel, x.dtype](shape, x.data_ptr(), out.data_ptr())
         return out
 
     def attention(
@@ -261,5 +288,6 @@ def _fingerprint(compiler: list[str]) -> str:
         processor += "".join(
             sorted({x for x in lines if x.startswith(("flags", "model name", "Features", "CPU "))})
         ).encode()
-    everything = [*(source.read_bytes() for source in SOURCES), str(FLAGS).encode(), version, processor]
+    how = str([*compiler, *FLAGS]).encode()
+    everything = [*(source.read_bytes() for source in SOURCES), how, version, processor]
     return hashlib.sha256(b"\0".join(everything)).hexdigest()[:16]

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from layerskip.model.native.linear import Linear, packed
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from layerskip.model.native.linear import Linear
+
+    Pack = Callable[[str, Tensor, Tensor | None], Linear]
+    """Lay out the weight of this name; biases stand beside it."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -81,27 +84,27 @@ class Layer:
         return self.qkv, self.out, self.gate_up, self.down
 
     @classmethod
-    def of(cls, module: Any, window: int | None, kv_heads: int, quantize: str | None) -> Layer:
+    def of(cls, module: Any, window: int | None, kv_heads: int, pack: Pack, name: str) -> Layer:
         """Fuse and pack a Hugging Face layer's weights: copies, so that the layer can be emptied."""
         attention, mlp = module.self_attn, module.mlp
 
-        def fused(owner: Any, whole: str, *parts: str) -> Linear:
+        def fused(into: str, owner: Any, whole: str, *parts: str) -> Linear:
             linears = [getattr(owner, whole)] if hasattr(owner, whole) else [getattr(owner, n) for n in parts]
             biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
             weight = torch.cat([linear.weight.detach() for linear in linears])
-            return packed(weight, torch.cat(biases) if biases else None, quantize)
+            return pack(f"{name}.{into}", weight, torch.cat(biases) if biases else None)
 
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         out = regrouped(attention.o_proj.weight, attention.head_dim, kv_heads)
         return cls(
             Norm.of(module.input_layernorm),
-            fused(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
+            fused("qkv", attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
             None if q_norm is None else Norm.of(q_norm),
             None if k_norm is None else Norm.of(k_norm),
-            packed(out, attention.o_proj.bias, quantize),
+            pack(f"{name}.out", out, attention.o_proj.bias),
             Norm.of(module.post_attention_layernorm),
-            fused(mlp, "gate_up_proj", "gate_proj", "up_proj"),
-            packed(mlp.down_proj.weight, mlp.down_proj.bias, quantize),
+            fused("gate_up", mlp, "gate_up_proj", "gate_proj", "up_proj"),
+            pack(f"{name}.down", mlp.down_proj.weight, mlp.down_proj.bias),
             window,
             bool(getattr(attention, "use_rope", True)),
         )

@@ -1,6 +1,6 @@
 """Matrix products of the native decoder: weights laid out once for the device, a residual added in the same call.
 
-    linear = packed(weight, bias)            # or packed(weight, bias, "int8"): a name in `FORMATS`
+    linear = formats.packed(weight, bias)    # or packed(weight, bias, "int8"): a name in `FORMATS`
     y = linear(x)               # [B, T, in] -> [B, T, out]
     h = linear.added_to(h, x)   # h + linear(x)
 
@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from layerskip.errors import UserError
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -101,38 +99,6 @@ _product = torch.ops.mkldnn._linear_pointwise.default
 _product_added = torch.ops.mkldnn._linear_pointwise.binary
 
 
-class Int8(Linear):
-    """Weight-only int8 with one scale per output, on torch's own CPU kernel; activations stay bfloat16.
-
-    Every row is summed the same way whatever rows stand beside it. The kernel is made for few rows: nine cost
-    2.6 times as much as one, so short drafts suit it.
-    """
-
-    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.scales, self.bias = weight, scales, bias
-        self.out_features, self.in_features = weight.shape
-        self.num_bytes = _bytes(weight, bias) + _bytes(scales, None)
-
-    @classmethod
-    def quantized(cls, weight: Tensor, bias: Tensor | None) -> Int8:
-        """Round each output's weights to int8 symmetrically: the largest becomes 127."""
-        scales = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # [out]
-        scales = scales.to(weight.dtype)  # as they are multiplied with, so that rounding sees the same
-        rounded = (weight.float() / scales.float()[:, None]).round().clamp(-127, 127)
-        return cls(rounded.to(torch.int8), scales, bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales)  # [N, out]
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def added_to(self, h: Tensor, x: Tensor) -> Tensor:
-        return h + self(x)
-
-    def rows(self, ids: Tensor) -> Int8:
-        return Int8(self.weight[ids], self.scales[ids], None if self.bias is None else self.bias[ids])
-
-
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN multiplies this dtype natively here; emulated 16 bit is slower than torch's own."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -167,52 +133,14 @@ class Format:
     """Relative difference of the median position's logits from the model's own that its parity check allows."""
     least_rows: int = 1
     """The least rows a product is given, so that the bits of one are those it has beside others."""
+    restore: Callable[[tuple[int, int], Mapping[str, Tensor]], Linear] | None = None
+    """From (out, in) and the `state` of what was made before, where that may be kept."""
+    head: Format | None = None
+    """What the head is held in, where this one would cost too much of the text's probability."""
 
-
-def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
-    return Int8.quantized(weight, bias)
-
-
-FORMATS = {
-    one.name: one
-    for one in (
-        Format(
-            "int8", _int8, (torch.bfloat16,), ("cpu",), "weights in 8 bit, half the bytes of bfloat16", 0.3
-        ),
-    )
-}
-
-
-def packed(weight: Tensor, bias: Tensor | None = None, quantize: str | None = None) -> Linear:
-    """Lay a weight [out, in] out: in a format, by oneDNN on the CPU where it can, else as torch does."""
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if quantize is not None:
-        return FORMATS[quantize].make(weight, bias)
-    return Packed(weight, bias) if packs(weight.dtype, weight.device) else Plain(weight.contiguous(), bias)
-
-
-def least_rows_of(quantize: str | None, dtype: torch.dtype, device: torch.device) -> int:
-    """The least rows a product is given, see `Packed` and `Format`."""
-    if quantize is not None:
-        return FORMATS[quantize].least_rows
-    return LEAST_ROWS if packs(dtype, device) else 1
-
-
-def require_format(quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise UserError for a weight format that has no kernel here."""
-    if quantize is None:
-        return
-    if quantize not in FORMATS:
-        raise UserError(f"unknown quantisation {quantize!r}", "known: " + ", ".join(FORMATS))
-    one = FORMATS[quantize]
-    if device.type not in one.devices:
-        raise UserError(f"{quantize} weights have no kernel on {device.type} here", "leave out --quantize")
-    if dtype not in one.dtypes:
-        names = [str(known).removeprefix("torch.") for known in (*one.dtypes, dtype)]
-        raise UserError(
-            f"{quantize} weights are multiplied with {', '.join(names[:-1])} activations, not {names[-1]}",
-            f"use --dtype {names[0]} (or auto)",
-        )
+    @property
+    def of_head(self) -> Format:
+        return self.head or self
 
 
 def row_exact(linears: Sequence[Linear], dtype: torch.dtype, least_rows: int) -> bool:

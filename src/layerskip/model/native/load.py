@@ -16,8 +16,8 @@ import torch
 from layerskip.checkpoint.configuration import read_configuration
 from layerskip.errors import UserError
 from layerskip.model.families import device_of
+from layerskip.model.native.formats import FORMATS, require_format
 from layerskip.model.native.layer import ACTIVATIONS, activation_of
-from layerskip.model.native.linear import FORMATS, require_format
 from layerskip.model.native.stack import NativeStack
 from layerskip.model.parity import OTHER_KERNELS, PARITY, check_slices, probe_tokens
 

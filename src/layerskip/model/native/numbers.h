@@ -13,6 +13,16 @@ static inline float load(bf16 x) {
     std::memcpy(&y, &wide, 4);
     return y;
 }
+static inline float half(uint16_t x) {  // of IEEE's half precision
+    uint32_t sign = uint32_t(x & 0x8000) << 16, most = (x >> 10) & 31, rest = x & 1023;
+    float y;
+    if (most == 0) y = std::ldexp(float(rest), -24);
+    else {
+        uint32_t bits = most == 31 ? 0x7f800000 | rest << 13 : (most + 112) << 23 | rest << 13;
+        std::memcpy(&y, &bits, 4);
+    }
+    return sign ? -y : y;
+}
 static inline void store(float &to, float x) { to = x; }
 static inline void store(bf16 &to, float x) {  // round to nearest even; a NaN keeps a bit that says so
     uint32_t wide;

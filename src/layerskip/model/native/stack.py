@@ -17,9 +17,10 @@ from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
 from layerskip.model.native.attention import SLOTS, Attention, repeated
+from layerskip.model.native.formats import least_rows_of, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
-from layerskip.model.native.linear import Packed, least_rows_of, packed, packs, row_exact
+from layerskip.model.native.linear import Linear, Packed, packs, row_exact
 from layerskip.model.parity import probe_tokens
 from layerskip.model.stack import Counters, Stack
 from layerskip.model.step import Step
@@ -30,40 +31,56 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+HEAD = "head"
+
+
 class NativeStack(Stack):
     """Run a Llama-shaped decoder on fused, packed weights.
 
-    `empty` frees each Hugging Face layer once it is taken. `compiled` False keeps to torch's operations.
+    `source` gives weights to a model that has none, and lays them out; without one they are taken from it. `empty`
+    frees each Hugging Face layer once it is taken. `compiled` False keeps to torch's operations.
     Exact: with `row_exact`, the bits of a token do not depend on how many a call brings (tests/test_row_exact.py).
     """
 
     name = "native"
 
     def __init__(
-        self, hf: Any, *, quantize: str | None = None, empty: bool = False, compiled: bool = True
+        self,
+        hf: Any,
+        *,
+        quantize: str | None = None,
+        empty: bool = False,
+        compiled: bool = True,
+        source: Source | None = None,
     ) -> None:
+        source, empty = source or Source(quantize), empty or source is not None
         config = hf.config.get_text_config()
         family = FAMILIES[config.model_type]
         _, modules, rotary, finish = parts_of(hf)
         self.model_type, self.num_layers, self.width = config.model_type, len(modules), config.hidden_size
         self.dtype, self.device = hf.dtype, device_of(hf)
         self.context = context_of(config)
-        self.quantize = quantize
+        self.quantize = quantize = source.quantize
         self.counters = Counters()
         table, head = hf.get_input_embeddings(), hf.get_output_embeddings()
-        self.table: Tensor = table.weight.detach()
+        tied_head = table.weight is head.weight
+        self.table = source.table(table)
         scale = getattr(table, "scalar_embed_scale", None)  # rounded to the dtype, as Hugging Face does
         self.embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
         self.vocab_size = head.weight.shape[0]
-        self.tied = tied(table.weight, head.weight)
+        self.tied = tied_head or tied(table.weight, head.weight)
         attention, kv_heads = modules[0].self_attn, config.num_key_value_heads
         self.layers: list[Layer] = []
-        for module, window in zip(modules, windows_of(config, family, self.num_layers), strict=True):
-            self.layers.append(Layer.of(module, window, kv_heads, quantize))
+        windows = windows_of(config, family, self.num_layers)
+        for index, (module, window) in enumerate(zip(modules, windows, strict=True)):
+            source.fill(module)
+            self.layers.append(Layer.of(module, window, kv_heads, source.pack, f"layers.{index}"))
             if empty:
                 _empty(module)
+        source.fill(finish[0])
         self.finish = Norm.of(finish[0])
-        self.head = packed(head.weight, head.bias, quantize)
+        source.fill(head)
+        self.head = source.pack(HEAD, table.weight if tied_head else head.weight, head.bias)
         if empty and not self.tied:
             _empty(head)
         self.layer_bytes = sum(linear.num_bytes for linear in self.layers[0].linears)
@@ -177,7 +194,7 @@ class NativeStack(Stack):
     def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
         index = torch.tensor(list(ids), device=self.device)
         if weight is not None:
-            own = packed(weight.to(self.device, self.dtype), quantize=self.quantize)
+            own = packed(weight.to(self.device, self.dtype), quantize=self.quantize, head=True)
             return Head(index, own, own.num_bytes)
         tied = self.tied and self.quantize is None
         rows = packed(self.table[index]) if tied else self.head.rows(index)
@@ -185,6 +202,24 @@ class NativeStack(Stack):
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         return Cache(self.kv_shapes, rows, capacity, SLOTS if self.row_exact else 1)
+
+
+class Source:
+    """Where a stack's weights come from: here the model itself."""
+
+    def __init__(self, quantize: str | None = None) -> None:
+        self.quantize = quantize
+
+    def fill(self, module: Any) -> None:
+        """Give a module what it lacks."""
+
+    def table(self, module: Any) -> Tensor:
+        weight: Tensor = module.weight.detach()
+        return weight
+
+    def pack(self, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Lay a weight out. Shapes: weight [out, in], bias [out]."""
+        return packed(weight, bias, self.quantize, head=name == HEAD)
 
 
 def _empty(module: Any) -> None:

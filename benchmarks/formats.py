@@ -1,0 +1,207 @@
+"""Weight formats side by side: plain steps, what more rows cost, decoding with drafts, perplexity, llama.cpp.
+
+    python benchmarks/formats.py --threads 2 --save
+    python benchmarks/formats.py --text DATA/wikitext-2/test.txt --llama-cpp build/llama-cpp --threads 2 --save
+
+All formats of one model are loaded and take turns: at every width of a pass, on every prompt and every window of
+the text. Decoding is greedy and goes on past ends of sequence, so that everybody makes as many tokens. A ratio is
+of seconds of the prompts together, with a 95% interval over prompts; bandwidth is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import record
+import torch
+from tables import formats_table
+
+import layerskip
+from layerskip.decode.load import resolve_device
+from layerskip.decode.weight_formats import step_bytes
+from layerskip.errors import UserError
+from layerskip.measure.intervals import ratio_of_sums, resampled
+from layerskip.measure.lines import read_prompts
+from layerskip.measure.results import named
+from layerskip.measure.speed.card import BUFFER_BYTES, bandwidth
+from layerskip.model.native.formats import FORMATS
+from layerskip.model.step import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from layerskip.decode.language_model import LanguageModel
+
+FULL = "bfloat16"
+WIDTHS = (1, 2, 4, 6, 9, 12, 16)
+CONTEXT = 128
+WINDOW = 512
+
+
+@torch.inference_mode()
+def steps(models: Mapping[str, LanguageModel], repeats: int) -> dict[str, Any]:
+    """Seconds of a pass over so many positions, medians of turns; and over one position, with an interval."""
+    tokens = torch.arange(CONTEXT + max(WIDTHS))[None] % 40_000
+    caches = {name: lm.stack.new_cache(1, CONTEXT + max(WIDTHS)) for name, lm in models.items()}
+    seconds: dict[tuple[str, int], list[float]] = {}
+
+    def run(name: str, start: int, count: int) -> float:
+        stack, began = models[name].stack, time.perf_counter()
+        step = Step.span([0], [start], [count], stack.device, spill=CONTEXT + max(WIDTHS))
+        h, _ = stack.run(
+            stack.embed(tokens[:, start : start + count], step), 0, stack.num_layers, step, caches[name]
+        )
+        stack.logits(h if count <= max(WIDTHS) else h[:, -1:])
+        return time.perf_counter() - began
+
+    for name in models:
+        run(name, 0, CONTEXT)
+    for turn in range(repeats + 2):
+        for name in models:  # all widths of a model in a row: its weights stay where decoding has them
+            for width in (*WIDTHS, *WIDTHS[:1]):
+                taken = run(name, CONTEXT, width)
+                if turn >= 2:
+                    seconds.setdefault((name, width), []).append(taken)
+    return {
+        name: {
+            "step_s": statistics.median(seconds[name, 1]),
+            "over_one": {
+                w: statistics.median(seconds[name, w]) / statistics.median(seconds[name, 1]) for w in WIDTHS
+            },
+        }
+        for name in models
+    }
+
+
+def decoding(
+    models: Mapping[str, LanguageModel], prompts: Sequence[list[int]], budget: int, peer: Any
+) -> dict[str, Any]:
+    """Plain decoding and the default, each format in turn on every prompt; llama.cpp between them."""
+    runs: dict[str, list[tuple[float, float, list[int]]]] = {}
+    for index, prompt in enumerate(prompts):
+        for name, lm in models.items():
+            for way, options in (("plain", {"mode": "ar"}), ("drafts", {})):
+                out = lm.generate(prompt, max_new_tokens=budget, eos_token_id=(), **options)
+                told = (out.stats["prefill_s"], out.stats["decode_s"], out.tokens)
+                runs.setdefault(f"{name} {way}", []).append(told)
+        for threads in (1, 2) if peer is not None else ():
+            answer = peer.decode(prompt, budget, threads)
+            told = (answer.first_s, answer.decode_s, answer.tokens)
+            runs.setdefault(f"llama.cpp {threads}", []).append(told)
+        print(f"prompt {index + 1} of {len(prompts)}", file=sys.stderr, flush=True)
+    seconds = {name: np.array([told[1] for told in found]) for name, found in runs.items()}
+    peers = [name for name in runs if name.startswith("llama.cpp")]
+    best = min(peers, key=lambda name: seconds[name].sum(), default=None)
+    result: dict[str, Any] = {"prompts": len(prompts), "new_tokens": budget, "best_llama_cpp": best}
+    for name, found in runs.items():
+        row: dict[str, Any] = {
+            "tokens_per_s": (budget - 1) * len(found) / float(seconds[name].sum()),
+            "first_token_s": statistics.median(told[0] for told in found),
+        }
+        if name != f"{FULL} plain":
+            row["over_full"] = ratio_of_sums(seconds[f"{FULL} plain"], seconds[name]).record()
+        if best is not None and name != best:
+            row["over_llama_cpp"] = ratio_of_sums(seconds[best], seconds[name]).record()
+        if name.endswith("drafts"):
+            plain = runs[name.replace("drafts", "plain")]
+            row["equal"] = sum(a[2] == b[2] for a, b in zip(found, plain, strict=True))
+            row["over_own_plain"] = ratio_of_sums(
+                seconds[name.replace("drafts", "plain")], seconds[name]
+            ).record()
+        result[name] = row
+    return result
+
+
+@torch.inference_mode()
+def perplexity(models: Mapping[str, LanguageModel], text: str, windows: int) -> dict[str, Any]:
+    """Perplexity per token in windows, and what each format adds to it, paired by window."""
+    ids = next(iter(models.values())).encode(text)[: windows * WINDOW]
+    sums: dict[str, list[float]] = {name: [] for name in models}
+    for start in range(0, len(ids) - WINDOW + 1, WINDOW):
+        window = torch.tensor([ids[start : start + WINDOW]])
+        for name, lm in models.items():
+            stack = lm.stack
+            step = Step.span([0], [0], [WINDOW], stack.device, spill=WINDOW)
+            h, _ = stack.run(stack.embed(window, step), 0, stack.num_layers, step, stack.new_cache(1, WINDOW))
+            laws = stack.logits(h)[0, :-1].log_softmax(-1)
+            sums[name].append(-float(laws.gather(1, window[0, 1:, None]).mean()))
+        print(f"window {start // WINDOW + 1} of {len(ids) // WINDOW}", file=sys.stderr, flush=True)
+    told: dict[str, Any] = {"tokens": len(sums[FULL]) * (WINDOW - 1)}
+    for name, found in sums.items():
+        own = {"perplexity": math.exp(statistics.mean(found))}
+        if name != FULL:
+            away = np.array(found) - np.array(sums[FULL])
+            ends = resampled(lambda x: x.mean(-1), away)
+            own["cost"] = {"mean": math.expm1(away.mean()), "ci95": [math.expm1(end) for end in ends]}
+        told[name] = own
+    return told
+
+
+def main() -> None:
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    device = resolve_device("cpu")
+    names = [FULL, *FORMATS]
+    models = {
+        name: layerskip.load(arguments.model, dtype="bfloat16", quantize=None if name == FULL else name)
+        for name in names
+    }
+    speed = bandwidth(device, BUFFER_BYTES)
+    result: dict[str, Any] = {"bandwidth_gb_s": speed, "steps": steps(models, arguments.repeats)}
+    for name, lm in models.items():
+        own = result["steps"][name]
+        own["bytes"] = step_bytes(lm)
+        own["bandwidth_share"] = own["bytes"] / own["step_s"] / (1e9 * speed)
+        own["faster"] = result["steps"][FULL]["step_s"] / own["step_s"]
+    lm = models[FULL]
+    lines = read_prompts(arguments.prompts, None)[: arguments.limit]
+    prompts = [lm.encode(line.content, chat=lm.has_template) for line in lines]
+    peer = None
+    if arguments.llama_cpp is not None:
+        from peers.llama_cpp import LlamaCpp
+
+        peer = LlamaCpp(arguments.llama_cpp)
+    result["decoding"] = decoding(models, prompts, arguments.max_new_tokens, peer)
+    if peer is not None:
+        peer.close()
+    if arguments.text is not None:
+        result["text"] = perplexity(models, arguments.text.read_text(encoding="utf-8"), arguments.windows)
+    result["configuration"] = record.configuration(arguments, device)
+    print("\n".join(formats_table(result)))
+    if arguments.save:
+        record.save(result, "formats", arguments.name or named(arguments.model), "cpu")
+
+
+def parsed() -> argparse.Namespace:
+    import layerskip.measure
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m-base")
+    own = Path(layerskip.measure.__file__).parent / "prompts.jsonl"
+    parser.add_argument("--prompts", type=Path, default=own, help="JSON lines; default: those of the package")
+    parser.add_argument("--limit", type=int, default=10)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=25, help="turns of the steps")
+    parser.add_argument("--text", type=Path, help="text for perplexity")
+    parser.add_argument("--windows", type=int, default=60, help="of it")
+    parser.add_argument("--llama-cpp", type=Path, help="folder for node-llama-cpp; measures it too")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", help="what the result file calls the model")
+    parser.add_argument("--save", action="store_true", help="write a file into benchmarks/results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
