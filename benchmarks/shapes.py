@@ -1,6 +1,7 @@
 """An engine's speed without a trained model: the shape of a known one, random weights, acceptance simulated.
 
     python benchmarks/shapes.py --shape llama2-7b --device cuda --save       # the paper's setting: E 8, K 12, 68.9%
+    python benchmarks/shapes.py --shape qwen2-1.5b --device cpu --quantize int4 --max-new-tokens 65 --save
     python benchmarks/shapes.py --shape tiny --device cpu                    # a rehearsal, seconds
 
 Random weights say nothing about quality; the result file and every line printed say that acceptance is simulated.
@@ -21,6 +22,7 @@ from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.load import resolve_device, resolve_dtype
 from layerskip.measure.speed.bench import bench
 from layerskip.measure.speed.settings import Prompt, Settings
+from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.load import native_stack
 
 HERE = Path(__file__).parent
@@ -29,6 +31,13 @@ LLAMA2 = {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
+}
+QWEN2 = {
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "num_key_value_heads": 2,
 }
 SHAPES = {  # sizes from the models' public configurations; exits, drafts, acceptance from arXiv 2404.16710
     "llama2-7b": (
@@ -51,6 +60,26 @@ SHAPES = {  # sizes from the models' public configurations; exits, drafts, accep
         },
         {"exit_layer": 15, "draft_length": 12, "simulate_acceptance": 0.745},
     ),
+    "qwen2-0.5b": (
+        {
+            **QWEN2,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+        },
+        {"exit_layer": 4, "draft_length": 4, "simulate_acceptance": 0.7},
+    ),
+    "qwen2-1.5b": (
+        {
+            **QWEN2,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+        },
+        {"exit_layer": 4, "draft_length": 4, "simulate_acceptance": 0.7},
+    ),
     "tiny": (
         {
             **LLAMA2,
@@ -64,12 +93,14 @@ SHAPES = {  # sizes from the models' public configurations; exits, drafts, accep
 }
 
 
-def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+def random_model(
+    shape: str, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+) -> LanguageModel:
     """Make a model of a shape on its device, with weights that keep activations of order one."""
     config = transformers.LlamaConfig(**SHAPES[shape][0])
     with torch.device(device):
         hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    return LanguageModel(native_stack(hf), hf=hf)
+    return LanguageModel(native_stack(hf, quantize=quantize), hf=hf)
 
 
 def main() -> None:
@@ -79,6 +110,9 @@ def main() -> None:
     parser.add_argument("--shape", default="llama2-7b", choices=sorted(SHAPES))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", choices=sorted(FORMATS))
+    parser.add_argument("--draft-vocab", type=int, help="tokens that the draft head knows; default: all")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-new-tokens", type=int, default=257)
     parser.add_argument("--limit", type=int, default=2, help="prompts")
@@ -86,11 +120,16 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/shape_*.json")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
-    lm = random_model(arguments.shape, resolve_dtype(arguments.dtype, device), device)
+    torch.set_num_threads(arguments.threads)
+    native = arguments.quantize is not None or device.type != "cpu"  # auto is bfloat16 then
+    lm = random_model(
+        arguments.shape, resolve_dtype(arguments.dtype, device, native), device, arguments.quantize
+    )
     settings = Settings(
         methods=["ar", "self-speculative"],
         max_new_tokens=arguments.max_new_tokens,
         trials=arguments.trials,
+        **({} if arguments.draft_vocab is None else {"draft_vocab": arguments.draft_vocab}),
         **SHAPES[arguments.shape][1],
     )
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +138,8 @@ def main() -> None:
     result = bench(lm, [Prompt(None, prompt) for prompt in prompts], settings)
     card, plain, own = result["card"], result["methods"]["ar"], result["methods"]["self-speculative"]
     ratio = result["speedup"]["self-speculative/ar"]
-    print(f"{arguments.shape}, random weights, {card['dtype']} on {card['device']}; acceptance simulated")
+    weights = "_".join(filter(None, (card["dtype"], arguments.quantize)))
+    print(f"{arguments.shape}, random weights, {weights} on {card['device']}; acceptance simulated")
     print(
         f"plain: {plain['decode_tokens_per_s']:.1f} tokens/s, {100 * plain['roofline_share']:.0f}% of the roofline "
         f"({card['roofline_tokens_per_s']:.1f} at {card['bandwidth_gb_s']:.0f} GB/s)"
@@ -115,9 +155,7 @@ def main() -> None:
             "configuration": told,
             "python": platform.python_version(),
         }
-        name = (
-            f"shape_{arguments.shape}_{card['dtype']}_{card['device_type']}_{time.strftime('%Y-%m-%d')}.json"
-        )
+        name = f"shape_{arguments.shape}_{weights}_{card['device_type']}_{time.strftime('%Y-%m-%d')}.json"
         (HERE / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: benchmarks/results/{name}")
 
