@@ -17,7 +17,8 @@ from layerskip.model.native.formats import FORMATS
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(weight_formats, "busy_cores", lambda seconds: 0.0)
-    tiny.calibrated("llama").save_pretrained(tmp_path / "model")
+    for part in tiny.speaking():
+        part.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -85,3 +86,18 @@ def test_an_unknown_format_names_those_there_are(folder):
     with pytest.raises(UserError, match="unknown quantisation 'int2'") as error:
         layerskip.load(folder, dtype="bfloat16", quantize="int2", progress=False)
     assert set(FORMATS) <= set(error.value.hint.replace(",", "").split())
+
+
+def test_doctor_tells_what_was_measured_or_how_to_measure_it(run, folder):
+    asked = ("doctor", folder, "--dtype", "bfloat16", "--max-new-tokens", 8, "--limit", 2)
+    code, printed, message = run(*asked)
+    assert code == 0, message
+    assert "layerskip formats MODEL" in " ".join(printed.split())
+    assert run("formats", folder)[0] == 0
+    code, printed, _ = run(*asked)
+    assert "--quantize int4: a plain step" in " ".join(printed.split())
+    code, printed, _ = run(
+        "bench", folder, "--quantize", "int4", "--limit", 1, "--max-new-tokens", 4, "--json"
+    )
+    assert code == 0
+    assert json.loads(printed)["card"]["perplexity_cost"] > 0

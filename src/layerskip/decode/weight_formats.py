@@ -63,9 +63,9 @@ def compared(folder: Path, load: Load, watch: Watch = silent) -> list[Worth]:
 
     What was timed while others kept the cores busy is not kept.
     """
-    file = _file(folder)
-    if (found := _read(file)) is not None:
+    if (found := kept(folder)) is not None:
         return found
+    file = _file(folder)
     disturbed = (busy_cores(0.05) or 0.0) > BUSY
     names: list[str | None] = [None, *FORMATS]
     rows, texts, laws = [], torch.empty(0), torch.empty(0)
@@ -89,6 +89,11 @@ def compared(folder: Path, load: Load, watch: Watch = silent) -> list[Worth]:
     except OSError:
         pass  # measured again the next time
     return rows
+
+
+def kept(folder: Path | None) -> list[Worth] | None:
+    """What was measured before of this model on this machine; None where nothing was."""
+    return None if folder is None else _read(_file(folder))
 
 
 def fastest(rows: Sequence[Worth]) -> str | None:

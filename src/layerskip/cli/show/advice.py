@@ -125,6 +125,22 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"memory: weights {memory['weight_bytes'] / 1e6:.0f} MB, cache "
         f"{memory['cache_bytes_per_token'] / 1e3:.0f} kB a token, "
         f"draft head {memory['draft_head_bytes'] / 1e6:.1f} MB",
+        *_formats(result["formats"]),
+    ]
+
+
+def _formats(rows: list[dict[str, Any]] | None) -> list[str]:
+    """What weights of fewer bits would give, or how to find out."""
+    if rows is None:
+        return []
+    if not rows:
+        return ["weights of fewer bits: `layerskip formats MODEL` measures what they cost and gain here"]
+    return [
+        f"--quantize {row['name']}: a plain step {row['step_ratio']:.2f} x as fast, "
+        f"{row['step_bytes'] / 1e6:.0f} MB at {share(row['bandwidth_share'])} of the bandwidth, "
+        f"perplexity +{100 * row['perplexity_cost']:.2f}%"
+        for row in rows
+        if row["name"] is not None
     ]
 
 

@@ -55,6 +55,7 @@ def print_contests(model: str, lm: LanguageModel, results: Sequence[Contest]) ->
 def print_card(console: Console, card: Card) -> None:
     """Print the roofline card: what plain decoding could reach here at best."""
     kind = f"{card.dtype}, {card.quantisation} weights" if card.quantisation else card.dtype
+    kind += f" (perplexity +{100 * card.perplexity_cost:.2f}%)" if card.perplexity_cost else ""
     threads = f", {card.threads} threads" if card.device_type == "cpu" else ""
     lines = [
         f"{card.device}{threads} · {kind} · {card.stack} stack",

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from layerskip.decode import weight_formats
 from layerskip.decode.options import Options
 from layerskip.measure.advice.prediction import default_cell
 from layerskip.measure.proof.cases import Case
 from layerskip.measure.proof.certificate import shortly
 from layerskip.measure.proof.equality import HOLDS, equality_promised
+from layerskip.measure.speed.card import BUFFER_BYTES, bandwidth
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
@@ -42,7 +44,17 @@ def examine(lm: LanguageModel, analysis: Analysis, chat: bool, name: str, also: 
         **analysis.record(),
         "checks": checks,
         "memory": memory(lm, analysis.best.cell),
+        "formats": formats(lm),
     }
+
+
+def formats(lm: LanguageModel) -> list[dict[str, Any]] | None:
+    """What weight formats are worth here: empty where nobody measured it yet, None where there are none."""
+    stack = lm.stack
+    if stack.name != "native" or stack.device.type != "cpu" or lm.path is None:
+        return None
+    rows = weight_formats.kept(lm.path)
+    return [] if rows is None else weight_formats.as_records(rows, bandwidth(stack.device, BUFFER_BYTES))
 
 
 def _looks_trained(lm: LanguageModel, analysis: Analysis) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from layerskip.decode.generation import by_source
+from layerskip.decode.weight_formats import kept
 from layerskip.errors import UserError
 from layerskip.measure.exits.replay import by_place
 from layerskip.measure.intervals import interval, ratios
@@ -73,7 +74,8 @@ def bench(
     plan = lm.plan(settings.options())
     longest = max(plan.draft_length, plan.copying.longest if plan.copying else 0)
     table, context = _workbench(lm, prompts, settings.max_new_tokens, plan.draft_length)
-    facts = card(lm.stack, context, table.token_bytes, settings.quantisation)
+    cost = {row.name: row.perplexity_cost for row in kept(lm.path) or ()}.get(settings.quantisation)
+    facts = card(lm.stack, context, table.token_bytes, settings.quantisation, cost)
     announce(facts)
     plain = ways.ours(lm, AR, facts.weight_bytes)
     first = _Pass(plain, prompts, settings.max_new_tokens, lm.stack.device, watch)

@@ -43,6 +43,9 @@ class Card:
     context: int  # tokens in the cache at which keys and values are priced
     token_bytes: int  # keys and values of one token, all layers
     bandwidth_gb_s: float
+    perplexity_cost: float | None = (
+        None  # of the weight format, on the model's own text, where it was measured
+    )
 
     @property
     def weight_bytes(self) -> int:
@@ -67,7 +70,13 @@ class Card:
         }
 
 
-def card(stack: Stack, context: int, token_bytes: int, quantisation: str | None = None) -> Card:
+def card(
+    stack: Stack,
+    context: int,
+    token_bytes: int,
+    quantisation: str | None = None,
+    perplexity_cost: float | None = None,
+) -> Card:
     """Fill in the card of a loaded stack, measuring the device's bandwidth."""
     return Card(
         device=device_name(stack.device),
@@ -82,6 +91,7 @@ def card(stack: Stack, context: int, token_bytes: int, quantisation: str | None 
         table_bytes=stack.table_bytes,
         context=context,
         token_bytes=token_bytes,
+        perplexity_cost=perplexity_cost,
         bandwidth_gb_s=bandwidth(stack.device, BUFFER_BYTES),
     )
 
