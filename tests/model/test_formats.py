@@ -74,6 +74,22 @@ def test_a_row_has_the_same_bits_in_any_company(name):
 
 
 @needs_compiler
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [
+    pytest.param([(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)], id="smollm2-135m"),
+    pytest.param([(1152, 896), (896, 896), (9728, 896), (896, 4864)], id="qwen2-0.5b"),
+    pytest.param([(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)], id="llama-3.2-1b"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_real_models_have_the_same_bits_in_any_company(name, sizes):
+    for out, size in sizes:
+        linear, x = linear_of(name, out, size, bias=False), numbers(32, size).bfloat16()
+        alone = torch.cat([linear(x[i : i + 1]) for i in range(32)])
+        for rows in range(1, 33):
+            assert torch.equal(linear(x[:rows]), alone[:rows]), (out, size, rows)
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", KINDS)
 def test_a_value_that_is_no_number_spoils_its_own_row_alone(name):
     linear, x = linear_of(name, 40, 70), numbers(5, 70).bfloat16()
