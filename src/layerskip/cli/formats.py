@@ -39,7 +39,7 @@ def formats(
         return lm
 
     with progress() as watch:
-        rows = weight_formats.compared(folder, loaded, watch)
+        rows = weight_formats.compared(folder, loaded, watch, again=True)
         import torch
 
         told = weight_formats.as_records(rows, bandwidth(torch.device("cpu"), BUFFER_BYTES))

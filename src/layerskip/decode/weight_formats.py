@@ -58,12 +58,12 @@ class Worth:
     perplexity_cost: float
 
 
-def compared(folder: Path, load: Load, watch: Watch = silent) -> list[Worth]:
+def compared(folder: Path, load: Load, watch: Watch = silent, again: bool = False) -> list[Worth]:
     """Measure all formats, once per model and machine: some seconds each. The first row is the model as it is.
 
-    What was timed while others kept the cores busy is not kept.
+    What was timed while others kept the cores busy is not kept; `again` measures anew.
     """
-    if (found := kept(folder)) is not None:
+    if not again and (found := kept(folder)) is not None:
         return found
     file = _file(folder)
     disturbed = (busy_cores(0.05) or 0.0) > BUSY
