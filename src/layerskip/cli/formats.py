@@ -50,9 +50,7 @@ def formats(
 
 
 def _show(found: dict[str, Any]) -> None:
-    table = Table(
-        "weights", "MB a step", "ms a step", "faster", "of the bandwidth", "perplexity", "", box=None
-    )
+    table = Table("weights", "MB a step", "ms a step", "faster", "of the bandwidth", "perplexity", box=None)
     for row in found["formats"]:
         table.add_row(
             row["name"] or "full",
@@ -61,7 +59,6 @@ def _show(found: dict[str, Any]) -> None:
             f"{row['step_ratio']:.2f} x",
             share(row["bandwidth_share"]),
             f"+{100 * row['perplexity_cost']:.2f}%" if row["name"] else "",
-            row["about"],
         )
     out.print(table)
     name = found["auto"]
