@@ -215,6 +215,16 @@ def test_a_reduced_head_gives_the_same_numbers_for_its_tokens(quantize, tied):
     torch.testing.assert_close(reduced, full[:, ids], rtol=0, atol=0.05)
 
 
+@needs_compiler
+def test_what_drafts_alone_is_held_in_8_bits_where_that_is_compiled():
+    model = tiny.random_model("llama", dtype=torch.bfloat16)
+    stack = NativeStack(copy.deepcopy(model))
+    assert stack.draft_format == "int8"
+    assert isinstance(stack.reduced_head([3, 9, 40], numbers(3, stack.width)).project, int8.Int8)
+    for other in (NativeStack(model, compiled=False), tiny.stack("llama+native"), tiny.stack("llama")):
+        assert other.draft_format is None
+
+
 def test_a_native_stack_tells_the_bytes_it_holds():
     model = tiny.random_model("llama", dtype=torch.bfloat16)
     plain = NativeStack(copy.deepcopy(model))

@@ -58,23 +58,33 @@ def scaled(x: Tensor) -> Tensor:
 class Adapter:
     """A trained adapter; `layers` is the E whose states it reads, `known` the width behind the final norm.
 
-    Laid out for the device, dtype and width of states `like` that. `Stack.adapter` makes one.
+    Laid out for the device, dtype and width of states `like` that, in a weight format. `Stack.adapter` makes one.
 
     Every row has the same bits whatever rows stand beside it, as far as the native stack's products have.
     Raises: UserError for weights that are no adapter of this width.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], layers: int, like: Tensor, known: int) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        layers: int,
+        like: Tensor,
+        known: int,
+        quantize: str | None = None,
+    ) -> None:
         check_weights(weights, like.shape[-1], known)
         self.layers, dtype, device = layers, like.dtype, like.device
-        ready = {name: packed(weight.to(device, dtype)) for name, weight in weights.items()}
+        ready = {
+            name: packed(weight.to(device, dtype), quantize=quantize, head=True)
+            for name, weight in weights.items()
+        }
         self.join = ready[JOIN]
         self.blocks = [
             (ready[f"blocks.{i}.gate_up.weight"], ready[f"blocks.{i}.down.weight"])
             for i in range(len(weights) // 2)
         ]
         self.num_bytes = sum(linear.num_bytes for linear in ready.values())
-        self.least_rows = least_rows_of(None, dtype, device)
+        self.least_rows = least_rows_of(quantize, dtype, device)
 
     def __call__(self, h: Tensor, c: Tensor) -> Tensor:
         """Shapes: h, c [N, D] -> [N, D]; c behind the final norm."""

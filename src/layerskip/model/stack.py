@@ -81,6 +81,9 @@ class Stack(ABC):
         False  # several positions of one cache row may stand in a call as rows of one position each
     )
     head: Any  # [..., D] -> [..., V], before any transform of the logits
+    draft_format: str | None = (
+        None  # of the weights that draft alone: they need not be as exact as the model's
+    )
     row_exact: bool = False  # 16 bit only: a token's bits do not depend on how many a call brings
 
     @abstractmethod
@@ -155,7 +158,7 @@ class Stack(ABC):
         like = torch.zeros(1, self.width, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
             known = self.finished(like).shape[-1]  # a head may read another width than the layers have
-        return Adapter(weights, layers, like, known)
+        return Adapter(weights, layers, like, known, self.draft_format)
 
     @abstractmethod
     def new_cache(self, rows: int, capacity: int) -> Cache:

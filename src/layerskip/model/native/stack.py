@@ -17,7 +17,7 @@ from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
 from layerskip.model.native.attention import SLOTS, Attention, repeated
-from layerskip.model.native.formats import least_rows_of, packed
+from layerskip.model.native.formats import FORMATS, least_rows_of, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
 from layerskip.model.native.linear import Linear, Packed, packs, row_exact
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 HEAD = "head"
+DRAFTS = "int8"  # what weights are held in that draft and do not verify, where there is a kernel for it
 
 
 class NativeStack(Stack):
@@ -93,6 +94,8 @@ class NativeStack(Stack):
             kernels() if compiled and self.device.type == "cpu" and self.dtype in SUFFIXES else None
         )
         self.ragged = self.kernels is not None
+        few = self.kernels is not None and self.dtype in FORMATS[DRAFTS].dtypes
+        self.draft_format = quantize or (DRAFTS if few else None)
         self.gated = activation_of(config)
         self.attention = Attention(
             config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
@@ -194,10 +197,11 @@ class NativeStack(Stack):
     def reduced_head(self, ids: Sequence[int], weight: Tensor | None = None) -> Head:
         index = torch.tensor(list(ids), device=self.device)
         if weight is not None:
-            own = packed(weight.to(self.device, self.dtype), quantize=self.quantize, head=True)
-            return Head(index, own, own.num_bytes)
-        tied = self.tied and self.quantize is None
-        rows = packed(self.table[index]) if tied else self.head.rows(index)
+            rows = packed(weight.to(self.device, self.dtype), quantize=self.draft_format, head=True)
+        elif self.tied and self.quantize is None:
+            rows = packed(self.table[index], quantize=self.draft_format, head=True)
+        else:
+            rows = self.head.rows(index)
         return Head(index, rows, rows.num_bytes)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
