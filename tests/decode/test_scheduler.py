@@ -95,6 +95,31 @@ def test_any_thread_may_submit_and_cancel_while_one_drives(stack, alone):
     assert scheduler.engine.cache.lengths == [0] * 3
 
 
+def test_a_request_that_comes_while_rows_are_given_out_waits_for_the_next_step(stack, alone):
+    """It was taken for one that can never get a row."""
+    scheduler = scheduler_of(stack)
+    late, lock = [], scheduler._lock
+
+    class Lock:
+        def __enter__(self):
+            return lock.__enter__()
+
+        def __exit__(self, *error):
+            lock.__exit__(*error)
+            if len(late) == 1:  # behind `_admit`, which comes second
+                late.append(None)
+                late.append(scheduler.submit(request(0)))
+            late.extend([None] * (not late))
+
+    scheduler._lock = Lock()
+    assert scheduler.step() == []
+    said = []
+    while scheduler.busy:
+        for _, event in scheduler.step():
+            said += event.tokens
+    assert said == alone[0]
+
+
 def test_a_second_driver_is_refused(stack):
     scheduler = scheduler_of(stack)
     refused = []

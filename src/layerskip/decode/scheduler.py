@@ -186,7 +186,8 @@ class Scheduler:
             while self._waiting and self.engine.has_room:
                 self._take(self._waiting[0])
                 self._waiting.popleft()
-        if self._waiting and not self._refused and not self.engine.busy:
+            stuck = bool(self._waiting) and not self._refused and not self.engine.busy  # before others submit
+        if stuck:
             raise UserError(
                 "every row is kept for a next turn", "cancel one of those tickets, or make more rows"
             )
