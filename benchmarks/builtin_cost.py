@@ -25,7 +25,6 @@ import layerskip
 from layerskip.checkpoint.facts import fingerprint
 from layerskip.decode.load import resolve_device
 from layerskip.decode.options import Options
-from layerskip.errors import UserError
 from layerskip.measure.exits.evaluation import Text, judged, perplexity, read_text, windows
 from layerskip.measure.intervals import resampled
 from layerskip.measure.records import Record, Records, work_folder
@@ -176,7 +175,4 @@ def parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
+    record.run(main)

@@ -26,7 +26,6 @@ from tables import formats_table
 import layerskip
 from layerskip.decode.load import resolve_device
 from layerskip.decode.weight_formats import step_bytes
-from layerskip.errors import UserError
 from layerskip.measure.intervals import ratio_of_sums, resampled
 from layerskip.measure.lines import read_prompts
 from layerskip.measure.results import named
@@ -201,7 +200,4 @@ def parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
+    record.run(main)

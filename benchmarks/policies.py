@@ -24,7 +24,6 @@ import torch
 import layerskip
 from layerskip.cli.prompts import encoded, unescaped
 from layerskip.decode.options import Options
-from layerskip.errors import UserError
 from layerskip.measure import prompt_file
 from layerskip.measure.intervals import interval, ratios
 from layerskip.measure.lines import read_prompts
@@ -227,7 +226,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
+    record.run(main)

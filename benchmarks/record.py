@@ -9,9 +9,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip.errors import UserError
 from layerskip.measure import results
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 HERE = Path(__file__).parent
@@ -29,6 +32,14 @@ def save(result: dict[str, Any], *parts: str) -> Path:
     path = results.save(result, HERE / "results", *parts)
     print(f"written: benchmarks/results/{path.name}")
     return path
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; what its user caused is two lines and an exit code."""
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
 
 
 def newest(pattern: str) -> Path | None:

@@ -359,7 +359,4 @@ def parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
+    record.run(main)

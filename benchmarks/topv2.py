@@ -37,7 +37,6 @@ from layerskip.checkpoint.facts import fingerprint
 from layerskip.decode.control import Prices
 from layerskip.decode.load import resolve_device
 from layerskip.decode.options import Options
-from layerskip.errors import UserError
 from layerskip.measure.intervals import interval, ratio_of_sums, resampled
 from layerskip.measure.records import Record, Records, work_folder
 from layerskip.measure.tasks.generation import (
@@ -354,7 +353,4 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
+    record.run(main)

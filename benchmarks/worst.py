@@ -20,7 +20,6 @@ from sources import AR, methods_of
 import layerskip
 from layerskip.decode.load import resolve_device
 from layerskip.decode.options import Options
-from layerskip.errors import UserError
 from layerskip.measure.exits.continuations import Continuation
 from layerskip.measure.exits.sources import replay_sources
 from layerskip.measure.intervals import ratio_of_sums
@@ -84,7 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error.message}\n{error.hint or ''}") from None
+    record.run(main)

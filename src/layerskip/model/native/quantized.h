@@ -30,16 +30,6 @@ constexpr int AT_ONCE = 2;
 #define UNROLLED
 #endif
 
-// Join the lanes of whole numbers two by two.
-template <int N, typename Join>
-static inline int32_t joined(typename Vector<int32_t, N>::type x, Join join) {
-    typename Vector<int32_t, N / 2>::type halves[2];
-    std::memcpy(halves, &x, sizeof x);
-    auto both = join(halves[0], halves[1]);
-    if constexpr (N == 2) return both[0];
-    else return joined<N / 2>(both, join);
-}
-
 struct Rows {  // quantised inputs of R rows, for each group those of all rows side by side
     const int8_t *bytes;  // [groups, GROUP / 4, R, 4]
     const float *scales;  // [groups, R]
@@ -117,7 +107,7 @@ static void quantised(const T *x, int64_t live, int64_t stride, int8_t *bytes, f
         const Wholes bits = loaded<Wholes>(values + i * LANES) & 0x7fffffff;
         most = bits > most ? bits : most;
     }
-    const int32_t top = joined<LANES>(most, [](auto a, auto b) { return a > b ? a : b; });
+    const int32_t top = over_lanes<LANES>(most, [](auto a, auto b) { return a > b ? a : b; });
     const bool broken = top >= 0x7f800000;
     if (broken) std::fill(values, values + GROUP, 0.f);
     const float largest = loaded<float>(&top), inverse = !broken && largest > NOTHING ? 127.f / largest : 0.f;
@@ -127,7 +117,7 @@ static void quantised(const T *x, int64_t live, int64_t stride, int8_t *bytes, f
         kept(found + i * LANES, __builtin_convertvector(near, Vector<int8_t, LANES>::type));
         all += near;
     }
-    const int32_t one = joined<LANES>(all, [](auto a, auto b) { return a + b; });
+    const int32_t one = over_lanes<LANES>(all, [](auto a, auto b) { return a + b; });
     for (int i = 0; i < GROUP / 4; ++i) std::memcpy(bytes + i * stride, found + 4 * i, 4);
     scale = broken ? NAN : inverse > 0.f ? largest / 127.f : 0.f;
     sum = -128 * one;

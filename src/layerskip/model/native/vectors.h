@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -96,9 +97,9 @@ INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, ui
 #endif
 
 // Join the lanes two by two, always in the same order.
-template <int N, typename Join>
-static inline float over_lanes(typename Vector<float, N>::type x, Join join) {
-    typename Vector<float, N / 2>::type halves[2];
+template <int N, typename From, typename Join>
+static inline auto over_lanes(From x, Join join) {
+    typename Vector<std::decay_t<decltype(x[0])>, N / 2>::type halves[2];
     std::memcpy(halves, &x, sizeof x);
     auto joined = join(halves[0], halves[1]);
     if constexpr (N == 2) return joined[0];

@@ -7,7 +7,6 @@ dataset = rows(trained, options)          # a torch Dataset; collate makes batch
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,12 +59,6 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
-
-    @property
-    def spans(self) -> Sequence[tuple[int, int]]:
-        """First and last-but-one example of each row."""
-        bounds = self.bounds.tolist()
-        return list(itertools.pairwise(bounds))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Shapes: input_ids, labels and position_ids [T] of this row, not padded."""

@@ -2,7 +2,7 @@
 
     file = StatesFile(Path("own.states"), known=lines, of=made_by(fingerprint, dtype, quantize))
     line["states"] = file.append(generation.states)          # [T - 1, D] of T tokens, of which the last has none
-    StatesFile.read(example["states"], ...)
+    example["states"].read(width, dtype)                     # a `Kept`; None where they cannot be used
 
 The states stand one behind the other in one file, and each line of the data says where its own are. They are read
 only for the weights and the dtype that made them, and where their checksum is right; else the model runs again.

@@ -173,8 +173,7 @@ def frozen_states(exits: Taught, inputs: dict[str, Any], rows: Tensor | None) ->
     known = [_known(exits, *one) for one in told]
     left = [place for place, states in enumerate(known) if states is None]
     if tokens is None or len(left) == len(known):
-        early, final = _computed(exits, inputs, told)
-        return early, final
+        return _computed(exits, inputs, told)
     exit_layer, positions = adapter_of(exits.hf).exit_layer, inputs.get("position_ids")
     found = [states for states in known if states is not None]
     both = found[0].new_zeros(

@@ -11,6 +11,7 @@ or a power cut leaves half-written is found by its checksum and computed again: 
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import zlib
 from typing import TYPE_CHECKING
@@ -105,14 +106,17 @@ class AnswerStates:
     def __init__(self, rows: Rows, of: str, width: int, dtype: torch.dtype) -> None:
         self.rows, self.width, self.dtype = rows, width, dtype
         told = [states is not None and states.of == of for states in rows.states]
-        self.held = {row for row, (first, stop) in enumerate(rows.spans) if all(told[first:stop])}
+        self.spans = [
+            *itertools.pairwise(rows.bounds.tolist())
+        ]  # first example of each row, and of the next one
+        self.held = {row for row, (first, stop) in enumerate(self.spans) if all(told[first:stop])}
 
     def get(self, row: int, length: int) -> Tensor | None:
         """Read the states of a row, [1, length, D], zero for the last token of an answer; None if one is lost."""
         if row not in self.held:
             return None
         found = torch.zeros(1, length, self.width, dtype=self.dtype)
-        first, stop = self.rows.spans[row]
+        first, stop = self.spans[row]
         at = 0
         for example in range(first, stop):
             size = int(self.rows.starts[example + 1] - self.rows.starts[example])
