@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 import tiny
-from conftest import CLOSE
+from conftest import AGREED, CLOSE
 from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model.native import kernels as compiled
@@ -105,6 +105,33 @@ def test_a_kind_of_configuration_is_compared_once_per_process(monkeypatch):
         native_load.native_reason(tiny.random_model("llama"))
     native_load.native_reason(tiny.random_model("llama", attention_bias=True))
     assert len(seen) == 2
+
+
+def test_a_comparison_that_agreed_is_kept_for_this_code_on_this_machine(tmp_path, monkeypatch):
+    seen, model = [], tiny.random_model("llama")
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(native_load, "_agreed", AGREED)
+    monkeypatch.setattr(native_load, "_compare_tiny", lambda config, kind: seen.append(kind))
+
+    def another_process():
+        monkeypatch.setattr(native_load, "_verdicts", {})
+        return native_load.native_reason(model)
+
+    assert [another_process(), another_process()] == [None, None]
+    assert len(seen) == 1
+    monkeypatch.setattr(native_load, "_code", lambda: "another version")
+    assert another_process() is None
+    assert len(seen) == 2
+
+    def differs(config, kind):
+        seen.append(kind)
+        raise UserError("different logits")
+
+    monkeypatch.setattr(native_load, "_compare_tiny", differs)
+    monkeypatch.setattr(native_load, "_code", lambda: "a broken version")
+    assert "different logits" in another_process()
+    assert "different logits" in another_process()
+    assert len(seen) == 4, "what differs is not kept: the next process may have another library"
 
 
 def test_an_unknown_activation_or_another_attention_is_left_to_hugging_face():

@@ -10,10 +10,7 @@ held against the model's own (Kullback-Leibler). Its exponential is the ratio of
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import math
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -22,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.checkpoint.facts import fingerprint
-from layerskip.checkpoint.files import cache_folder, write_json
+from layerskip.checkpoint.kept import MACHINE, keep, kept_file
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.model.native.formats import FORMATS
@@ -83,11 +80,7 @@ def compared(folder: Path, load: Load, watch: Watch = silent, again: bool = Fals
         gc.collect()  # the next one must not stand beside it
     if disturbed:
         return rows
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, [asdict(row) for row in rows])
-    except OSError:
-        pass  # measured again the next time
+    keep(file, [asdict(row) for row in rows])
     return rows
 
 
@@ -142,10 +135,8 @@ def step_bytes(lm: LanguageModel) -> int:
 
 
 def _file(folder: Path) -> Path:
-    told = [fingerprint(folder), fingerprint(folder, "config.json"), sorted(FORMATS), LAYOUT]
-    told += [platform.node(), platform.machine(), torch.__version__, torch.get_num_threads()]
-    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-    return cache_folder() / "formats" / f"worth-{name}.json"
+    model = [fingerprint(folder), fingerprint(folder, "config.json"), sorted(FORMATS), LAYOUT]
+    return kept_file("formats", [model, MACHINE, torch.__version__, torch.get_num_threads()], "worth-")
 
 
 def _read(file: Path) -> list[Worth] | None:

@@ -9,12 +9,12 @@ A folder says in `setup.json` what its records are of, and takes no others.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from layerskip.checkpoint.files import cache_folder, write_json
+from layerskip.checkpoint.files import write_json
+from layerskip.checkpoint.kept import kept_file
 from layerskip.errors import UserError
 from layerskip.reading import USER_BYTES, parsed, read_bytes, read_json
 
@@ -28,8 +28,7 @@ def work_folder(chosen: Path | None, name: str, setup: dict[str, Any]) -> Path:
     something else, or cannot be written.
     """
     setup = json.loads(json.dumps(setup))
-    digest = hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / "eval" / f"{name}-{digest}" if chosen is None else chosen / name
+    folder = kept_file("eval", setup, f"{name}-", "") if chosen is None else chosen / name
     file = folder / "setup.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,16 +6,13 @@ costs(6)  # a pass over six positions, in passes over one
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import platform
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
-from layerskip.checkpoint.files import cache_folder, write_json
+from layerskip.checkpoint.kept import MACHINE, keep, kept_file
 from layerskip.errors import UserError
 from layerskip.model.cost import RowCosts, row_costs
 from layerskip.model.stack import Counters
@@ -41,16 +38,12 @@ def measured_row_costs(stack: Stack) -> RowCosts:
     guess = row_costs(stack.device.type)
     if stack.device.type != "cpu" or (stack.context or CONTEXT) < CONTEXT:
         return guess
-    file = cache_folder() / "row-costs" / f"{_key(stack)}.json"
+    file = kept_file("row-costs", _told(stack))
     costs = _read(file)
     if costs is None:
         if (busy_cores(0.05) or 0.0) > BUSY or (costs := _measured(stack)) is None:
             return guess  # and measure another time
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, costs.points)
-        except OSError:
-            pass  # measured anew by the next process
+        keep(file, costs.points)
     return costs
 
 
@@ -102,8 +95,7 @@ def _read(file: Path) -> RowCosts | None:
     return costs if widths == WIDTHS and all(1 <= price < 100 for price in prices) else None
 
 
-def _key(stack: Stack) -> str:
+def _told(stack: Stack) -> list[object]:
     shape = (stack.model_type, stack.num_layers, stack.width, stack.vocab_size, stack.layer_bytes)
     how = (stack.name, str(stack.dtype), stack.row_exact, torch.get_num_threads(), torch.__version__)
-    machine = (platform.node(), platform.machine(), platform.processor())
-    return hashlib.sha256(json.dumps([shape, how, machine], default=str).encode()).hexdigest()[:16]
+    return [shape, how, MACHINE]

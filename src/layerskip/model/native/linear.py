@@ -150,8 +150,8 @@ def row_exact(linears: Sequence[Linear], dtype: torch.dtype, least_rows: int) ->
     """
     generator = torch.Generator().manual_seed(0)
     for linear in {(x.in_features, x.out_features): x for x in linears}.values():
-        x = torch.randn(PROBED_ROWS[-1], linear.in_features, generator=generator).to(dtype)  # [N, in]
-        h = torch.randn(PROBED_ROWS[-1], linear.out_features, generator=generator).to(dtype)
+        x = torch.randn(PROBED_ROWS[-1], linear.in_features, generator=generator, dtype=dtype)  # [N, in]
+        h = torch.randn(PROBED_ROWS[-1], linear.out_features, generator=generator, dtype=dtype)
         for count in PROBED_ROWS:
             together, added = linear(x[:count]), linear.added_to(h[:count], x[:count])
             for i in {0, count // 2, count - 1}:

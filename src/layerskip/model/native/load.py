@@ -1,22 +1,26 @@
 """Which models run natively, and proof that each does what Hugging Face's code does.
 
 `native_reason` says why a model cannot be taken. A tiny random model of the same kind (same flags, all kinds of
-layers, past its window) is compared in float32 once per kind and process before any real one is trusted, and the
-real one's logits are compared on eight tokens once its weights are packed.
+layers, past its window) is compared in float32 once per kind, machine and version of the code before any real one
+is trusted, and the real one's logits are compared on eight tokens once its weights are packed.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from layerskip.checkpoint.configuration import read_configuration
+from layerskip.checkpoint.kept import MACHINE, digest, keep, kept_file
 from layerskip.errors import UserError
 from layerskip.model.families import device_of
 from layerskip.model.native.formats import FORMATS, require_format
+from layerskip.model.native.kernels import kernels_reason
 from layerskip.model.native.layer import ACTIVATIONS, activation_of
 from layerskip.model.native.stack import NativeStack
 from layerskip.model.parity import OTHER_KERNELS, PARITY, check_slices, probe_tokens
@@ -29,7 +33,9 @@ def native_family(path: Path) -> bool:
     return read_configuration(path / "config.json").get("model_type") in FAMILIES
 
 
-_verdicts: dict[str, str | None] = {}  # by configuration, for this process
+_verdicts: dict[
+    str, str | None
+] = {}  # by configuration, for this process; those that agree are kept on disk too
 
 
 def native_reason(hf: Any, placed: bool = False) -> str | None:
@@ -47,12 +53,34 @@ def native_reason(hf: Any, placed: bool = False) -> str | None:
         return "another attention implementation than sdpa was asked for"
     key = config.to_json_string(use_diff=False)
     if key not in _verdicts:
+        file = _agreed(key, type(hf))
         try:
-            _compare_tiny(config, type(hf))
+            if file is None or not file.exists():
+                _compare_tiny(config, type(hf))
+                if file is not None:
+                    keep(file, True)
             _verdicts[key] = None
         except (UserError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             _verdicts[key] = f"a tiny model of its kind does not give what Hugging Face's does ({error})"
     return _verdicts[key]
+
+
+def _agreed(key: str, model_class: type) -> Path | None:
+    """Name the file that says that a kind was compared, by this code on this machine; None without a folder."""
+    code = [_code(), torch.__version__, transformers.__version__, kernels_reason()]
+    try:
+        return kept_file("native", [key, model_class.__name__, code, MACHINE])
+    except UserError:
+        return None
+
+
+@functools.cache
+def _code() -> str:
+    """Tell one version of this package's decoders from another, that of somebody at work on them too."""
+    files = sorted(
+        path for path in Path(__file__).parents[1].rglob("*") if path.suffix in {".py", ".h", ".cpp"}
+    )
+    return digest([path.read_text(encoding="utf-8") for path in files])
 
 
 def shrunken(config: Any) -> Any:

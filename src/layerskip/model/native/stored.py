@@ -9,8 +9,6 @@ memory, and what was rounded before (the built-in model) is found again exactly.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tempfile
 import warnings
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.checkpoint.facts import fingerprint
-from layerskip.checkpoint.files import cache_folder
+from layerskip.checkpoint.kept import kept_file
 from layerskip.checkpoint.weights import check_weights, shards_of
 from layerskip.errors import UserError
 from layerskip.model.families import parts_of, refuse_unsupported
@@ -177,9 +175,8 @@ def _put(module: Any, name: str, tensor: Tensor) -> None:
 def _kept(folder: Path, kind: Format, dtype: torch.dtype) -> Path | None:
     """Name the file of these very weights; None without a cache folder."""
     told = [fingerprint(folder), fingerprint(folder, "config.json"), kind.name, str(dtype), LAYOUT]
-    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     try:
-        return cache_folder() / "formats" / f"{kind.name}-{name}.pt"
+        return kept_file("formats", told, f"{kind.name}-", ".pt")
     except UserError:
         return None
 
