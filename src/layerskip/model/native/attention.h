@@ -16,11 +16,10 @@
 #include <cfloat>
 #include <cmath>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "numbers.h"
+#include "rows.h"
+#include "team.h"
 #include "vectors.h"
 
 constexpr int SLOTS = 64;
@@ -69,14 +68,25 @@ static inline void weigh(const float *scores, float largest, float scale, T *wei
     kept(total, sum);
 }
 
+// Turn the queries of one position in place; put its turned keys and its values at their slot.
+template <typename T>
+static void turned_and_stored(const Shape &s, int64_t b, int64_t t, T *token, const T *cos, const T *sin, T *cache,
+                              const int64_t *cache_rows, const int64_t *slots) {
+    const int64_t at = b * s.width + t;
+    T *place = cache + cache_rows[b] * s.cache_row + slots[at] * s.size;
+    for (int64_t head = 0; head < s.heads + s.kv_heads; ++head)
+        turned(token + head * s.size, cos + at * s.rotary, sin + at * s.rotary, s.rotary);
+    for (int64_t head = 0; head < 2 * s.kv_heads; ++head)
+        std::memcpy(place + head * s.cache_head, token + (s.heads + head) * s.size, s.size * sizeof(T));
+}
+
 template <typename T, int D>  // D is the head size where it is a common one, 0 for any
 class Attention {
     struct Row { int64_t task, first, stop; };  // its first task; the blocks that any of its positions sees
     struct Task { int64_t row, head, first, blocks, before; };  // its blocks; how many all tasks before it have
     struct Scratch { uint32_t *laid; float *scores; T *weights; };  // of one thread
 
-    const Shape &s;
-    const T *qkv, *cache;
+    const Shape s;
     const int64_t *cache_rows, *positions;
     const int64_t group = s.heads / s.kv_heads, queries = s.width * group;  // of a task
     std::vector<Row> rows;
@@ -101,7 +111,7 @@ class Attention {
         return {int(std::max<int64_t>(first_seen(position) - begin, 0)),
                 int(std::min<int64_t>(position + 1 - begin, SLOTS))};
     }
-    const T *keys_of(const Task &task) const {
+    const T *keys_of(const T *cache, const Task &task) const {
         return cache + cache_rows[task.row] * s.cache_row + task.head * s.cache_head + task.first * SLOTS * size();
     }
 
@@ -147,8 +157,9 @@ class Attention {
         }
     }
 
-    // One chunk: asked, the words of its queries, to sums [queries, stride] and largest [queries].
-    void run(const Task &task, const Task &next, const uint32_t *asked, float *sums, float *largest,
+    // One chunk: asked, the words of its queries, to sums [queries, stride] and largest [queries]. `next`: the keys
+    // of the one behind it.
+    void run(const Task &task, const T *first, const T *next, const uint32_t *asked, float *sums, float *largest,
              const Scratch &own) const {
         const int64_t *position = positions + task.row * s.width, apart = s.kv_heads * s.cache_head;
         std::fill(sums, sums + queries * stride(), 0.f);
@@ -159,8 +170,8 @@ class Attention {
             for (int64_t q = 0; q < queries; q += group)
                 if (Seen one = sees(q); one.any())
                     any = {std::min(any.first, one.first), std::max(any.stop, one.stop)};
-            const T *keys = keys_of(task) + i * SLOTS * size(), *values = keys + apart;
-            const T *later = i + 1 < task.blocks ? keys + SLOTS * size() : keys_of(next);
+            const T *keys = first + i * SLOTS * size(), *values = keys + apart;
+            const T *later = i + 1 < task.blocks ? keys + SLOTS * size() : next;
             lay_keys(keys, any, later, own.laid);
             for (int64_t q = 0; q < queries; q += QUERIES)
                 product<T>(std::min<int64_t>(QUERIES, queries - q), asked + q * words(), words(), own.laid, SLOTS,
@@ -212,21 +223,9 @@ class Attention {
         }
     }
 
-    // Put the queries of a key head side by side, in whole words: asked [B, H, queries, words].
-    void gather(uint32_t *asked) const {
-        for (int64_t b = 0; b < s.rows; ++b)
-            for (int64_t t = 0; t < s.width; ++t)
-                for (int64_t head = 0; head < s.heads; ++head) {
-                    int64_t at = (b * s.kv_heads + head / group) * queries + t * group + head % group;
-                    uint32_t *to = asked + at * words();
-                    to[words() - 1] = 0;  // an odd size fills half of it
-                    std::memcpy(to, qkv + b * s.qkv_row + t * s.qkv_position + head * size(), bytes());
-                }
-    }
-
 public:
-    Attention(const Shape &shape, const T *qkv, const T *cache, const int64_t *cache_rows, const int64_t *positions)
-        : s(shape), qkv(qkv), cache(cache), cache_rows(cache_rows), positions(positions) {
+    Attention(const Shape &shape, const int64_t *cache_rows, const int64_t *positions)
+        : s(shape), cache_rows(cache_rows), positions(positions) {
         for (int64_t b = 0; b < s.rows; ++b) {
             const int64_t *own = positions + b * s.width;
             int64_t first = first_seen(*std::min_element(own, own + s.width)) / SLOTS;
@@ -241,36 +240,51 @@ public:
         }
     }
 
-    // out [B, T, place in group, H, d].
-    void operator()(T *out) const {
-        static thread_local Buffer<float> kept_sums, kept_largest, kept_scores, kept_factors;
-        static thread_local Buffer<uint32_t> kept_asked, kept_laid;
-        static thread_local Buffer<T> kept_weights;
-        const int64_t count = tasks.size();
-        float *sums = kept_sums.sized(count * queries * stride()), *largest = kept_largest.sized(count * queries);
-        uint32_t *asked = kept_asked.sized(s.rows * s.kv_heads * queries * words());
-        gather(asked);
-#pragma omp parallel if (count > 1)
-        {
-            float *factors = kept_factors.sized(count / s.kv_heads);
-            Scratch own = {kept_laid.sized(std::max(words() * SLOTS, SLOTS / IN_WORD<T> * width())),
-                           kept_scores.sized(queries * SLOTS), kept_weights.sized(queries * SLOTS)};
-            int64_t thread = 0, threads = 1;  // each takes tasks in a row that have as many blocks
-#ifdef _OPENMP
-            thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#endif
-            for (int64_t i = 0; i < count; ++i) {
-                const Task &task = tasks[i], &next = tasks[std::min(i + 1, count - 1)];
-                if ((2 * task.before + task.blocks) * threads / (2 * num_blocks) == thread)
-                    run(task, next, asked + (task.row * s.kv_heads + task.head) * queries * words(),
-                        sums + i * queries * stride(), largest + i * queries, own);
-            }
-#pragma omp barrier
-#pragma omp for schedule(static) collapse(3)
-            for (int64_t b = 0; b < s.rows; ++b)
-                for (int64_t head = 0; head < s.kv_heads; ++head)
-                    for (int64_t query = 0; query < queries; ++query)
-                        combine(b, head, query, sums, largest, factors, out);
+    struct Room { float *sums, *largest; uint32_t *asked; };  // of a team
+
+    int64_t chunks() const { return tasks.size(); }
+
+    // Room for as many chunks as this or another one of the same shape has; the thread's that asks for it.
+    Room room(int64_t count) const {
+        static thread_local Buffer<float> sums, largest;
+        static thread_local Buffer<uint32_t> asked;
+        return {sums.sized(count * queries * stride()), largest.sized(count * queries),
+                asked.sized(s.rows * s.kv_heads * queries * words())};
+    }
+
+    // Put the queries of a position beside those that share their key head, in whole words: asked [B, H, queries,
+    // words].
+    void gather(int64_t b, int64_t t, const T *token, const Room &room) const {
+        for (int64_t head = 0; head < s.heads; ++head) {
+            int64_t at = (b * s.kv_heads + head / group) * queries + t * group + head % group;
+            uint32_t *to = room.asked + at * words();
+            to[words() - 1] = 0;  // an odd size fills half of it
+            std::memcpy(to, token + head * size(), bytes());
         }
+    }
+
+    // By a team, when all is gathered and stored: out [B, T, place in group, H, d]. Each thread takes tasks in a row
+    // that have as many blocks.
+    void operator()(const T *cache, const Room &room, T *out) const {
+        static thread_local Buffer<float> kept_scores, kept_factors;
+        static thread_local Buffer<uint32_t> kept_laid;
+        static thread_local Buffer<T> kept_weights;
+        const int64_t count = chunks(), thread = own_number(), threads = team_size();
+        float *factors = kept_factors.sized(count / s.kv_heads);
+        Scratch own = {kept_laid.sized(std::max(words() * SLOTS, SLOTS / IN_WORD<T> * width())),
+                       kept_scores.sized(queries * SLOTS), kept_weights.sized(queries * SLOTS)};
+        for (int64_t i = 0; i < count; ++i) {
+            const Task &task = tasks[i], &next = tasks[std::min(i + 1, count - 1)];
+            if ((2 * task.before + task.blocks) * threads / (2 * num_blocks) == thread)
+                run(task, keys_of(cache, task), keys_of(cache, next),
+                    room.asked + (task.row * s.kv_heads + task.head) * queries * words(),
+                    room.sums + i * queries * stride(), room.largest + i * queries, own);
+        }
+        together();
+        const Share share = own_share(s.rows * s.kv_heads * queries);
+        for (int64_t i = share.first; i < share.stop; ++i)
+            combine(i / queries / s.kv_heads, i / queries % s.kv_heads, i % queries, room.sums, room.largest, factors,
+                    out);
+        together();
     }
 };

@@ -70,7 +70,7 @@ class Attention:
         Shapes: qkv [B, T, heads + 2 H, d] (may be changed) -> [B, T, heads d]; one row's result may be wanted
         `padded` by repeating its first position, [1, padded, heads d].
         """
-        angles = self._angles(step, cache.capacity) if rotary else None
+        angles = self.angles(step, cache.capacity) if rotary else None
         if self.kernels is not None and step.width <= MOST_EXACT_ROWS:
             return self.kernels.attention(
                 qkv, self.heads, self.scale, angles, cache, layer, step, window, padded
@@ -130,7 +130,7 @@ class Attention:
         shared: list[Tensor | None] = step.shared[key]
         return shared
 
-    def _angles(self, step: Step, capacity: int) -> tuple[Tensor, Tensor]:
+    def angles(self, step: Step, capacity: int) -> tuple[Tensor, Tensor]:
         """Look the step's cosines and sines up, once per step: [B, T, r] each, r = rotary dimensions."""
         if "native angles" not in step.shared:
             if self._tables is None or len(self._tables[0]) < capacity:

@@ -70,6 +70,29 @@ class Product(ctypes.Structure):
     ]
 
 
+class LaidLayer(ctypes.Structure):
+    """The `Layer` of layers.h."""
+
+    _fields_ = [
+        *((name, Product) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("before_attention", "q_norm", "k_norm", "before_mlp")),
+        ("eps", ctypes.c_float * 4),
+        *((name, ctypes.c_int64) for name in ("window", "turns")),
+    ]
+
+
+class Slice(ctypes.Structure):
+    """The `Slice` of layers.h."""
+
+    _fields_ = [
+        ("shape", Shape),
+        ("count", ctypes.c_int64),
+        ("layers", ctypes.POINTER(LaidLayer)),
+        ("caches", ctypes.POINTER(ctypes.c_void_p)),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "cache_rows", "positions", "slots")),
+    ]
+
+
 @dataclass
 class Kernels:
     """The compiled regions. All take contiguous CPU tensors of one dtype in `SUFFIXES`.
@@ -97,6 +120,9 @@ class Kernels:
             call = getattr(self.library, f"{name}_bf16")
             call.argtypes, call.restype = [ctypes.POINTER(Product), pointer, pointer], None
             self._calls[name, torch.bfloat16] = call
+            call = getattr(self.library, f"layers_{name}_bf16")
+            call.argtypes, call.restype = [ctypes.POINTER(Slice), pointer], None
+            self._calls[f"layers {name}", torch.bfloat16] = call
 
     def norm(self, h: Tensor, gain: Tensor, eps: float, live: int | None = None) -> Tensor:
         """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D].
@@ -156,16 +182,55 @@ class Kernels:
             qkv.stride(0), qkv.stride(1), store.stride(0), store.stride(1), window or 0,
             padded, scale,
         )  # fmt: skip
-        if "kernels" not in step.shared:
-            index = torch.tensor(step.rows) if step.index is None else step.index.contiguous()
-            step.shared["kernels"] = (index, step.positions.contiguous(), step.slots.contiguous())
-        index, positions, slots = step.shared["kernels"]
+        index, positions, slots = _places(step)
         out = qkv.new_empty((rows, padded or width, heads * size))
         self._calls["attention", qkv.dtype](
             shape, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), store.data_ptr(), index.data_ptr(),
             positions.data_ptr(), slots.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def layers(
+        self,
+        kernel: str,
+        laid: ctypes.Array[LaidLayer],
+        h: Tensor,
+        heads: int,
+        scale: float,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: Cache,
+        layers: range,
+        step: Step,
+    ) -> Tensor:
+        """Run layers whose products are all `kernel`'s, as `Stack.run` does. Shapes: h [B, T, D] -> [B, T, D]."""
+        h = h.clone(memory_format=torch.contiguous_format)
+        rows, width, _ = h.shape
+        stores = [cache.both[layer] for layer in layers]
+        first = stores[0]
+        assert first is not None, "keys and values of one size"
+        size, qkv = first.shape[-1], laid[0].qkv.out_features
+        cos, sin = rotary if rotary is not None else (h, h)
+        shape = Shape(
+            rows, width, heads, first.shape[1] // 2, size, 0 if rotary is None else cos.shape[-1],
+            width * qkv, qkv, first.stride(0), first.stride(1), 0, 0, scale,
+        )  # fmt: skip
+        index, positions, slots = _places(step)
+        pointers = (ctypes.c_void_p * len(stores))(*[None if s is None else s.data_ptr() for s in stores])
+        call = Slice(
+            shape, len(stores), laid, pointers, cos.data_ptr(), sin.data_ptr(), index.data_ptr(),
+            positions.data_ptr(), slots.data_ptr(),
+        )  # fmt: skip
+        self._calls[f"layers {kernel}", h.dtype](call, h.data_ptr())
+        return h
+
+
+def _places(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """Cache rows, positions and slots as the compiled code reads them, once per step."""
+    if "kernels" not in step.shared:
+        index = torch.tensor(step.rows) if step.index is None else step.index.contiguous()
+        step.shared["kernels"] = (index, step.positions.contiguous(), step.slots.contiguous())
+    found: tuple[Tensor, Tensor, Tensor] = step.shared["kernels"]
+    return found
 
 
 _absent: list[str] = []  # why there are none, once `kernels` has looked

@@ -18,6 +18,7 @@
 
 #include "attention.h"
 #include "integers.h"
+#include "team.h"
 
 constexpr int GROUP = 32;   // inputs that share a scale
 constexpr float NOTHING = 1e-30f;  // inputs of this size are 0: so that no quotient is infinite
@@ -124,30 +125,54 @@ static void quantised(const T *x, int64_t live, int64_t stride, int8_t *bytes, f
     total = scale * float(one);
 }
 
+static int64_t groups_of(int64_t width) { return (width + GROUP - 1) / GROUP; }
+
 // Inputs of a call: rows in parts of about as many each, which the kernel takes at once.
 struct Inputs {
-    int64_t rows, parts, groups;
+    int64_t rows, width, groups, parts;
     int8_t *bytes;
     float *scales, *totals;
     int32_t *sums;
 
+    // In memory of the thread that asks for it, until it asks again; `widest` of those that share it.
+    static Inputs of(int64_t rows, int64_t width, int64_t widest) {
+        static thread_local Buffer<int8_t> bytes;
+        static thread_local Buffer<float> scales, totals;
+        static thread_local Buffer<int32_t> sums;
+        const int64_t count = rows * groups_of(widest);
+        return {rows, width, groups_of(width), (rows + AT_ONCE - 1) / AT_ONCE, bytes.sized(count * GROUP),
+                scales.sized(count), totals.sized(count), sums.sized(count)};
+    }
     int64_t first(int64_t part) const { return part * rows / parts; }
     Rows part(int64_t i) const {
         const int64_t at = first(i) * groups;
         return {bytes + at * GROUP, scales + at, sums + at, totals + at, groups};
     }
+    // Round groups [from, to) of row r, which begins at x.
     template <typename T>
-    void fill(const T *x, int64_t width) const {
-#pragma omp parallel for if (rows > 32)
-        for (int64_t i = 0; i < parts; ++i) {
-            const int64_t begin = first(i), count = first(i + 1) - begin;
-            for (int64_t r = 0; r < count; ++r)
-                for (int64_t g = 0; g < groups; ++g) {
-                    const int64_t at = begin * groups + g * count;
-                    quantised(x + (begin + r) * width + g * GROUP, width - g * GROUP, 4 * count,
-                              bytes + at * GROUP + 4 * r, scales[at + r], sums[at + r], totals[at + r]);
-                }
+    void round(const T *x, int64_t r, int64_t from, int64_t to) const {
+        const int64_t i = ((r + 1) * parts - 1) / rows, begin = first(i), count = first(i + 1) - begin;
+        for (int64_t g = from; g < to; ++g) {
+            const int64_t at = begin * groups + g * count, place = at + r - begin;
+            quantised(x + g * GROUP, width - g * GROUP, 4 * count, bytes + at * GROUP + 4 * (r - begin),
+                      scales[place], sums[place], totals[place]);
         }
+    }
+    // Call for this thread's share of all groups: (row, first group, last group).
+    template <typename Each>
+    void shared(Each each) const {
+        const Share share = own_share(rows * groups);
+        for (int64_t at = share.first; at < share.stop;) {
+            const int64_t r = at / groups, from = at - r * groups, to = std::min(groups, from + share.stop - at);
+            each(r, from, to);
+            at += to - from;
+        }
+    }
+    // By a team: round rows [rows, width].
+    template <typename T>
+    void fill(const T *x) const {
+        shared([&](int64_t r, int64_t from, int64_t to) { round(x + r * width, r, from, to); });
+        together();
     }
 };
 
@@ -193,17 +218,22 @@ static void some_rows(const Product &p, Rows x, int64_t count, int64_t first_row
     }
 }
 
+// By a team, when the inputs are filled.
 template <typename W, typename T>
-static void multiply(const Product &p, const T *x, T *y) {
-    static thread_local Buffer<int8_t> bytes;
-    static thread_local Buffer<float> scales, totals;
-    static thread_local Buffer<int32_t> sums;
-    const int64_t groups = (p.in + GROUP - 1) / GROUP, tiles = (p.out + TILE - 1) / TILE, count = p.rows * groups;
-    const Inputs in{p.rows, (p.rows + AT_ONCE - 1) / AT_ONCE, groups, bytes.sized(count * GROUP), scales.sized(count),
-                    totals.sized(count), sums.sized(count)};
-    in.fill(x, p.in);
-#pragma omp parallel for schedule(static)
-    for (int64_t tile = 0; tile < tiles; ++tile)
+static void multiplied(const Product &p, const Inputs &in, T *y) {
+    const Share share = own_share((p.out + TILE - 1) / TILE);
+    for (int64_t tile = share.first; tile < share.stop; ++tile)
         for (int64_t i = 0; i < in.parts; ++i)
             some_rows<W, T, AT_ONCE>(p, in.part(i), in.first(i + 1) - in.first(i), in.first(i), tile, y);
+    together();
+}
+
+template <typename W, typename T>
+static void multiply(const Product &p, const T *x, T *y) {
+    const Inputs in = Inputs::of(p.rows, p.in, p.in);
+#pragma omp parallel
+    {
+        in.fill(x);
+        multiplied<W>(p, in, y);
+    }
 }

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
-from layerskip.model.native.attention import SLOTS, Attention, repeated
+from layerskip.model.native.attention import MOST_EXACT_ROWS, SLOTS, Attention, repeated
 from layerskip.model.native.formats import FORMATS, least_rows_of, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
 from layerskip.model.native.linear import Linear, Packed, packs, row_exact
+from layerskip.model.native.slices import Slices
 from layerskip.model.parity import probe_tokens
 from layerskip.model.stack import Counters, Stack
 from layerskip.model.step import Step
@@ -97,10 +98,12 @@ class NativeStack(Stack):
         few = self.kernels is not None and self.dtype in FORMATS[DRAFTS].dtypes
         self.draft_format = quantize or (DRAFTS if few else None)
         self.gated = activation_of(config)
+        self.silu = ACTIVATIONS[self.gated] is F.silu
         self.attention = Attention(
             config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
             rotary, self.context, exact=False, kernels=self.kernels,
         )  # fmt: skip
+        self.slices = Slices.of(self.layers, self.attention, self.kernels, self.silu)
         self.least_rows = least_rows_of(quantize, self.dtype, self.device)
         self.attention.exact = (
             packs(self.dtype, self.device)
@@ -132,6 +135,8 @@ class NativeStack(Stack):
     def _run(
         self, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
+        if self.slices is not None and step.width <= MOST_EXACT_ROWS:
+            return self._run_slices(self.slices, h, layers, step, cache, taps)
         live, padded = step.width, 0
         if h.shape[0] == 1 and live < self.least_rows:
             h, padded = repeated(h, self.least_rows), self.least_rows  # [1, 4, D]: see `Packed`
@@ -144,6 +149,17 @@ class NativeStack(Stack):
             if index + 1 in taps:
                 tapped[index + 1] = h[:, : step.width]
         return h[:, : step.width], tapped
+
+    @staticmethod
+    def _run_slices(
+        slices: Slices, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Do what `_run` says in as few calls as there are states to tap."""
+        tapped, start = {}, layers.start
+        for stop in sorted({*taps, layers.stop}):
+            h = slices(h, range(start, stop), step, cache)
+            tapped[stop], start = h, stop
+        return h, {k: tapped[k] for k in taps}
 
     def _attended(self, layer: Layer, index: int, h: Tensor, step: Step, cache: Cache, padded: int) -> Tensor:
         """Attend in one layer; write its keys and values. Shapes: h [B, T', D] -> [B, T', heads d]."""
@@ -164,7 +180,7 @@ class NativeStack(Stack):
 
     def _activated(self, gate_up: Tensor, live: int | None) -> Tensor:
         """Shapes: [B, T', 2 F] -> [B, T', F], F the width of the MLP."""
-        if self.kernels is not None and ACTIVATIONS[self.gated] is F.silu:
+        if self.kernels is not None and self.silu:
             return self.kernels.swiglu(gate_up, live)
         gate, up = gate_up.chunk(2, -1)
         return ACTIVATIONS[self.gated](gate) * up

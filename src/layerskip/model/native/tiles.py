@@ -43,7 +43,7 @@ class Tiled(Linear):
         self.scales, self.bias = state.get("scales"), state.get("bias")
         self.num_bytes = sum(tensor.nbytes for tensor in self.state.values())
         pointers = [None if one is None else one.data_ptr() for one in (self.weights, self.scales, self.bias)]
-        self._weights = Product(0, self.in_features, self.out_features, *pointers)
+        self.laid = Product(0, self.in_features, self.out_features, *pointers)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -52,10 +52,10 @@ class Tiled(Linear):
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.product(self.kernel, self._weights, x, None)
+        return self.kernels.product(self.kernel, self.laid, x, None)
 
     def added_to(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.kernels.product(self.kernel, self._weights, x, h)
+        return self.kernels.product(self.kernel, self.laid, x, h)
 
     @abstractmethod
     def rows(self, ids: Tensor) -> Self: ...
