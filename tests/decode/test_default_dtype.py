@@ -66,7 +66,7 @@ def test_fast_instructions_and_a_row_exact_stack_give_bfloat16(fast, folder):
 def test_a_stack_that_is_not_row_exact_falls_back_to_float32(fast, folder, monkeypatch):
     tried = []
 
-    def inexact(linears, dtype, least_rows):
+    def inexact(linears, dtype):
         tried.append(dtype)
         return False
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from layerskip.errors import UserError
 from layerskip.model.native.attention import repeated
-from layerskip.model.native.formats import least_rows_of, packed
+from layerskip.model.native.formats import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -84,7 +84,7 @@ class Adapter:
             for i in range(len(weights) // 2)
         ]
         self.num_bytes = sum(linear.num_bytes for linear in ready.values())
-        self.least_rows = least_rows_of(quantize, dtype, device)
+        self.least_rows = max(linear.least_rows for linear in ready.values())
 
     def __call__(self, h: Tensor, c: Tensor) -> Tensor:
         """Shapes: h, c [N, D] -> [N, D]; c behind the final norm."""

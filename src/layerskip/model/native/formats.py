@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerskip.errors import UserError
+from layerskip.model.native.bfloat16 import bfloat16
 from layerskip.model.native.int4 import INT4
 from layerskip.model.native.int8 import INT8
-from layerskip.model.native.linear import LEAST_ROWS, Linear, Packed, Plain, packs
+from layerskip.model.native.linear import Linear, Packed, Plain, packs
 
 if TYPE_CHECKING:
     import torch
@@ -22,24 +23,23 @@ FORMATS: dict[str, Format] = {one.name: one for one in (INT8, INT4)}
 
 
 def packed(
-    weight: Tensor, bias: Tensor | None = None, quantize: str | None = None, head: bool = False
+    weight: Tensor,
+    bias: Tensor | None = None,
+    quantize: str | None = None,
+    head: bool = False,
+    compiled: bool = True,
 ) -> Linear:
-    """Lay a weight [out, in] out: in a format, by oneDNN on the CPU where it can, else as torch does.
+    """Lay a weight [out, in] out: in a format, for the compiled product, by oneDNN, or as torch does.
 
-    `head` says that it is a head, or a part of one.
+    `head` says that it is a head, or a part of one; `compiled` False keeps to torch's products.
     """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if quantize is not None:
         kind = FORMATS[quantize].of_head if head else FORMATS[quantize]
         return kind.make(weight, bias)
+    if compiled and (found := bfloat16(weight, bias)) is not None:
+        return found
     return Packed(weight, bias) if packs(weight.dtype, weight.device) else Plain(weight.contiguous(), bias)
-
-
-def least_rows_of(quantize: str | None, dtype: torch.dtype, device: torch.device) -> int:
-    """The least rows a product is given, see `Packed` and `Format`."""
-    if quantize is not None:
-        return FORMATS[quantize].least_rows
-    return LEAST_ROWS if packs(dtype, device) else 1
 
 
 def require_format(quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:

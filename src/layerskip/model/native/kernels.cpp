@@ -4,6 +4,7 @@
 // Exact: every row (position) is computed by the same loop in the same order whatever rows stand beside it, so
 // verifying K+1 positions gives the bits of K+1 single steps. No fast-math: NaN must stay NaN.
 #include "attention.h"
+#include "bfloat.h"
 #include "layers.h"
 #include "quantized.h"
 #include "rows.h"
@@ -76,7 +77,12 @@ static void attention(const Shape &s, T *qkv, const T *cos, const T *sin, T *cac
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
 
-extern "C" void int8_bf16(const Product *p, const bf16 *x, bf16 *y) { multiply<Int8>(*p, x, y); }
-extern "C" void int4_bf16(const Product *p, const bf16 *x, bf16 *y) { multiply<Int4>(*p, x, y); }
-extern "C" void layers_int8_bf16(const Slice *slice, bf16 *h) { run_layers<Int8>(*slice, h); }
-extern "C" void layers_int4_bf16(const Slice *slice, bf16 *h) { run_layers<Int4>(*slice, h); }
+#define EXPORT_PRODUCT(W, name)                                                                                 \
+    extern "C" void name##_bf16(const Product *p, const bf16 *x, bf16 *y) { multiply<W>(*p, x, y); }           \
+    extern "C" void layers_##name##_bf16(const Slice *slice, bf16 *h) { run_layers<W>(*slice, h); }
+
+EXPORT_PRODUCT(Int8, int8)
+EXPORT_PRODUCT(Int4, int4)
+#ifdef BFLOAT_PRODUCTS
+EXPORT_PRODUCT(Bfloat, bfloat16)
+#endif

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_suffix(".cpp")
 SOURCES = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]  # it includes the others
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+PRODUCTS = ("int8", "int4", "bfloat16")  # the last one where the processor has it
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -116,13 +117,19 @@ class Kernels:
                 call = getattr(self.library, f"{name}_{suffix}")
                 call.argtypes, call.restype = types, None
                 self._calls[name, dtype] = call
-        for name in ("int8", "int4"):
+        for name in PRODUCTS:
+            if not self.has(name):
+                continue
             call = getattr(self.library, f"{name}_bf16")
             call.argtypes, call.restype = [ctypes.POINTER(Product), pointer, pointer], None
             self._calls[name, torch.bfloat16] = call
             call = getattr(self.library, f"layers_{name}_bf16")
             call.argtypes, call.restype = [ctypes.POINTER(Slice), pointer], None
             self._calls[f"layers {name}", torch.bfloat16] = call
+
+    def has(self, name: str) -> bool:
+        """Whether there is a product of this name."""
+        return hasattr(self.library, f"{name}_bf16")
 
     def norm(self, h: Tensor, gain: Tensor, eps: float, live: int | None = None) -> Tensor:
         """RMS norm in float32, rounded once. Shapes: h [..., D], gain [D] -> [..., D].

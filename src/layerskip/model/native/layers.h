@@ -1,8 +1,8 @@
-// Layers whose products are of few bits, one behind the other in one call: a team of threads goes through them together,
+// Layers whose products are all of one format, one behind the other in one call: a team of threads goes through them together,
 // so that nothing is called, allocated or forked in between. What each step does is what `kernels.cpp` does alone.
 #pragma once
 #include "attention.h"
-#include "quantized.h"
+#include "products.h"
 #include "rows.h"
 
 struct Layer {
@@ -33,16 +33,16 @@ class Layers {
         return plans[std::find(windows.begin(), windows.end(), layer.window) - windows.begin()];
     }
 
-    // By a team, as all below: x behind a norm, rounded.
-    void norm_into(const Inputs &in, const T *x, const void *gain, float eps, T *scratch) const {
+    // By a team, as all below: x behind a norm, as inputs.
+    void norm_into(const Inputs<W> &in, const T *x, const void *gain, float eps, T *scratch) const {
         const Share share = own_share(rows);
         for (int64_t r = share.first; r < share.stop; ++r) {
             normed(x + r * in.width, static_cast<const T *>(gain), scratch, in.width, eps);
-            in.round(scratch, r, 0, in.groups);
+            in.take(scratch, r, 0, in.groups);
         }
         together();
     }
-    void multiplied_onto(Product p, const Inputs &in, const T *onto, T *y) const {
+    void multiplied_onto(Product p, const Inputs<W> &in, const T *onto, T *y) const {
         p.rows = rows, p.onto = onto;
         multiplied<W>(p, in, y);
     }
@@ -66,14 +66,14 @@ class Layers {
         together();
         plan(cache, room, mixed);
     }
-    void gate_into(const Inputs &in, const T *gate_up, T *scratch) const {
+    void gate_into(const Inputs<W> &in, const T *gate_up, T *scratch) const {
         in.shared([&](int64_t r, int64_t from, int64_t to) {
             const T *gate = gate_up + 2 * r * in.width;
             for (int64_t g = from; g < to; ++g) {
                 const int64_t at = g * GROUP;
                 gated(gate + at, gate + in.width + at, scratch + at, std::min<int64_t>(GROUP, in.width - at));
             }
-            in.round(scratch, r, from, to);
+            in.take(scratch, r, from, to);
         });
         together();
     }
@@ -95,8 +95,8 @@ public:
         static thread_local Buffer<T> kept_qkv, kept_mixed, kept_gate_up;
         const Layer &one = slice.layers[0];
         const int64_t widest = std::max({one.qkv.in, one.out.in, one.down.in});
-        const Inputs states = Inputs::of(rows, one.qkv.in, widest), mixes = Inputs::of(rows, one.out.in, widest),
-                     gates = Inputs::of(rows, one.down.in, widest);
+        const auto states = Inputs<W>::of(rows, one.qkv.in, widest), mixes = Inputs<W>::of(rows, one.out.in, widest),
+                     gates = Inputs<W>::of(rows, one.down.in, widest);
         T *qkv = kept_qkv.sized(rows * one.qkv.out), *mixed = kept_mixed.sized(rows * one.out.in),
           *gate_up = kept_gate_up.sized(rows * one.gate_up.out);
         int64_t chunks = 0;

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-LEAST_ROWS = 4  # a packed product is given so many rows at least: four are faster than one, two or three
 ROWS_HINT = 16  # oneDNN lays weights out for about this many rows: as fast at one, much faster at nine
 PROBED_ROWS = (2, 3, 5, 9, 16, 33, 96)
 
@@ -34,6 +33,8 @@ class Linear(ABC):
     num_bytes: int
     in_features: int
     out_features: int
+    least_rows: int = 1
+    """The least rows it is to be given, so that the bits of one are those it has beside others."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -74,8 +75,10 @@ class Packed(Linear):
     """oneDNN's product with weights reordered once, what Inductor's freezing does (the same private operators).
 
     Four rows are a fifth faster than one, two or three (on Zen 4), and a single row of a long inner dimension is
-    summed in another order than several: callers give it `LEAST_ROWS` at least.
+    summed in another order than several: callers give it `least_rows` at least.
     """
+
+    least_rows = 4
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = bias
@@ -131,8 +134,6 @@ class Format:
     """What it costs and gains, in a line of help."""
     tolerance: float
     """Relative difference of the median position's logits from the model's own that its parity check allows."""
-    least_rows: int = 1
-    """The least rows a product is given, so that the bits of one are those it has beside others."""
     restore: Callable[[tuple[int, int], Mapping[str, Tensor]], Linear] | None = None
     """From (out, in) and the `state` of what was made before, where that may be kept."""
     head: Format | None = None
@@ -143,11 +144,12 @@ class Format:
         return self.head or self
 
 
-def row_exact(linears: Sequence[Linear], dtype: torch.dtype, least_rows: int) -> bool:
+def row_exact(linears: Sequence[Linear], dtype: torch.dtype) -> bool:
     """Try one product of each shape: has a row the same bits alone as beside up to 95 others?
 
     Alone means repeated to `least_rows`, as the stack does.
     """
+    least_rows = max(linear.least_rows for linear in linears)
     generator = torch.Generator().manual_seed(0)
     for linear in {(x.in_features, x.out_features): x for x in linears}.values():
         x = torch.randn(PROBED_ROWS[-1], linear.in_features, generator=generator, dtype=dtype)  # [N, in]

@@ -17,10 +17,10 @@ from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
 from layerskip.model.native.attention import MOST_EXACT_ROWS, SLOTS, Attention, repeated
-from layerskip.model.native.formats import FORMATS, least_rows_of, packed
+from layerskip.model.native.formats import FORMATS, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
-from layerskip.model.native.linear import Linear, Packed, packs, row_exact
+from layerskip.model.native.linear import Linear, Plain, packs, row_exact
 from layerskip.model.native.slices import Slices
 from layerskip.model.parity import probe_tokens
 from layerskip.model.stack import Counters, Stack
@@ -55,7 +55,7 @@ class NativeStack(Stack):
         compiled: bool = True,
         source: Source | None = None,
     ) -> None:
-        source, empty = source or Source(quantize), empty or source is not None
+        source, empty = source or Source(quantize, compiled), empty or source is not None
         config = hf.config.get_text_config()
         family = FAMILIES[config.model_type]
         _, modules, rotary, finish = parts_of(hf)
@@ -87,7 +87,7 @@ class NativeStack(Stack):
             _empty(head)
         self.layer_bytes = sum(linear.num_bytes for linear in self.layers[0].linears)
         self.head_bytes = self.head.num_bytes
-        aliased = self.tied and not isinstance(self.head, Packed) and quantize is None
+        aliased = self.tied and isinstance(self.head, Plain)
         self.table_bytes = 0 if aliased else self.table.numel() * self.table.element_size()
         shape = KVShape(kv_heads, attention.head_dim, attention.head_dim, self.dtype, self.device)
         self.kv_shapes = [shape] * self.num_layers
@@ -104,11 +104,10 @@ class NativeStack(Stack):
             rotary, self.context, exact=False, kernels=self.kernels,
         )  # fmt: skip
         self.slices = Slices.of(self.layers, self.attention, self.kernels, self.silu)
-        self.least_rows = least_rows_of(quantize, self.dtype, self.device)
+        linears = [*self.layers[0].linears, self.head]
+        self.least_rows = max(linear.least_rows for linear in linears)
         self.attention.exact = (
-            packs(self.dtype, self.device)
-            and self.attention.can_be_exact
-            and row_exact([*self.layers[0].linears, self.head], self.dtype, self.least_rows)
+            packs(self.dtype, self.device) and self.attention.can_be_exact and row_exact(linears, self.dtype)
         )
         self.row_exact = self.attention.exact = self.attention.exact and self._is_row_exact()
 
@@ -227,8 +226,8 @@ class NativeStack(Stack):
 class Source:
     """Where a stack's weights come from: here the model itself."""
 
-    def __init__(self, quantize: str | None = None) -> None:
-        self.quantize = quantize
+    def __init__(self, quantize: str | None = None, compiled: bool = True) -> None:
+        self.quantize, self._compiled = quantize, compiled
 
     def fill(self, module: Any) -> None:
         """Give a module what it lacks."""
@@ -239,7 +238,7 @@ class Source:
 
     def pack(self, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
         """Lay a weight out. Shapes: weight [out, in], bias [out]."""
-        return packed(weight, bias, self.quantize, head=name == HEAD)
+        return packed(weight, bias, self.quantize, head=name == HEAD, compiled=self._compiled)
 
 
 def _empty(module: Any) -> None:

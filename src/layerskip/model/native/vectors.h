@@ -41,6 +41,11 @@ static inline void kept(void *to, From x) { std::memcpy(to, &x, sizeof x); }
 #define PICKED(a, b, ...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
 #endif
 #define INLINED __attribute__((always_inline)) static inline
+#if defined(__clang__)
+#define APART __attribute__((noinline)) static
+#else
+#define APART __attribute__((noinline, noclone)) static  // compiled once, however many call it
+#endif
 
 // Transpose EDGE rows of EDGE words (`stride` in bytes, `to_stride` in words). Interleave two rows of bfloat16: word
 // i holds first[i] in its low half and second[i] in its high one. GCC is slow with vectors that the machine has not.

@@ -1,0 +1,57 @@
+"""Weights in bfloat16 on the compiled product, where the processor multiplies pairs of them (AVX512-BF16).
+
+oneDNN reads them at half of what memory gives, and its products are calls that cannot stand in one with what is
+between them; it stays where there is no compiler or no such instruction.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from layerskip.model.native.kernels import kernels
+from layerskip.model.native.tiles import GROUP, TILE, Tiled, checked, padded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layerskip.model.native.kernels import Kernels
+
+TWO = 2
+
+
+class Bfloat16(Tiled):
+    """Weights as they are, in the layout of `bfloat.h`: one chain of pairs an output, whatever stands beside it."""
+
+    kernel = "bfloat16"
+
+    @classmethod
+    def of(cls, compiled: Kernels, weight: Tensor, bias: Tensor | None) -> Self:
+        out, size = weight.shape
+        whole = padded(weight.detach(), TILE, GROUP)
+        by = whole.view(len(whole) // TILE, TILE, -1, GROUP // TWO, TWO).permute(0, 2, 3, 1, 4)
+        state = {"weights": by.contiguous()}  # [tiles, groups, 16, 16, 2]
+        return cls(compiled, (out, size), state | ({} if bias is None else {"bias": bias.contiguous()}))
+
+    def dense(self) -> Tensor:
+        return self._whole().float()
+
+    def rows(self, ids: Tensor) -> Self:
+        return self.of(self.kernels, self._whole()[ids], None if self.bias is None else self.bias[ids])
+
+    def _whole(self) -> Tensor:
+        tiles, groups = self.weights.shape[:2]
+        whole = self.weights.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, groups * GROUP)
+        return whole[: self.out_features, : self.in_features]
+
+
+def bfloat16(weight: Tensor, bias: Tensor | None) -> Bfloat16 | None:
+    """Lay a weight out; None where it is of another dtype, elsewhere, or there is no such product."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return None
+    compiled = kernels()
+    if compiled is None or not compiled.has(Bfloat16.kernel):
+        return None
+    made = Bfloat16.of(compiled, weight, bias)
+    return checked(made) if weight.isfinite().all() else made
