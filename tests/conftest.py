@@ -17,16 +17,14 @@ import pytest
 import torch
 import transformers
 
+from layerskip.model.native import load as native_load
+
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-from layerskip.model.native import load as native_load
-
 AGREED = native_load._agreed
-native_load._agreed = lambda key, kind: (
-    None
-)  # tests compare anew, and leave nothing in the user's cache folder
+native_load._agreed = lambda *kind: None  # tests compare anew, and leave nothing in the user's cache folder
 
 FULL = os.environ.get("LAYERSKIP_FULL") == "1"
 

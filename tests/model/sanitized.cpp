@@ -18,10 +18,17 @@ static std::unique_ptr<T[]> reals(int64_t count) {  // on the heap, with nothing
 }
 
 template <typename W>
-static void product(int64_t rows, int64_t in, int64_t out, bool more, float special) {
-    const int64_t groups = (in + GROUP - 1) / GROUP, tiles = (out + TILE - 1) / TILE, bytes = tiles * groups * W::BYTES;
+static std::unique_ptr<uint8_t[]> weights_of(int64_t in, int64_t out) {
+    const int64_t bytes = (out + TILE - 1) / TILE * groups_of(in) * W::BYTES;
     std::unique_ptr<uint8_t[]> weights(new uint8_t[bytes]);
     for (int64_t i = 0; i < bytes; ++i) weights[i] = uint8_t(draw() & 0x3f);  // as halves: small numbers
+    return weights;
+}
+
+template <typename W>
+static void product(int64_t rows, int64_t in, int64_t out, bool more, float special) {
+    const int64_t tiles = (out + TILE - 1) / TILE;
+    auto weights = weights_of<W>(in, out);
     std::unique_ptr<float[]> scales(new float[tiles * TILE]);
     for (int64_t i = 0; i < tiles * TILE; ++i) scales[i] = 0.01f;
     auto x = reals<bf16>(rows * in), bias = reals<bf16>(out), onto = reals<bf16>(rows * out), y = reals<bf16>(rows * out);
@@ -47,9 +54,42 @@ static void regions(int64_t rows, int64_t width, int64_t size, int64_t heads, in
     for (int64_t window : {int64_t(0), int64_t(3)}) {
         Shape s{rows, width, heads, kv, size, size, width * total * size, total * size, 2 * kv * slots * size, slots * size,
                 window, width, 0.3f};
-        rotate_and_store(s, qkv.get(), cos.get(), sin.get(), cache.get(), index.get(), places.get());
-        attend(s, qkv.get(), cache.get(), index.get(), places.get(), to.get());
+        attention(s, qkv.get(), cos.get(), sin.get(), cache.get(), index.get(), places.get(), places.get(), to.get());
     }
+}
+
+// Two layers, the second one with a window and without angles.
+template <typename W>
+static void slices(int64_t rows, int64_t width, int64_t model, int64_t mlp, int64_t size, int64_t heads, int64_t kv,
+                   int64_t before) {
+    const int64_t slots = (before + width + 1 + SLOTS) / SLOTS * SLOTS, total = (heads + 2 * kv) * size;
+    const int64_t sizes[4][2] = {{model, total}, {heads * size, model}, {model, 2 * mlp}, {mlp, model}};
+    auto h = reals<bf16>(rows * width * model), gain = reals<bf16>(std::max(model, size));
+    auto cos = reals<bf16>(rows * width * size), sin = reals<bf16>(rows * width * size);
+    auto cache = reals<bf16>(rows * 2 * kv * slots * size), other = reals<bf16>(rows * 2 * kv * slots * size);
+    std::unique_ptr<uint8_t[]> weights[4];
+    std::unique_ptr<float[]> scales[4];
+    Product products[4];
+    for (int i = 0; i < 4; ++i) {
+        weights[i] = weights_of<W>(sizes[i][0], sizes[i][1]);
+        const int64_t outs = (sizes[i][1] + TILE - 1) / TILE * TILE;
+        scales[i].reset(new float[outs]);
+        std::fill(scales[i].get(), scales[i].get() + outs, 0.01f);
+        products[i] = {0, sizes[i][0], sizes[i][1], weights[i].get(), scales[i].get(), nullptr, nullptr};
+    }
+    std::unique_ptr<int64_t[]> index(new int64_t[rows]), places(new int64_t[rows * width]);
+    for (int64_t b = 0; b < rows; ++b) {
+        index[b] = rows - 1 - b;
+        for (int64_t t = 0; t < width; ++t) places[b * width + t] = before + t;
+    }
+    Layer layer{products[0], products[1], products[2], products[3], gain.get(), nullptr, nullptr, gain.get(),
+                {1e-5f, 1e-5f, 1e-5f, 1e-5f}, 0, 1};
+    Layer second = layer;
+    second.q_norm = second.k_norm = gain.get(), second.window = 3, second.turns = 0;
+    const Layer both[] = {layer, second};
+    void *const caches[] = {cache.get(), other.get()};
+    Shape s{rows, width, heads, kv, size, size, width * total, total, 2 * kv * slots * size, slots * size, 0, 0, 0.3f};
+    run_layers<W>(Slice{s, 2, both, caches, cos.get(), sin.get(), index.get(), places.get(), places.get()}, h.get());
 }
 
 int main() {
@@ -59,12 +99,20 @@ int main() {
                 for (float special : {0.f, NAN, INFINITY, 3e38f, 1e-40f}) {
                     product<Int8>(rows, in, out, special == 0.f, special);
                     product<Int4>(rows, in, out, special != 0.f, special);
+#ifdef BFLOAT_PRODUCTS
+                    product<Bfloat>(rows, in, out, special != 0.f, special);
+#endif
                 }
     for (int64_t width : {1, 2, 7, 20})
         for (int64_t before : {0, 5, 63, 64, 130}) {
             regions<float>(2, width, 8, 4, 2, before);
             regions<bf16>(1, width, 64, 6, 2, before);
             regions<bf16>(2, width, 16, 3, 1, before);
+            slices<Int4>(1, width, 72, 40, 64, 3, 1, before);
+            slices<Int8>(2, width, 33, 31, 8, 4, 2, before);
+#ifdef BFLOAT_PRODUCTS
+            slices<Bfloat>(2, width, 70, 100, 128, 2, 2, before);
+#endif
         }
     std::puts("done");
 }

@@ -16,12 +16,17 @@ from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model.native import int4, int8, stored, tiles
 from layerskip.model.native import kernels as compiled
+from layerskip.model.native.bfloat16 import Bfloat16
 from layerskip.model.native.formats import FORMATS, require_format
 from layerskip.model.native.stack import NativeStack
 from rounds import decode
 
 needs_compiler = pytest.mark.skipif(compiled.kernels() is None, reason="no C++ compiler")
 KINDS = {"int8": int8.Int8, "int4": int4.Int4}
+WHOLE = (
+    {"bfloat16": Bfloat16} if compiled.kernels() is not None and compiled.kernels().has("bfloat16") else {}
+)
+PRODUCTS = {**KINDS, **WHOLE}
 SIZES = [(576, 576), (40, 70), (17, 33), (16, 32), (1, 1), (5, 31)]  # outputs, inputs
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 
@@ -40,7 +45,8 @@ def in_8_bits(x):
 
 
 def linear_of(name, out, size, bias=True):
-    return KINDS[name].of(compiled.kernels(), numbers(out, size), numbers(out).bfloat16() if bias else None)
+    weight = numbers(out, size).bfloat16() if name in WHOLE else numbers(out, size)
+    return PRODUCTS[name].of(compiled.kernels(), weight, numbers(out).bfloat16() if bias else None)
 
 
 # -- products ------------------------------------------------------------------------------------------------
@@ -48,13 +54,13 @@ def linear_of(name, out, size, bias=True):
 
 @needs_compiler
 @pytest.mark.parametrize(("out", "size"), SIZES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_is_that_of_rounded_inputs_and_weights(name, out, size):
     for bias in (True, False):
         linear = linear_of(name, out, size, bias)
         for rows in (1, 2, 9, 13, 33):
             x, h = numbers(rows, size, seed=1).bfloat16(), numbers(rows, out, seed=2).bfloat16()
-            wanted = in_8_bits(x).double() @ linear.dense().double().T
+            wanted = (x if name in WHOLE else in_8_bits(x)).double() @ linear.dense().double().T
             wanted = wanted + (linear.bias.double() if bias else 0)
             scale = float(wanted.abs().max())
             assert (linear(x) - wanted).abs().max() <= 0.004 * scale + 1e-6  # half a step of bfloat16
@@ -62,7 +68,7 @@ def test_a_product_is_that_of_rounded_inputs_and_weights(name, out, size):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_a_row_has_the_same_bits_in_any_company(name):
     for out, size in SIZES:
         linear, x, h = linear_of(name, out, size), numbers(40, size).bfloat16(), numbers(40, out).bfloat16()
@@ -80,7 +86,7 @@ def test_a_row_has_the_same_bits_in_any_company(name):
     pytest.param([(1152, 896), (896, 896), (9728, 896), (896, 4864)], id="qwen2-0.5b"),
     pytest.param([(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)], id="llama-3.2-1b"),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_rows_of_real_models_have_the_same_bits_in_any_company(name, sizes):
     for out, size in sizes:
         linear, x = linear_of(name, out, size, bias=False), numbers(32, size).bfloat16()
@@ -90,13 +96,13 @@ def test_rows_of_real_models_have_the_same_bits_in_any_company(name, sizes):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_a_value_that_is_no_number_spoils_its_own_row_alone(name):
     linear, x = linear_of(name, 40, 70), numbers(5, 70).bfloat16()
     for bad in (float("nan"), float("inf"), -float("inf")):
         x[3, 40] = bad
         y = linear(x)
-        assert y[3].isnan().all()
+        assert not y[3].isfinite().any()
         assert y[[0, 1, 2, 4]].isfinite().all()
     x[3, 40] = torch.finfo(torch.bfloat16).max
     assert not linear(x)[3].isnan().any()
@@ -113,11 +119,11 @@ def test_a_weight_that_is_no_number_is_refused(name):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_some_outputs_are_those_of_all(name):
     linear, x, ids = linear_of(name, 70, 40), numbers(3, 40).bfloat16(), torch.tensor([69, 3, 3, 17])
     assert torch.equal(linear.rows(ids)(x), linear(x)[:, ids])
-    again = tiles.restored(KINDS[name], (70, 40), linear.state)
+    again = tiles.restored(PRODUCTS[name], (70, 40), linear.state)
     assert torch.equal(again(x), linear(x))
     assert again.num_bytes == linear.num_bytes
 
@@ -229,7 +235,9 @@ def test_a_native_stack_tells_the_bytes_it_holds():
     model = tiny.random_model("llama", dtype=torch.bfloat16)
     plain = NativeStack(copy.deepcopy(model))
     layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    assert tiny.NUM_LAYERS * plain.layer_bytes == 2 * layers
+    own = NativeStack(copy.deepcopy(model), compiled=False)
+    assert tiny.NUM_LAYERS * own.layer_bytes == 2 * layers
+    assert own.layer_bytes <= plain.layer_bytes < 2 * own.layer_bytes, "tiles are filled up"
     assert plain.table_bytes == tiny.VOCAB * plain.width * 2
     for name in KINDS:
         assert NativeStack(copy.deepcopy(model), quantize=name).layer_bytes < plain.layer_bytes

@@ -54,4 +54,6 @@ def bfloat16(weight: Tensor, bias: Tensor | None) -> Bfloat16 | None:
     if compiled is None or not compiled.has(Bfloat16.kernel):
         return None
     made = Bfloat16.of(compiled, weight, bias)
-    return checked(made) if weight.isfinite().all() else made
+    if weight.isfinite().all():
+        checked(made)
+    return made
