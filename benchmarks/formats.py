@@ -4,8 +4,9 @@
     python benchmarks/formats.py --text DATA/wikitext-2/test.txt --llama-cpp build/llama-cpp --threads 2 --save
 
 All formats of one model are loaded and take turns: at every width of a pass, on every prompt and every window of
-the text. Decoding is greedy and goes on past ends of sequence, so that everybody makes as many tokens. A ratio is
-of seconds of the prompts together, with a 95% interval over prompts; bandwidth is measured in the same run.
+the text; before that each is loaded by processes of its own, which tell seconds and memory. Decoding is greedy and
+goes on past ends of sequence, so that everybody makes as many tokens. A ratio is of seconds of the prompts together,
+with a 95% interval over prompts; bandwidth is measured in the same run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ from tables import formats_table
 import layerskip
 from layerskip.decode.load import resolve_device
 from layerskip.decode.weight_formats import step_bytes
+from layerskip.errors import UserError
 from layerskip.measure.intervals import ratio_of_sums, resampled
 from layerskip.measure.lines import read_prompts
 from layerskip.measure.results import named
@@ -42,6 +45,43 @@ FULL = "bfloat16"
 WIDTHS = (1, 2, 4, 6, 9, 12, 16)
 CONTEXT = 128
 WINDOW = 512
+PROCESSES = 3  # of each format
+OWN_PROCESS = """
+import resource, sys, time
+import torch, transformers.models.llama.modeling_llama
+import layerskip
+from layerskip.decode import language_model
+model, quantize, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+imports, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+lm = layerskip.load(model, dtype="bfloat16", quantize=quantize or None)
+seconds = time.perf_counter() - began
+lm.generate([lm.encode("What do bees do in winter?")[0]] * 64, max_new_tokens=128, eos_token_id=())
+print(seconds, imports, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def processes(model: str, threads: int) -> dict[str, Any]:
+    """Seconds of loading, imports done, and megabytes at the peak, of processes that load a format and decode."""
+    told: dict[str, list[list[float]]] = {name: [] for name in (FULL, *FORMATS)}
+    for turn in range(PROCESSES + 1):  # the first one may make what the others read
+        for name, found in told.items():
+            command = [sys.executable, "-c", OWN_PROCESS, model, "" if name == FULL else name, str(threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UserError(f"a process that loads {name} failed: {done.stderr[-500:]}")
+            if turn:
+                found.append([float(x) for x in done.stdout.split()[-3:]])
+    kinds = ("load_s", "imports_mb", "peak_mb")
+    scale = (1.0, 1024 / 1e6, 1024 / 1e6)
+    rows = {
+        name: {
+            kind: by * statistics.median(one[i] for one in found)
+            for i, (kind, by) in enumerate(zip(kinds, scale, strict=True))
+        }
+        for name, found in told.items()
+    }
+    return {name: row | {"of_full": row["peak_mb"] / rows[FULL]["peak_mb"]} for name, row in rows.items()}
 
 
 @torch.inference_mode()
@@ -147,13 +187,15 @@ def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
     device = resolve_device("cpu")
+    loaded = processes(arguments.model, arguments.threads)
     names = [FULL, *FORMATS]
     models = {
         name: layerskip.load(arguments.model, dtype="bfloat16", quantize=None if name == FULL else name)
         for name in names
     }
     speed = bandwidth(device, BUFFER_BYTES)
-    result: dict[str, Any] = {"bandwidth_gb_s": speed, "steps": steps(models, arguments.repeats)}
+    result: dict[str, Any] = {"bandwidth_gb_s": speed, "processes": loaded}
+    result["steps"] = steps(models, arguments.repeats)
     for name, lm in models.items():
         own = result["steps"][name]
         own["bytes"] = step_bytes(lm)

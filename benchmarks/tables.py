@@ -287,7 +287,10 @@ def formats() -> str:
         "llama.cpp take turns. Faster: a plain step against bfloat16's. Rows: a pass over so many positions "
         "against one. llama.cpp (node-llama-cpp 3.22.1) has the Q4_1 file that the model was made of and its "
         f"better number of threads. Perplexity: of WikiText-2's test text, {result['text']['tokens']:,} tokens in "
-        f"windows of 512, against bfloat16, paired. 95% intervals ({link(path)}).",
+        "windows of 512, against bfloat16, paired. Memory: the peak of a process that loads it and writes 128 "
+        f"tokens ({result['processes']['bfloat16']['imports_mb']:.0f} MB of it are imports), and its share of "
+        "bfloat16's. Load: after the first time, imports done. 95% intervals "
+        f"({link(path)}).",
     ]
     return "\n".join(lines)
 
@@ -298,6 +301,7 @@ def formats_table(result: dict) -> list[str]:
     lines = head(
         "weights", "MB a step", "faster", "of the bandwidth", "4 rows", "9 rows", "plain decoding", "with drafts",
         "plain over llama.cpp", "with drafts", "first token", "perplexity", "drafts equal to plain",
+        "memory", "load",
     )  # fmt: skip
     for name, own in result["steps"].items():
         plain, drafts = decoded[f"{name} plain"], decoded[f"{name} drafts"]
@@ -312,11 +316,13 @@ def formats_table(result: dict) -> list[str]:
         ratios += (ratio(plain.get("over_llama_cpp")), ratio(drafts.get("over_llama_cpp")))
         first, equal = f"{1000 * plain['first_token_s']:.0f} ms", f"{drafts['equal']} of {decoded['prompts']}"
         cells = (name, *steps, f"{rows[4]:.2f}", f"{rows[9]:.2f}", *ratios, first, away(cost, "%"), equal)
+        process = result["processes"][name]
+        cells += (f"{process['peak_mb']:.0f} MB ({process['of_full']:.2f})", f"{process['load_s']:.2f} s")
         lines.append(line(*cells))
     if (best := decoded["best_llama_cpp"]) is not None:
         over = 1 / decoded["bfloat16 plain"]["over_llama_cpp"]["ratio"]
         first = f"{1000 * decoded[best]['first_token_s']:.0f} ms"
-        lines.append(line(best, "", "", "", "", "", f"{over:.2f} x", "", "1", "", first, "", ""))
+        lines.append(line(best, "", "", "", "", "", f"{over:.2f} x", "", "1", "", first, "", "", "", ""))
     return lines
 
 

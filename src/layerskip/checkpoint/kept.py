@@ -6,16 +6,16 @@ keep(file, costs)                                    # the next process reads it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from layerskip.checkpoint.files import cache_folder, write_json
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+CODE = Path(__file__).parents[1] / "model"
 MACHINE = (platform.node(), platform.machine(), platform.processor())
 
 
@@ -27,6 +27,13 @@ def digest(told: Any) -> str:
 def kept_file(kind: str, told: Any, prefix: str = "", suffix: str = ".json") -> Path:
     """Name a file of the cache folder's `kind`. Raises: UserError where there is no cache folder."""
     return cache_folder() / kind / f"{prefix}{digest(told)}{suffix}"
+
+
+@functools.cache
+def decoders() -> str:
+    """Tell this version of the package's decoders from others, that of somebody at work on them too."""
+    files = sorted(path for path in CODE.rglob("*") if path.suffix in {".py", ".h", ".cpp"})
+    return digest([path.read_text(encoding="utf-8") for path in files])
 
 
 def keep(file: Path, content: Any) -> None:
