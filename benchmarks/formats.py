@@ -4,9 +4,9 @@
     python benchmarks/formats.py --text DATA/wikitext-2/test.txt --llama-cpp build/llama-cpp --threads 2 --save
 
 All formats of one model are loaded and take turns: at every width of a pass, on every prompt and every window of
-the text; before that each is loaded by processes of its own, which tell seconds and memory. Decoding is greedy and
-goes on past ends of sequence, so that everybody makes as many tokens. A ratio is of seconds of the prompts together,
-with a 95% interval over prompts; bandwidth is measured in the same run.
+the text; before that each is loaded by processes of its own, which tell seconds and memory. Decoding is greedy
+and goes on past ends of sequence, so that everybody makes as many tokens. A ratio is of seconds of the prompts
+together, with a 95% interval over prompts; bandwidth is measured in the same run.
 """
 
 from __future__ import annotations

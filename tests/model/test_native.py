@@ -119,7 +119,7 @@ def test_a_comparison_that_agreed_is_kept_for_this_code_on_this_machine(tmp_path
 
     assert [another_process(), another_process()] == [None, None]
     assert len(seen) == 1
-    monkeypatch.setattr(native_load, "_code", lambda: "another version")
+    monkeypatch.setattr(native_load, "decoders", lambda: "another version")
     assert another_process() is None
     assert len(seen) == 2
 
@@ -128,7 +128,7 @@ def test_a_comparison_that_agreed_is_kept_for_this_code_on_this_machine(tmp_path
         raise UserError("different logits")
 
     monkeypatch.setattr(native_load, "_compare_tiny", differs)
-    monkeypatch.setattr(native_load, "_code", lambda: "a broken version")
+    monkeypatch.setattr(native_load, "decoders", lambda: "a broken version")
     assert "different logits" in another_process()
     assert "different logits" in another_process()
     assert len(seen) == 4, "what differs is not kept: the next process may have another library"

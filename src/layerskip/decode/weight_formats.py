@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.checkpoint.facts import fingerprint
-from layerskip.checkpoint.kept import MACHINE, keep, kept_file
+from layerskip.checkpoint.kept import MACHINE, decoders, keep, kept_file
 from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.model.native.formats import FORMATS
@@ -136,7 +136,9 @@ def step_bytes(lm: LanguageModel) -> int:
 
 def _file(folder: Path) -> Path:
     model = [fingerprint(folder), fingerprint(folder, "config.json"), sorted(FORMATS), LAYOUT]
-    return kept_file("formats", [model, MACHINE, torch.__version__, torch.get_num_threads()], "worth-")
+    return kept_file(
+        "formats", [model, decoders(), MACHINE, torch.__version__, torch.get_num_threads()], "worth-"
+    )
 
 
 def _read(file: Path) -> list[Worth] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layerskip.checkpoint.kept import MACHINE, keep, kept_file
+from layerskip.checkpoint.kept import MACHINE, decoders, keep, kept_file
 from layerskip.errors import UserError
 from layerskip.model.cost import RowCosts, row_costs
 from layerskip.model.stack import Counters
@@ -98,4 +98,4 @@ def _read(file: Path) -> RowCosts | None:
 def _told(stack: Stack) -> list[object]:
     shape = (stack.model_type, stack.num_layers, stack.width, stack.vocab_size, stack.layer_bytes)
     how = (stack.name, str(stack.dtype), stack.row_exact, torch.get_num_threads(), torch.__version__)
-    return [shape, how, MACHINE]
+    return [shape, how, MACHINE, decoders()]

@@ -8,7 +8,6 @@ is trusted, and the real one's logits are compared on eight tokens once its weig
 from __future__ import annotations
 
 import copy
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import transformers
 
 from layerskip.checkpoint.configuration import read_configuration
-from layerskip.checkpoint.kept import MACHINE, digest, keep, kept_file
+from layerskip.checkpoint.kept import MACHINE, decoders, keep, kept_file
 from layerskip.errors import UserError
 from layerskip.model.families import device_of
 from layerskip.model.native.formats import FORMATS, require_format
@@ -67,20 +66,11 @@ def native_reason(hf: Any, placed: bool = False) -> str | None:
 
 def _agreed(key: str, model_class: type) -> Path | None:
     """Name the file that says that a kind was compared, by this code on this machine; None without a folder."""
-    code = [_code(), torch.__version__, transformers.__version__, kernels_reason()]
+    code = [decoders(), torch.__version__, transformers.__version__, kernels_reason()]
     try:
         return kept_file("native", [key, model_class.__name__, code, MACHINE])
     except UserError:
         return None
-
-
-@functools.cache
-def _code() -> str:
-    """Tell one version of this package's decoders from another, that of somebody at work on them too."""
-    files = sorted(
-        path for path in Path(__file__).parents[1].rglob("*") if path.suffix in {".py", ".h", ".cpp"}
-    )
-    return digest([path.read_text(encoding="utf-8") for path in files])
 
 
 def shrunken(config: Any) -> Any:
