@@ -50,6 +50,7 @@ class Call:
             index=index,
             stop=texts.StopStrings(self.tokenizer, self.stops).push if self.stops else None,
             logprobs=options.logprobs,
+            top_logprobs=options.top_logprobs,
             simulated=None if simulated is None else cost.per_token_from(simulated, plan.draft_length),
             keep=keep,
             states=options.states,

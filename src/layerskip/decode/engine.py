@@ -30,7 +30,7 @@ from layerskip.decode.request import Failure, Request, Round
 from layerskip.decode.rounds.device import DeviceRounds, device_law
 from layerskip.decode.rounds.host import HostRounds
 from layerskip.decode.row import Draft, Outcome, Row, span
-from layerskip.decode.sampling import Uniforms
+from layerskip.decode.sampling import Uniforms, logprobs_of
 from layerskip.errors import UserError, nearest
 from layerskip.model.head import adapter_of
 
@@ -40,12 +40,11 @@ if TYPE_CHECKING:
     from layerskip.model.head import Head
     from layerskip.model.stack import Stack
 
-PREFILL_CHUNK = 512  # positions of a prompt per work item
-
 
 class Engine:
     """Own one cache and serve its rows, one work item (a prefill chunk or a round) per `step`.
 
+    `prefill_chunk` is how many positions of a prompt a work item takes; None: as the stack likes it.
     `device_rounds` keeps rounds on the device as far as requests allow; None: where the whole model is on CUDA.
     `finals` keeps the last layer's states, for requests that ask for them; an adapter needs them anyway.
 
@@ -59,14 +58,14 @@ class Engine:
         rows: int,
         capacity: int,
         draft_head: Head | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         device_rounds: bool | None = None,
         finals: bool = False,
     ) -> None:
         self.stack = stack
         self.finals = finals or (draft_head is not None and draft_head.adapter is not None)
         self.draft_head = draft_head
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk or stack.prefill_chunk
         if stack.context is not None and capacity > stack.context:
             raise UserError(
                 f"a cache of {capacity} positions passes the model's context of {stack.context}",
@@ -131,9 +130,10 @@ class Engine:
     # -- rows come and go ------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def add(self, request: Request, row: int | None = None) -> int:
+    def add(self, request: Request, row: int | None = None, like: int | None = None) -> int:
         """Take a request into a free row, or into a kept `row`, whose cache is reused as far as tokens agree.
 
+        What a free row has in common with the row `like`, which may be running, is copied from there.
         Raises: UserError for a request that cannot be honoured; the engine is unchanged then.
         """
         self.check(request)
@@ -154,6 +154,9 @@ class Engine:
                 raise UserError(
                     "all rows of the engine are taken", "wait for one to finish, or make more rows"
                 )
+            if like is not None and self.holds(like) and self.cache.depths[like] == depth:
+                reused = self._known(like).reusable(request.prompt, self.cache.lengths[like])
+                self.cache.copy(like, row, reused)
         self.cache.set_length(row, reused, depth)
         self._arrivals += 1
         state, history = request.processing.processors, History(counted_from=len(tokens))
@@ -334,6 +337,7 @@ class Engine:
         if self._rows.get(row.slot) is not row:
             return 0  # cancelled by the stop function of a row beside it
         tokens: list[int] = []
+        request = row.request
         reason, limit = None, min(len(row.tokens) + row.budget, self.cache.capacity + 1)
         try:
             for token in outcome.committed:
@@ -346,7 +350,9 @@ class Engine:
                     reason = "length"
                 if reason:
                     break
-            logprobs = _logprobs(outcome.logits, tokens) if row.request.logprobs else None
+            told = None
+            if request.logprobs or request.top_logprobs:
+                told = logprobs_of(outcome.logits, tokens, request.top_logprobs)
         except Exception as error:  # noqa: BLE001 - the caller's own function may raise anything
             self._fail(row, error)
             return 0
@@ -355,7 +361,7 @@ class Engine:
             assert outcome.verdict is not None
             row.state, row.answers = outcome.verdict.state, []
             self.cache.set_length(row.slot, len(row.tokens) - 1, row.depth)
-            self._report(row, outcome, tokens, reason, seconds, prompt_tokens, logprobs)
+            self._report(row, outcome, tokens, reason, seconds, prompt_tokens, told)
             return len(tokens)
         return 0
 
@@ -372,7 +378,7 @@ class Engine:
         reason: str | None,
         step_s: float,
         prompt_tokens: int,
-        logprobs: list[float] | None = None,
+        told: tuple[list[float], list[list[tuple[int, float]]]] | None = None,
     ) -> None:
         """Describe what a work item did for a row, and let go of the row when it is finished."""
         request = row.request
@@ -396,7 +402,8 @@ class Engine:
                 layer_passes=outcome.layer_passes,
                 prompt_tokens=prompt_tokens,
                 finish_reason=reason,
-                logprobs=logprobs,
+                logprobs=None if told is None else told[0],
+                top_logprobs=told[1] if told is not None and request.top_logprobs else None,
                 states=self._states(row) if reason and request.states else None,
             )
         )
@@ -408,11 +415,3 @@ class Engine:
         states = self.stack.finished(self.cache.finals_at([row.slot] * known, range(known))).cpu()
         with torch.inference_mode(mode=False):  # the caller may train on them
             return states.clone()
-
-
-def _logprobs(logits: Tensor | None, tokens: list[int]) -> list[float]:
-    """Log-probabilities of committed tokens under the model itself, before any processing: [N, V] -> N'."""
-    assert logits is not None, "rows that ask for log-probabilities are served by the host"
-    index = torch.tensor(tokens, device=logits.device)[:, None]
-    picked = logits[: len(tokens)].log_softmax(-1).gather(-1, index)[:, 0]
-    return [float(x) for x in picked]

@@ -82,6 +82,7 @@ class SamplingOptions(_Checked):
         None, "Tokens that end an output; all of the generation config by default.", offered=False
     )
     logprobs: bool = option(False, "Keep every token's log-probability.", offered=False)
+    top_logprobs: int = option(0, "Keep those of so many likeliest tokens too.", least=0, offered=False)
     states: bool = option(False, "Keep what the last layer says of every token.", offered=False)
     batch_size: int = option(8, "Prompts continued together.", least=1)
 
@@ -288,6 +289,7 @@ class Keywords(TypedDict, total=False):
     control_tokens: bool
     eos_token_id: int | Sequence[int] | None
     logprobs: bool
+    top_logprobs: int
     states: bool
     batch_size: int
 

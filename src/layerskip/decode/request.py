@@ -39,6 +39,7 @@ class Request:
     index: int = 0  # place in the caller's order: keys the row's random numbers
     stop: Callable[[int], bool] | None = None  # asked after every committed token, in order
     logprobs: bool = False
+    top_logprobs: int = 0  # of so many of the likeliest tokens too
     simulated: float | None = None  # keep each greedy draft with this probability, whatever the target says
     keep: bool = False  # leave the row's cache in place when it finishes, for a next turn
     states: bool = False  # its last round tells what the last layer said, of an engine with `finals`
@@ -73,6 +74,7 @@ class Round:
     prompt_tokens: int = 0  # prompt positions computed by this work item
     finish_reason: str | None = None  # eos, stop, length
     logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # the likeliest tokens in every token's place
     states: Tensor | None = None  # behind the final norm, of all tokens but the last, [T - 1, D] on the CPU
 
     @property

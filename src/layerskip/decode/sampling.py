@@ -161,6 +161,22 @@ def _at(laws: Tensor, place: Tensor) -> Tensor:
     return laws.gather(-2, index)[..., 0, :]
 
 
+def logprobs_of(
+    logits: Tensor | None, tokens: Sequence[int], top: int
+) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """Log-probabilities of tokens, and of the `top` likeliest in their places, before any processing.
+
+    Shapes: logits [N, V], as many tokens as N or fewer.
+    """
+    assert logits is not None, "rows that ask for log-probabilities are served by the host"
+    laws = logits[: len(tokens)].log_softmax(-1)
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    picked = [float(x) for x in laws.gather(-1, index)[:, 0]]
+    values, ids = laws.topk(min(top, laws.shape[-1]))
+    likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+    return picked, [list(zip(*both, strict=True)) for both in likeliest]
+
+
 def accept_greedy(draft: Tensor, targets: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keep the longest prefix of the draft that agrees with the target's argmax, and add the target's own token.
 

@@ -50,6 +50,7 @@ class Ticket:
     status: Status = Status.WAITING
     row: int | None = None
     error: Exception | None = None
+    like: Ticket | None = None  # whose row holds the beginning of its prompt, until it has one of its own
 
 
 def raising(events: Iterable[tuple[Who, Round | Exception]]) -> Iterator[tuple[Who, Round]]:
@@ -87,13 +88,15 @@ class Scheduler:
         with self._lock:
             return bool(self._waiting or self._turns or self._wishes or self._refused) or self.engine.busy
 
-    def submit(self, request: Request, after: Ticket | None = None) -> Ticket:
+    def submit(self, request: Request, after: Ticket | None = None, like: Ticket | None = None) -> Ticket:
         """Queue a request; it gets a row in turn. With `after` it takes that ticket's kept row and cache over.
 
+        `like` names a ticket, running or kept, whose cache begins as this one's will: that is copied if it is still
+        there.
         Raises: UserError for a request that the engine cannot honour, or a ticket that has no row to go on in.
         """
         self.engine.check(request)
-        ticket = Ticket(request)
+        ticket = Ticket(request, like=like)
         with self._lock:
             if after is None:
                 self._waiting.append(ticket)
@@ -196,8 +199,9 @@ class Scheduler:
         """Give a ticket a free row, or the one it goes on in; note an error, which ends it and no other."""
         if ticket.status is not Status.WAITING:  # an interrupt came between this and its leaving the queue
             return
+        like, ticket.like = None if ticket.like is None else ticket.like.row, None
         try:
-            ticket.row = self.engine.add(ticket.request, row)
+            ticket.row = self.engine.add(ticket.request, row, like)
         except Exception as error:  # noqa: BLE001 - whatever it is
             ticket.status, ticket.error = Status.FAILED, _emptied(error)
             self._refused.append((ticket, error))

@@ -154,6 +154,14 @@ class Cache:
         if depth is not None:
             self.depths[row] = depth
 
+    @torch.inference_mode()
+    def copy(self, source: int, row: int, length: int) -> None:
+        """Give a row what another one holds of its first `length` tokens, in all layers."""
+        for tensor in self._tensors:
+            tensor[row, :, :length] = tensor[source, :, :length]
+        self.touch(row, length)
+        self.set_length(row, length, self.depths[source])
+
     # -- writing and reading ---------------------------------------------------------------------------------
 
     def bind(self, step: Step) -> None:

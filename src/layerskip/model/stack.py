@@ -80,6 +80,7 @@ class Stack(ABC):
     ragged: bool = (
         False  # several positions of one cache row may stand in a call as rows of one position each
     )
+    prefill_chunk: int = 512  # positions of a prompt that are best run in one call
     head: Any  # [..., D] -> [..., V], before any transform of the logits
     draft_format: str | None = (
         None  # of the weights that draft alone: they need not be as exact as the model's

@@ -263,7 +263,12 @@ def device_law(request: Request) -> tuple[Sampling, float | None] | None:
     log-probabilities need the logits.
     """
     processing = request.processing
-    if processing.processors or processing.sampling.repetition_penalty != 1 or request.logprobs:
+    if (
+        processing.processors
+        or processing.sampling.repetition_penalty != 1
+        or request.logprobs
+        or request.top_logprobs
+    ):
         return None
     if processing.sampling.greedy:
         return Sampling(), request.simulated

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerskip.decode.engine import PREFILL_CHUNK, Engine
+from layerskip.decode.engine import Engine
 from layerskip.decode.options import Options
 from layerskip.decode.scheduler import Scheduler, raising
 from layerskip.watch import Watch, silent
@@ -136,7 +136,7 @@ class _RepeatedRounds:
     ) -> None:
         self.lm = lm
         # With several rows, those prefilled first make rounds while the others wait, one a chunk.
-        self.room = (longest + 1) * (batch_size * math.ceil(len(context) / PREFILL_CHUNK) + 1)
+        self.room = (longest + 1) * (batch_size * math.ceil(len(context) / lm.stack.prefill_chunk) + 1)
         most = (lm.stack.context or len(context) + self.room) - self.room
         self.context = list(context[-most:] if most > 0 else context[-1:])
         capacity = min(len(self.context) + self.room, lm.stack.context or 1 << 62)

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 SLOTS = 32  # lengths read are rounded up to this where rows must be exact; what is read too much is masked
 ROWS_PER_CALL = 32  # query rows of one attention call where rows must be exact
-MOST_EXACT_ROWS = 32  # positions of one call that are kept exact: a verification, not a prompt
+MOST_EXACT_ROWS = (
+    32  # positions of one call that torch's kernel is made to sum alike: a verification, not a prompt
+)
+MOST_COMPILED = (
+    256  # positions of one call of the compiled kernel, which sums all alike; more would need much memory
+)
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Attention:
         `padded` by repeating its first position, [1, padded, heads d].
         """
         angles = self.angles(step, cache.capacity) if rotary else None
-        if self.kernels is not None and step.width <= MOST_EXACT_ROWS:
+        if self.kernels is not None and step.width <= MOST_COMPILED:
             return self.kernels.attention(
                 qkv, self.heads, self.scale, angles, cache, layer, step, window, padded
             )

@@ -53,7 +53,7 @@ class Slices:
         return cls(names.pop(), layers, attention, kernels)
 
     def __call__(self, h: Tensor, layers: range, step: Step, cache: Cache) -> Tensor:
-        """Shapes: h [B, T, D] -> [B, T, D], T at most `MOST_EXACT_ROWS`; the cache is written as by `Stack.run`."""
+        """Shapes: h [B, T, D] -> [B, T, D], T at most `MOST_COMPILED`; the cache is written as by `Stack.run`."""
         own = self._attention
         laid = (LaidLayer * len(layers)).from_buffer(self._laid, layers.start * ctypes.sizeof(LaidLayer))
         turns = any(self._held[layer].rotary for layer in layers)

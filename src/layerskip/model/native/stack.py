@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
-from layerskip.model.native.attention import MOST_EXACT_ROWS, SLOTS, Attention, repeated
+from layerskip.model.native.attention import MOST_COMPILED, SLOTS, Attention, repeated
 from layerskip.model.native.formats import FORMATS, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
@@ -95,6 +95,8 @@ class NativeStack(Stack):
             kernels() if compiled and self.device.type == "cpu" and self.dtype in SUFFIXES else None
         )
         self.ragged = self.kernels is not None
+        if self.kernels is not None:
+            self.prefill_chunk = MOST_COMPILED
         few = self.kernels is not None and self.dtype in FORMATS[DRAFTS].dtypes
         self.draft_format = quantize or (DRAFTS if few else None)
         self.gated = activation_of(config)
@@ -134,7 +136,7 @@ class NativeStack(Stack):
     def _run(
         self, h: Tensor, layers: range, step: Step, cache: Cache, taps: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if self.slices is not None and step.width <= MOST_EXACT_ROWS:
+        if self.slices is not None and step.width <= MOST_COMPILED:
             return self._run_slices(self.slices, h, layers, step, cache, taps)
         live, padded = step.width, 0
         if h.shape[0] == 1 and live < self.least_rows:
