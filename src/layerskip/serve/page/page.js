@@ -22,7 +22,9 @@ async function connect() {
   if (!answer.ok) throw new Error(`the server says ${answer.status}`);
   model = (await answer.json()).data[0];
   const own = model.layerskip;
-  const drafts = own.mode === "ar" ? "plain" : `drafts by ${own.drafter}, exit ${own.exit_layer} of ${own.layers}, ${own.draft_length} tokens`;
+  const sources = { auto: "exit and copies", exit: "the exit", lookup: "copies" };
+  const exit = own.draft_length ? ` (${own.draft_length} tokens by layer ${own.exit_layer} of ${own.layers})` : "";
+  const drafts = own.mode === "ar" || own.drafter === "off" ? "plain decoding" : `drafts by ${sources[own.drafter]}${exit}`;
   $("model").textContent = `${model.id} · ${own.dtype} · ${drafts} · ${model.max_model_len} tokens of context`;
   $("exit").max = own.layers - 1;
   $("exit").min = Math.min(0, ...own.exits) - 1;
