@@ -78,6 +78,7 @@ class Answer:
     tokens: int = 0
     accepted: int = 0
     rejected: int = 0
+    retried: int = 0
     error: str | None = None
 
     @property
@@ -91,6 +92,7 @@ class Answer:
 @dataclass
 class _Run:
     target: Target
+    retries: int
     bodies: list[dict[str, Any]]
     answers: list[Answer]
     watch: Watch
@@ -104,7 +106,12 @@ class _Run:
                 place, self.next = self.next, self.next + 1
             if place >= len(self.bodies):
                 return
-            self.answers[place] = asked(self.target, self.bodies[place])
+            for attempt in range(self.retries + 1):
+                answer = self.answers[place] = asked(self.target, self.bodies[place])
+                answer.retried = attempt
+                if answer.error is None:
+                    break
+                time.sleep(min(2.0, 0.1 * 2**attempt))
             with self.lock:
                 self.done += 1
                 self.watch("requests", self.done, len(self.bodies))
@@ -157,11 +164,13 @@ def measured(
     at_once: int,
     max_tokens: int,
     watch: Watch = silent,
+    retries: int = 0,
     **more: Any,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Send requests, so many at a time, and sum up; `more` goes into every body.
 
-    Prompts are texts or lists of messages, taken in turn. Raises: UserError where the server does not answer.
+    Prompts are texts or lists of messages, taken in turn. What fails is sent again `retries` times.
+    Raises: UserError where the server does not answer.
     """
     model = target.model or target.first_model()
     bodies = []
@@ -175,7 +184,7 @@ def measured(
             "max_tokens": max_tokens,
         }
         bodies.append(common | {"messages": messages} | more)
-    run = _Run(target, bodies, [Answer() for _ in bodies], watch)
+    run = _Run(target, retries, bodies, [Answer() for _ in bodies], watch)
     began = time.perf_counter()
     threads = [threading.Thread(target=run.work, daemon=True) for _ in range(min(at_once, requests))]
     for thread in threads:

@@ -136,13 +136,16 @@ class ChatRequest(Shared):
         return self.max_completion_tokens or self.max_tokens
 
     def top(self) -> int | None:
-        """How many alternatives are told with each token's log-probability; None: no log-probabilities."""
+        """Say how many alternatives are told with each token's log-probability; None: no log-probabilities.
+
+        Raises: UserError for alternatives without them.
+        """
         if self.top_logprobs and not self.logprobs:
             raise UserError("top_logprobs needs logprobs", "set logprobs to true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def refuse(self) -> None:
-        """Raise UserError for what this server does not do."""
+        """Refuse what this server does not do. Raises: UserError."""
         if self.tools or self.tool_choice not in (None, "none"):
             raise UserError("tools are not supported", "ask for JSON with response_format")
 
@@ -170,6 +173,7 @@ class CompletionRequest(Shared):
         return self.logprobs
 
     def refuse(self) -> None:
+        """Refuse what this server does not do. Raises: UserError."""
         if self.suffix is not None:
             raise UserError("suffix is not supported", "put what comes before into the prompt")
         if self.best_of not in (None, self.n or 1):
