@@ -125,6 +125,19 @@ def test_metrics_are_the_sums_of_the_responses():
     assert value("num_requests_running") == value("num_requests_waiting") == 0
 
 
+def test_the_worker_decodes_on_the_threads_that_were_asked_for():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with serving(language_model()) as server:
+            seen, step = [], server.worker.engine.step
+            server.worker.engine.step = lambda: (seen.append(torch.get_num_threads()), step())[1]
+            server.chat(max_tokens=2)
+    finally:
+        torch.set_num_threads(before)
+    assert {*seen} == {3}, "OpenMP tells each thread anew"
+
+
 # -- the parts -----------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from layerskip.decode.scheduler import Scheduler, Status, Ticket
 from layerskip.errors import UserError
 from layerskip.serve.prefixes import Held, chosen
@@ -86,6 +88,7 @@ class Worker:
         self._draining = self._stopped = False
         self._took_s = 1.0  # how long a request has a row, lately
         self.fault: BaseException | None = None  # what ended the thread, where that was no request's error
+        self._threads = torch.get_num_threads()  # of the compiled code, which every thread is told anew
         self._thread = threading.Thread(target=self._run, name="layerskip-worker", daemon=True)
 
     # -- from any thread -------------------------------------------------------------------------------------
@@ -156,6 +159,7 @@ class Worker:
     # -- the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             while self._turn():
                 pass

@@ -45,8 +45,12 @@ static void attend(const Shape &s, T *qkv, const T *cos, const T *sin, T *cache,
             turned_and_stored(s, b, t, token, cos, sin, cache, cache_rows, slots);
             plan.gather(b, t, token, room);
         }
+    Team team;
 #pragma omp parallel if (plan.chunks() > 1)
-    plan(cache, room, out);
+    {
+        const Member member(team);
+        plan(cache, room, out);
+    }
 }
 
 template <typename T>

@@ -102,8 +102,10 @@ public:
         int64_t chunks = 0;
         for (auto &plan : plans) chunks = std::max(chunks, plan.chunks());
         const auto room = plans[0].room(chunks);
+        Team team;
 #pragma omp parallel
         {
+            const Member member(team);
             static thread_local Buffer<T> kept_scratch;
             T *scratch = kept_scratch.sized(widest);
             for (int64_t i = 0; i < slice.count; ++i) {

@@ -137,8 +137,10 @@ APART void multiplied(const Product &p, const Inputs<W> &in, T *y) {
 template <typename W, typename T>
 static void multiply(const Product &p, const T *x, T *y) {
     const auto in = Inputs<W>::of(p.rows, p.in, p.in);
+    Team team;
 #pragma omp parallel
     {
+        const Member member(team);
         in.fill(x);
         multiplied<W>(p, in, y);
     }

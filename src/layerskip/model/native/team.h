@@ -1,6 +1,14 @@
 // A team: threads that call the same function at once, inside `#pragma omp parallel`; one thread alone is a team too.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <thread>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+static inline void rest() { _mm_pause(); }
+#else
+static inline void rest() {}
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -26,7 +34,33 @@ static inline Share own_share(int64_t count) {
     const int64_t thread = own_number(), threads = team_size();
     return {count * thread / threads, count * (thread + 1) / threads};
 }
+// Where the threads of one team meet. OpenMP's own barrier sends threads to sleep at once where the process has more
+// threads than the machine has cores, whatever they do: a server has, and a step has some three hundred meetings.
+struct Team {
+    alignas(64) std::atomic<int> here{0};
+    alignas(64) std::atomic<unsigned> meetings{0};
+};
+static thread_local Team *own_team = nullptr;
+
+struct Member {  // of a team, as long as it lives
+    explicit Member(Team &team) { own_team = &team; }
+    ~Member() { own_team = nullptr; }
+    Member(const Member &) = delete;
+};
+constexpr int SPINS = 20000;  // some 100 microseconds, then others may have the core
+
 // Go on when all are here, and see what they wrote.
 static inline void together() {
-#pragma omp barrier
+    const int64_t all = team_size();
+    if (all == 1 || own_team == nullptr) return;
+    Team &team = *own_team;
+    const unsigned meeting = team.meetings.load(std::memory_order_relaxed);
+    if (team.here.fetch_add(1, std::memory_order_acq_rel) + 1 == all) {
+        team.here.store(0, std::memory_order_relaxed);
+        team.meetings.store(meeting + 1, std::memory_order_release);
+        return;
+    }
+    for (int i = 0; team.meetings.load(std::memory_order_acquire) == meeting; ++i)
+        if (i < SPINS) rest();
+        else std::this_thread::yield();
 }
