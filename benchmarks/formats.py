@@ -29,6 +29,7 @@ import layerskip
 from layerskip.decode.load import resolve_device
 from layerskip.decode.weight_formats import step_bytes
 from layerskip.errors import UserError
+from layerskip.measure import prompt_file
 from layerskip.measure.intervals import ratio_of_sums, resampled
 from layerskip.measure.lines import read_prompts
 from layerskip.measure.results import named
@@ -221,14 +222,13 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    import layerskip.measure
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m-base")
-    own = Path(layerskip.measure.__file__).parent / "prompts.jsonl"
-    parser.add_argument("--prompts", type=Path, default=own, help="JSON lines; default: those of the package")
+    parser.add_argument(
+        "--prompts", type=Path, default=prompt_file(), help="JSON lines; default: those of the package"
+    )
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=25, help="turns of the steps")

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import record
 
-import layerskip.measure
 from layerskip.decode.load import resolve_device
 from layerskip.errors import UserError
+from layerskip.measure import prompt_file
 from layerskip.measure.intervals import resampled
 from layerskip.measure.lines import read_prompts
 from layerskip.measure.results import named
@@ -218,8 +218,7 @@ def main() -> None:
     parts = arguments.parts.split(",")
     if unknown := {*parts} - {*PARTS}:
         raise UserError(f"unknown parts {sorted(unknown)}", "known: " + ", ".join(PARTS))
-    own = Path(layerskip.measure.__file__).parent / "prompts.jsonl"
-    prompts = [line.content for line in read_prompts(own)]
+    prompts = [line.content for line in read_prompts(prompt_file())]
     result: dict[str, Any] = {}
     if "rows" in parts:
         result["rows"] = by_rows(arguments, prompts)

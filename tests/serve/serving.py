@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import logging
+import socket
 import threading
 import time
 
@@ -89,6 +90,12 @@ class Server:
             time.sleep(0.01)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def serving(lm, key=None, **settings):
     """Run a server with a model until the block ends."""
@@ -111,4 +118,4 @@ def serving(lm, key=None, **settings):
         thread.join(20)
 
 
-__all__ = ["DRAFTS", "Server", "language_model", "serving"]
+__all__ = ["DRAFTS", "Server", "free_port", "language_model", "serving"]

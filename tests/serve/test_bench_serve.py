@@ -1,10 +1,9 @@
 """What the load generator says is what happened, and both verbs tell what is wrong."""
 
 import json
-import socket
 
 import pytest
-from serving import language_model, serving
+from serving import free_port, language_model, serving
 from typer.testing import CliRunner
 
 from layerskip.cli.main import app
@@ -70,9 +69,7 @@ def test_the_verb_prints_it_and_ends_with_1_where_requests_failed(server):
 
 
 def test_no_server_is_said():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.raises(UserError, match="does not answer"):
         measured(Target(f"127.0.0.1:{port}"), ["x"], 1, 1, 1)
     with pytest.raises(UserError, match="no address"):

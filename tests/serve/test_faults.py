@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from serving import language_model, serving
+from serving import free_port, language_model, serving
 
 import tiny
 
@@ -218,9 +218,7 @@ def test_a_worker_that_died_is_told_by_health_and_to_all_who_wait(lm, monkeypatc
 @contextlib.contextmanager
 def process(folder, *options):
     """`layerskip serve` itself, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from serving import free_port
 
 import tiny
 from layerskip.serve.load import Target, measured
@@ -62,11 +63,7 @@ def until(condition, seconds):
 
 
 def test_it_answers_scales_and_loses_no_request_when_a_replica_is_killed(folder):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder), str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

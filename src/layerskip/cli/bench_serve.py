@@ -36,11 +36,11 @@ def bench_serve(
 
     layerskip bench-serve http://127.0.0.1:8000 --requests 64 --at-once 8
     """
+    from layerskip.measure import prompt_file
     from layerskip.measure.lines import read_prompts
 
     key = read_text(api_key_file, 4096).strip() if api_key_file is not None else os.environ.get(KEY)
-    own = Path(__file__).parents[1] / "measure" / "prompts.jsonl"
-    lines = [line.content for line in read_prompts(prompts or own)]
+    lines = [line.content for line in read_prompts(prompts or prompt_file())]
     if not lines:
         raise UserError(f"{prompts} has no prompts", 'give a line such as {"prompt": "Hello"}')
     with progress() as watch:

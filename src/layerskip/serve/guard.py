@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 OPEN = {"/", "/page.js", "/page.css", "/health", "/ready"}  # no key is asked for
 READ_ON = 64 << 20  # bytes of a body that is too large, before the connection is cut
-NAMES = {"localhost", "127.0.0.1", "[::1]", "testserver"}  # what a server on loopback may be called
+NAMES = {"localhost", "127.0.0.1", "[::1]"}  # what a server on loopback may be called
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

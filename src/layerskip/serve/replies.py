@@ -29,7 +29,6 @@ class Reply:
     accepted: int = 0
     finish: str | None = None
     _stream: TextStream = field(init=False)
-    _seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self._stream = TextStream(self.tokenizer, self.stops)
