@@ -259,6 +259,45 @@ def test_copies_that_take_longer_than_they_bring_are_given_up():
     )
 
 
+def test_positions_of_many_rows_are_priced_by_what_they_took():
+    """Eight rows, half of which could copy: the costs promise next to nothing for a position, a clock says more."""
+    chances = [[0.6] * 4, []] * 4
+    for position, copies in ((0.02, True), (0.5, False)):  # of a plain step
+        made = Controller(PRICES, (), copying=Copying(1, 4, FREE), timed=True)
+        lengths = []
+        for _ in range(120):
+            chosen = made.choose(chances)
+            rows = [control.Drafted(c.draft_length, 0, 1, {}) for c in chosen]
+            added = sum(row.drafted for row in rows)
+            made.learn(max(chosen, key=lambda c: c.draft_length), 1.0 + position * added, rows)
+            lengths.append(added)
+        assert any(lengths[60:]) == copies
+
+
+def test_rows_of_a_step_draft_in_one_way():
+    """Copies of some and exit drafts of others would read the weights twice."""
+    exits = (Choice(1, 2),)
+    made = Controller(Prices(30, 1.0, 0.2), exits, copying=Copying(1, 8, FREE), trained=True, guard=False)
+    sources = [{c.source for c in made.choose(chances)} for chances in (
+        [[]] * 4, [[0.9] * 8] * 4, [[0.9] * 8, [], [], []], [[0.2], [], [], []],
+    )]  # fmt: skip
+    assert sources == [{"exit"}, {LOOKUP}, {LOOKUP}, {"exit"}]
+
+
+def test_a_probe_waits_for_a_round_without_copies_but_not_for_ever():
+    made = Controller(Prices(30, 1.0, 0.2), (Choice(2, 4),), copying=Copying(1, 8, FREE))
+    made.learn(made.plain, 1.0, [control.Drafted(0, 0, 1, {})])
+    assert made.choose([[]])[0].probes
+    probed = []
+    for _ in range(200):
+        [choice] = made.choose([[0.9] * 8])
+        hits = dict.fromkeys(choice.probes, (0.0, 1))
+        probed.append(bool(hits))
+        made.learn(choice, 1.0, [control.Drafted(choice.draft_length, 0, 1, hits)])
+    assert not probed[0]
+    assert 0 < sum(probed) < 40
+
+
 def test_copies_and_an_exit_are_compared_by_price_until_plain_steps_are_timed():
     """Seconds of the one against layers of the other would keep rows from copying."""
     exits = (Choice(1, 2),)

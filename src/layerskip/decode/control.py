@@ -14,7 +14,8 @@ Seconds a round are its price in layers times the measured pace, the median of t
 that is not timed goes by prices alone: its choices are a function of the tokens committed, so a seed repeats.
 
 What a copy would be worth is known of every row at every token (`History`), so it is chosen row by row and never
-tried out: it is made where its expected tokens per price are more than those of the choice for all rows.
+tried out. A step reads the weights once for all its rows, so they draft in one way together: those that can copy
+do, beside plain steps of the others, where that brings all of them more tokens per price than drafts of an exit.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ PLAIN_FIRST = 16  # the same while that is not known yet: 2% of the time at most
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
 LONGEST = 16  # tokens drafted at most by a controller's own choice
+OVERDUE = 4  # copies may put a probe off until it is that late
+TURNS = 4  # of looking for the best copies of all rows
+LEAST_EXTRA = 0.001  # of a plain step for each position, whatever the costs say
+CHEAPEST = 0.25  # of the modelled price: a clock that says less is wrong
 EXIT, LOOKUP = "exit", "lookup"  # the two drafters that a controller knows
 
 
@@ -107,18 +112,18 @@ class Prices:
     def plain(self) -> float:
         return self.layers + self.head
 
-    def cost(self, exit_layer: int, draft_length: int = 0) -> Cost:
-        several = 1.0 if self.rows is None else self.rows(draft_length + 1)
+    def cost(self, exit_layer: int, draft_length: int = 0, num_rows: int = 1) -> Cost:
+        one, several = (1.0 if self.rows is None else self.rows(num_rows * n) for n in (1, draft_length + 1))
         late, head = several * (self.layers - exit_layer), several * self.head
-        return Cost(self.layers, exit_layer, self.head, self.draft_head, late, head)
-
-    def round(self, exit_layer: int, draft_length: int) -> float:
-        """Price a round of an exit; with all layers it is a plain step."""
-        return (
-            self.plain
-            if exit_layer == self.layers
-            else self.cost(exit_layer, draft_length).round(draft_length)
+        whole, early, plain_head, draft = (
+            one * part for part in (self.layers, exit_layer, self.head, self.draft_head)
         )
+        return Cost(whole, early, plain_head, draft, late, head)
+
+    def round(self, exit_layer: int, draft_length: int, num_rows: int = 1) -> float:
+        """Price a round of an exit, of so many rows together; with all layers it is a plain step."""
+        cost = self.cost(exit_layer, draft_length, num_rows)
+        return cost.layers + cost.head if exit_layer == self.layers else cost.round(draft_length)
 
 
 def arms(
@@ -153,9 +158,13 @@ class _Fading:
 
 
 class _Book:
-    """What rounds of one number of rows have taken: seconds per layer of price, by arm."""
+    """What rounds of one number of rows have taken: seconds per layer of price, by arm.
+
+    `extra` sums what copies added to plain steps, and what they should have added, in plain steps.
+    """
 
     def __init__(self) -> None:
+        self.extra = _Fading()
         self.known: set[Choice] = set()
         self.paces: dict[Choice, deque[float]] = defaultdict(lambda: deque(maxlen=7))
         # Of all arms of a drafter.
@@ -179,6 +188,7 @@ class _Book:
         return statistics.median(known) if known else None
 
     def forget_drafting(self, plain: Choice) -> None:
+        self.extra = _Fading()
         self.drafting.clear()
         for arm in [arm for arm in self.paces if arm != plain]:
             del self.paces[arm]
@@ -227,13 +237,13 @@ class Controller:
         """Estimate an arm's tokens per second and row; in layers instead of seconds while nothing was timed."""
         pace = self._books[_bucket(num_rows)].pace(arm, self.plain) or 1.0
         if arm == self.plain:
-            return 1.0 / (pace * self.prices.plain)
+            return 1.0 / (pace * self.prices.round(arm.exit_layer, 0, num_rows))
         surplus = (self._surplus.total + PRIOR) / (self._surplus.weight + PRIOR)
-        return self._tokens_per_price(arm) * surplus / pace
+        return self._tokens_per_price(arm, num_rows) * surplus / pace
 
-    def _tokens_per_price(self, arm: Choice) -> float:
+    def _tokens_per_price(self, arm: Choice, num_rows: int) -> float:
         expected = expected_tokens(arm.draft_length, self.agreement(arm.exit_layer))
-        return expected / self.prices.round(arm.exit_layer, arm.draft_length)
+        return expected / self.prices.round(arm.exit_layer, arm.draft_length, num_rows)
 
     # -- choosing --------------------------------------------------------------------------------------------
 
@@ -244,11 +254,16 @@ class Controller:
         """
         num_rows = len(chances)
         choice = self.choice(num_rows)
-        if self.copying is None or choice.probes or self._plain_is_due(num_rows):
+        overdue = choice.probes and self._since_probe >= OVERDUE * self._probe_every(choice, num_rows)
+        if self.copying is None or overdue or self._plain_is_due(num_rows):
             return [choice] * num_rows
-        bar = self.tokens_per_s(choice, num_rows) / self.tokens_per_s(self.plain, num_rows)
-        lengths = [self._copy_length(own, bar, num_rows) for own in chances]
-        return [Choice(self.prices.layers, k, drafter=LOOKUP) if k else choice for k in lengths]
+        lengths, gain = self._copies(chances)
+        bar = self.tokens_per_s(replace(choice, probes=()), num_rows) / self.tokens_per_s(
+            self.plain, num_rows
+        )
+        if not any(lengths) or gain <= bar:
+            return [choice] * num_rows
+        return [Choice(self.prices.layers, k, drafter=LOOKUP) if k else self.plain for k in lengths]
 
     def choice(self, num_rows: int = 1) -> Choice:
         """Choose among exits and a plain step, for all rows alike."""
@@ -260,10 +275,10 @@ class Controller:
             drafting = self._current in self.arms
             bar = self.tokens_per_s(self.plain, num_rows) * (1.0 if drafting else MARGIN)
             if rates[best] < bar:
-                due = self._since_probe >= min(4 * self._num_probes, self._probe_every(self.plain))
+                due = self._since_probe >= min(4 * self._num_probes, self._probe_every(self.plain, num_rows))
                 return replace(self.plain, probes=self.exits) if due else self.plain
         others = tuple(exit_layer for exit_layer in self.exits if exit_layer != best.exit_layer)
-        if others and self._since_probe >= max(8, self._probe_every(best)):
+        if others and self._since_probe >= max(8, self._probe_every(best, num_rows)):
             return replace(best, probes=others)
         return best
 
@@ -274,42 +289,67 @@ class Controller:
         known = len(self._books[_bucket(num_rows)].paces[self.plain]) >= FEWEST
         return self._since_plain >= (PLAIN_EVERY if known else PLAIN_FIRST)
 
-    def _copy_length(self, chances: Sequence[float], bar: float, num_rows: int) -> int:
-        """Find the number of copied tokens that brings most tokens per price; 0 where none is above the bar.
+    def _copies(self, chances: Sequence[Sequence[float]]) -> tuple[list[int], float]:
+        """Find how many tokens each row should copy, and what that brings over plain steps: tokens per price.
 
-        Prices are in plain steps of all rows: a row pays its share of one, and its copy the positions it adds.
+        Most tokens per price of the round as a whole: a row copies as far as each token is worth its price at the
+        rate that all reach together, which is found by turns (Dinkelbach, 1967).
         """
         assert self.copying is not None
-        costs, book = self.copying.costs, self._books[_bucket(num_rows)]
-        step, expected, right, best = costs(num_rows), 1.0, 1.0, (bar * num_rows, 0)
-        plain, copying = book.pace(self.plain, self.plain), book.pace(self.copies, self.plain)
-        slower = 1.0 if plain is None or copying is None else copying / plain
-        for length, chance in enumerate(chances, 1):
-            right *= chance
-            expected += right
-            positions = num_rows + length * (num_rows if self.copying.padded else 1)
-            price = (costs(positions) - step + step / num_rows) / step * slower
-            best = max(best, (expected / price, length))
-        return best[1]
+        num_rows = len(chances)
+        width = num_rows if self.copying.padded else 1
+        lengths, rate = [0] * num_rows, float(num_rows)
+        for _ in range(TURNS):
+            gained, positions = 0.0, [0] * num_rows
+            for i, own in enumerate(chances):
+                best, expected, right = (0.0, 0, 0.0), 0.0, 1.0
+                for length, chance in enumerate(own, 1):
+                    right *= chance
+                    expected += right
+                    price = self._price(num_rows, length * width)
+                    best = max(best, (expected - rate * price, length, expected))
+                _, positions[i], more = best
+                gained += more
+            added = num_rows * max(positions) if self.copying.padded else sum(positions)
+            reached = (num_rows + gained) / (1 + self._price(num_rows, added))
+            if reached <= rate:
+                break
+            lengths, rate = positions, reached
+        return lengths, rate / num_rows
 
-    def _probe_every(self, arm: Choice) -> int:
+    def _more(self, num_rows: int, positions: int) -> float:
+        """Price positions beside those of a plain step, in such steps."""
+        assert self.copying is not None
+        costs = self.copying.costs
+        return max(costs(num_rows + positions) / costs(num_rows) - 1, LEAST_EXTRA * positions)
+
+    def _price(self, num_rows: int, positions: int) -> float:
+        """Price them as `_more`, in proportion to what copies have cost lately."""
+        more, extra = self._more(num_rows, positions), self._books[_bucket(num_rows)].extra
+        prior = PRIOR * more
+        return more * max(CHEAPEST, (extra.total + prior) / (extra.weight + prior)) if more else 0.0
+
+    def _probe_every(self, arm: Choice, num_rows: int) -> int:
         """Rounds between probes: each reads the draft head once."""
-        price = self.prices.round(arm.exit_layer, arm.draft_length)
+        price = self.prices.round(arm.exit_layer, arm.draft_length, num_rows)
         return math.ceil(self.prices.draft_head / (PROBE_SHARE * price))
 
     # -- learning --------------------------------------------------------------------------------------------
 
     def learn(self, choice: Choice, seconds: float, rows: Sequence[Drafted]) -> None:
         """Take in what a round gave and how long it took; of rows that copy, the choice of the longest copy."""
-        arm, book = replace(choice, probes=()), self._books[_bucket(len(rows))]
+        arm, book, num_rows = replace(choice, probes=()), self._books[_bucket(len(rows))], len(rows)
         drafted = max(row.drafted for row in rows)
-        price = self.prices.round(arm.exit_layer, drafted)
+        price = self.prices.round(arm.exit_layer, drafted, num_rows)
         plain = arm == self.plain
         if arm.source == LOOKUP and not plain:
-            assert self.copying is not None
-            costs, copied = self.copying.costs, sum(row.drafted for row in rows)
-            positions = len(rows) + (len(rows) * drafted if self.copying.padded else copied)
-            arm, price = self.copies, price * costs(positions) / costs(len(rows))
+            padded = self.copying is not None and self.copying.padded
+            copied = num_rows * drafted if padded else sum(row.drafted for row in rows)
+            more, step = self._more(num_rows, copied), book.pace(self.plain, self.plain)
+            if self.timed and step is not None:
+                book.extra.fade(1.0, WINDOW / 4)
+                book.extra.add(seconds / (step * price) - 1, more, math.inf)
+            arm, price = self.copies, price * (1 + more)
         if self.timed and not choice.probes:  # a probe's time is not the arm's
             book.add(arm, seconds / price)
         if arm.source == LOOKUP and not plain:
@@ -337,7 +377,7 @@ class Controller:
         judged = sum(min(row.kept + 1, row.drafted) for row in rows)
         self._agreement[arm.exit_layer].add(sum(row.kept for row in rows), judged, WINDOW)
         if arm.confidence:
-            expected = len(rows) * price * self._tokens_per_price(arm)
+            expected = num_rows * price * self._tokens_per_price(arm, num_rows)
         else:  # by what was drafted: a draft may have been cut by the end of the output
             agreement = self.agreement(arm.exit_layer)
             expected = sum(expected_tokens(row.drafted, agreement) for row in rows)
