@@ -1,12 +1,14 @@
 """The server under load: plain decoding against drafts at 1, 4, 8 and 16 rows, a shared prefix, JSON, memory.
 
     python benchmarks/serving.py --threads 2 --save
-    python benchmarks/serving.py --parts rows --model smollm2-135m --quantize int4
+    python benchmarks/serving.py --parts rows,peer --model smollm2-135m --quantize int4 --llama-server F
 
 Each part starts `layerskip serve` as a process of its own and asks it over HTTP. `rows`: as many streams at a time
 as rows, the same prompts greedily with mode ar and by default, in turns; a ratio is of tokens per second, with a
 95% interval over turns. `prefix`: time to first token of prompts that share 500 tokens of system prompt. `json`:
 answers sampled under a schema, judged by a validator. `memory`: the server's resident memory over many requests.
+`peer`: llama.cpp's own server on the file the built-in model was made of (4 bits), with the same load in turns; F is a
+folder where its package is installed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from layerskip.measure.results import named
 from layerskip.serve.load import Target, asked, measured
 
 ROWS = (1, 4, 8, 16)
-PARTS = ("rows", "prefix", "json", "memory")
+PARTS = ("rows", "prefix", "json", "memory")  # and peer, with --llama-server
 SYSTEM = "You are a careful assistant who answers in few words, says so where something is not known, and is kind. "
 SCHEMA = {
     "type": "object",
@@ -103,28 +105,62 @@ def by_rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str,
                         temperature=0,
                         layerskip=own,
                     )
-                    if result["failed"]:
-                        raise UserError(f"{result['failed']} requests failed: {result['errors']}")
                     if turn:
-                        runs[name].append(result)
+                        runs[name].append(_whole(result))
                         texts[name] = [answer.text for answer in answers]
-            speeds = {name: np.array([run["tokens_per_s"] for run in found]) for name, found in runs.items()}
-            logs = np.log(speeds["drafts"]) - np.log(speeds["plain"])
-            ends = resampled(lambda x: x.mean(-1), logs)
-            row: dict[str, Any] = {
-                "rows": rows,
-                "requests": requests,
-                "ratio": math.exp(logs.mean()),
-                "ci95": [math.exp(end) for end in ends],
-                "equal": sum(a == b for a, b in zip(texts["plain"], texts["drafts"], strict=True)),
-            }
-            for name, found in runs.items():
-                row[name] = {"tokens_per_s": float(np.median(speeds[name]))} | {
-                    key: {p: statistics.median(run[key][p] for run in found) for p in ("p50", "p95")}
-                    for key in ("first_s", "each_s")
-                }
+            row: dict[str, Any] = {"rows": rows, "requests": requests} | _compared(runs, "drafts", "plain")
+            row["equal"] = sum(a == b for a, b in zip(texts["plain"], texts["drafts"], strict=True))
             told.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
+    return told
+
+
+def beside_peer(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
+    """Tokens per second and times of our default and of llama.cpp's server, in turns, for each number of rows."""
+    from peers.llama_server import llama_server
+
+    told = []
+    for rows in ROWS:
+        with (
+            served(arguments, rows) as (ours, _),
+            llama_server(arguments.llama_server, rows, arguments.threads) as url,
+        ):
+            runs: dict[str, list[dict[str, Any]]] = {"ours": [], "llama.cpp": []}
+            for turn in range(arguments.trials + 1):
+                for name, target in (("ours", ours), ("llama.cpp", Target(url))):
+                    asked_for = prompts[turn:] + prompts[:turn]
+                    result, _ = measured(
+                        target, asked_for, max(2 * rows, 8), rows, arguments.max_new_tokens,
+                        temperature=0, ignore_eos=True,
+                    )  # fmt: skip
+                    if turn:
+                        runs[name].append(_whole(result))
+            told.append({"rows": rows} | _compared(runs, "ours", "llama.cpp"))
+            print(json.dumps(told[-1]), file=sys.stderr, flush=True)
+    return told
+
+
+def _whole(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of which nothing failed. Raises: UserError."""
+    if result["failed"]:
+        raise UserError(f"{result['failed']} requests failed: {result['errors']}")
+    return result
+
+
+def _compared(runs: dict[str, list[dict[str, Any]]], one: str, other: str) -> dict[str, Any]:
+    """The ratio of tokens per second of two ways that ran in turns, and each one's times."""
+    speeds = {name: np.array([run["tokens_per_s"] for run in found]) for name, found in runs.items()}
+    logs = np.log(speeds[one]) - np.log(speeds[other])
+    ends = resampled(lambda x: x.mean(-1), logs)
+    told: dict[str, Any] = {"ratio": math.exp(logs.mean()), "ci95": [math.exp(end) for end in ends]}
+    for name, found in runs.items():
+        told[name] = {
+            "tokens_per_s": float(np.median(speeds[name])),
+            "prompt_tokens": found[-1]["prompt_tokens"],
+        } | {
+            key: {p: statistics.median(run[key][p] for run in found) for p in ("p50", "p95")}
+            for key in ("first_s", "each_s")
+        }
     return told
 
 
@@ -212,16 +248,22 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--answers", type=int, default=200, help="under a schema")
     parser.add_argument("--requests", type=int, default=2000, help="of the memory part")
+    parser.add_argument("--llama-server", type=Path, help="folder for llama.cpp's server, of the peer part")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="write a file into benchmarks/results")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
-    if unknown := {*parts} - {*PARTS}:
-        raise UserError(f"unknown parts {sorted(unknown)}", "known: " + ", ".join(PARTS))
+    known = (*PARTS, "peer")
+    if unknown := {*parts} - {*known}:
+        raise UserError(f"unknown parts {sorted(unknown)}", "known: " + ", ".join(known))
+    if "peer" in parts and arguments.llama_server is None:
+        raise UserError("the peer part needs a folder for llama.cpp's server", "give --llama-server FOLDER")
     prompts = [line.content for line in read_prompts(prompt_file())]
     result: dict[str, Any] = {}
     if "rows" in parts:
         result["rows"] = by_rows(arguments, prompts)
+    if "peer" in parts:
+        result["peer"] = beside_peer(arguments, prompts)
     if "prefix" in parts:
         result["prefix"] = prefix(arguments)
     if "json" in parts:

@@ -49,7 +49,7 @@ class LlamaCpp:
             )
         script = folder / SCRIPT.name
         script.write_text(SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
-        command = [node, str(script), str(_file(folder)), ",".join(map(str, threads))]
+        command = [node, str(script), str(builtin_file(folder)), ",".join(map(str, threads))]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
         )
