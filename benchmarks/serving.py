@@ -7,8 +7,8 @@ Each part starts `layerskip serve` as a process of its own and asks it over HTTP
 as rows, the same prompts greedily with mode ar and by default, in turns; a ratio is of tokens per second, with a
 95% interval over turns. `prefix`: time to first token of prompts that share 500 tokens of system prompt. `json`:
 answers sampled under a schema, judged by a validator. `memory`: the server's resident memory over many requests.
-`peer`: llama.cpp's own server on the file the built-in model was made of (4 bits), with the same load in turns; F is a
-folder where its package is installed.
+`peer`: llama.cpp's own server on the file the built-in model was made of (4 bits), with the same load in turns; F
+is a folder where its package is installed.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ FLOORS = (  # from the ground up; a room may import the rooms below its floor, a
     ("model",),
     ("decode", "train"),
     ("measure",),
-    ("adapt", "serve"),
+    ("adapt", "serve", "export"),
     ("cli",),
     ("__init__", "__main__"),
 )

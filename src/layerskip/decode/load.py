@@ -183,11 +183,10 @@ _heads: WeakKeyDictionary[HuggingFaceStack, dict[Any, Head]] = WeakKeyDictionary
 def wrapped(hf_model: Any, tokenizer: Any = None) -> LanguageModel:
     """Wrap a model already in memory, see `stack_of`.
 
-    The draft head and vocabulary are not in it: they come from the folder it was loaded from, if it is still there.
+    The draft head and vocabulary are not in it: they come from the folder or hub it was loaded from.
     """
-    stack, name = stack_of(hf_model), getattr(hf_model, "name_or_path", None)
-    folder = Path(name) if name and (Path(name) / "config.json").is_file() else None
-    return LanguageModel(stack, tokenizer, folder, hf_model, _heads.setdefault(stack, {}))
+    stack = stack_of(hf_model)
+    return LanguageModel(stack, tokenizer, hub.folder_of(hf_model), hf_model, _heads.setdefault(stack, {}))
 
 
 def generate(hf_model: Any, prompt: Any, *, tokenizer: Any = None, **keywords: Unpack[Keywords]) -> Any:

@@ -1,0 +1,1 @@
+"""For other engines: folders and files that transformers, llama.cpp and vLLM open."""

@@ -1,0 +1,39 @@
+"""A checkpoint's folder to a hub, through huggingface_hub: its own files and nothing that lies beside them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from layerskip.errors import UserError
+from layerskip.export.folders import CARRIED
+from layerskip.reading import reason
+
+BESIDE = ("custom_generate/*",)  # folders that belong to a model
+
+
+def pushed(folder: Path, repo: str, *, private: bool, message: str) -> dict[str, Any]:
+    """Make the repository if it is not there and upload the folder; tell its address and the files, in bytes.
+
+    Raises: UserError for a name that is none, or whatever the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"{repo!r} is no name of a repository", "give one of the form org/name")
+    found = (path for pattern in (*CARRIED, *BESIDE) for path in folder.glob(pattern) if path.is_file())
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(found)}
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            folder_path=folder, repo_id=repo, allow_patterns=[*files], commit_message=message
+        )
+    except LocalTokenNotFoundError as error:
+        raise UserError("you are not logged in to the hub", "run `hf auth login`, or set HF_TOKEN") from error
+    except Exception as error:  # whatever the hub, its library or the network say
+        told = "may your token write there? `hf auth whoami` tells whose it is"
+        raise UserError(f"cannot upload to {repo}: {reason(error)}", told) from error
+    return {"repo": repo, "url": str(done.commit_url), "files": files}
