@@ -117,13 +117,14 @@ def by_rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str,
 
 def beside_peer(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
     """Tokens per second and times of our default and of llama.cpp's server, in turns, for each number of rows."""
+    from peers.llama_cpp import builtin_file
     from peers.llama_server import llama_server
 
-    told = []
+    told, folder = [], arguments.llama_server
     for rows in ROWS:
         with (
             served(arguments, rows) as (ours, _),
-            llama_server(arguments.llama_server, rows, arguments.threads) as url,
+            llama_server(folder, builtin_file(folder), rows, arguments.threads) as url,
         ):
             runs: dict[str, list[dict[str, Any]]] = {"ours": [], "llama.cpp": []}
             for turn in range(arguments.trials + 1):
