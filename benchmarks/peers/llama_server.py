@@ -1,11 +1,11 @@
 """llama.cpp's own server as a process beside ours: on the file the built-in model was made of, or any other.
 
-    with llama_server(folder, model=builtin_file(folder), rows=8, threads=2) as url:     # puts xllamacpp there by name
+    with llama_server(folder, builtin_file(folder), rows=8, threads=2) as url:     # puts xllamacpp there by name
         ...
 
 It is measured against, never imported by the package, and no test needs it. As a script this file is that process:
-`python llama_server.py PACKAGES '{"model": "it.gguf", "rows": 1, "threads": 2}'` prints the server's address and serves
-until its stdin ends.
+`python llama_server.py PACKAGES '{"model": "it.gguf", "rows": 1, "threads": 2}'` prints the server's address and
+serves until its stdin ends.
 """
 
 from __future__ import annotations

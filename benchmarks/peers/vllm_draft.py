@@ -20,7 +20,7 @@ def main() -> None:
         asked["model"], dtype="float32", max_model_len=2048, max_num_seqs=1, enforce_eager=True,
         speculative_config=how, disable_log_stats=False,
     )  # fmt: skip
-    law = SamplingParams(temperature=0, max_tokens=asked["budget"], ignore_eos=True)
+    law = SamplingParams(temperature=0, max_tokens=asked.get("budget", 32), ignore_eos=True)
     answers = [
         engine.generate({"prompt_token_ids": ids}, law, use_tqdm=False)[0].outputs[0].token_ids
         for ids in asked["prompts"]
