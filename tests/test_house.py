@@ -206,6 +206,7 @@ OPTIONAL = {
     "uvicorn": ("serve/run.py",),
     "prometheus_client": ("serve/metrics.py",),
     "xgrammar": ("serve/processors.py",),
+    "lm_eval": ("measure/tasks/harness.py",),
     "datasets": ("train/data/sources.py",),
     "peft": ("train/job/lora.py",),
 }

@@ -1,6 +1,6 @@
-"""A model and its prefix draft in vLLM: one JSON line in, one out. It runs in vLLM's own environment, see engines.py.
+"""A model and its prefix draft in vLLM: JSON in, a line of JSON out. It runs in vLLM's environment, see engines.py.
 
-VLLM_ENV/bin/python vllm_draft.py '{"model": "out/model", "draft": "out/draft", "drafts": 4, "prompts": [[1, 2]], ...}'
+VLLM_ENV/bin/python vllm_draft.py '{"model": "out/model", "draft": "out/draft", "drafts": 4, "prompts": [[1, 2]]}'
 """
 
 import json
