@@ -142,7 +142,10 @@ class LayerSkipLM(TemplateLM):
     # -- generation ----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue contexts until one of their stop texts; greedily unless a task samples."""
+        """Continue contexts until one of their stop texts; greedily unless a task samples.
+
+        Raises: UserError for a budget that leaves no room for a context.
+        """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for place, request in enumerate(requests):
             how = dict(request.args[1])
