@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +12,8 @@ from layerskip.cli.results import progress
 from layerskip.cli.show.terminal import out, tell
 from layerskip.errors import UserError
 from layerskip.option import Option
-from layerskip.reading import read_text
 from layerskip.serve.load import Target, measured
-from layerskip.serve.settings import KEY
+from layerskip.serve.settings import KEY, read_key
 
 
 @verb
@@ -39,13 +37,18 @@ def bench_serve(
     from layerskip.measure import prompt_file
     from layerskip.measure.lines import read_prompts
 
-    key = read_text(api_key_file, 4096).strip() if api_key_file is not None else os.environ.get(KEY)
     lines = [line.content for line in read_prompts(prompts or prompt_file())]
     if not lines:
         raise UserError(f"{prompts} has no prompts", 'give a line such as {"prompt": "Hello"}')
     with progress() as watch:
         told, _ = measured(
-            Target(url, key, model), lines, requests, at_once, max_tokens, watch, temperature=temperature
+            Target(url, read_key(api_key_file), model),
+            lines,
+            requests,
+            at_once,
+            max_tokens,
+            watch,
+            temperature=temperature,
         )
     tell(told, as_json, _show)
     if told["failed"]:

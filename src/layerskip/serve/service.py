@@ -61,11 +61,12 @@ class Service:
     def __init__(
         self, lm: LanguageModel, settings: ServeOptions, name: str, metrics: Metrics | None = None
     ) -> None:
-        settings = settings.fitted(lm.stack)
+        self.head = lm.draft_head(Options())
+        remembers = self.head is not None and self.head.adapter is not None
+        settings = settings.fitted(lm.stack, remembers)
         assert settings.rows is not None
         assert settings.context is not None
         self.lm, self.settings, self.name = lm, settings, name
-        self.head = lm.draft_head(Options())
         engine = Engine(
             lm.stack, rows=settings.rows, capacity=settings.context, draft_head=self.head,
             prefill_chunk=settings.prefill_chunk,

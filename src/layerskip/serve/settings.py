@@ -55,24 +55,20 @@ class ServeOptions:
 
     def key(self) -> str | None:
         """Read the key that clients must send. Raises: UserError for a file without one."""
-        if self.api_key_file is None:
-            return os.environ.get(KEY) or None
-        key = read_text(self.api_key_file, 4096).strip()
-        if not key:
-            raise UserError(
-                f"{self.api_key_file} is empty", "write the key into it, or leave out --api-key-file"
-            )
-        return key
+        return read_key(self.api_key_file)
 
-    def fitted(self, stack: Stack) -> ServeOptions:
-        """Settle context and rows by the model and the memory. Raises: UserError where not even one row fits."""
+    def fitted(self, stack: Stack, finals: bool = False) -> ServeOptions:
+        """Settle context and rows by the model and the memory; with `finals` rows keep the last layer's states.
+
+        Raises: UserError where not even one row fits.
+        """
         from layerskip.model.cache import available_bytes
 
         most = stack.context or self.context or CONTEXT
         context = self.context or min(CONTEXT, most)
         if context > most:
             raise UserError(f"a context of {context} passes the model's of {most}", "make --context smaller")
-        each = row_bytes(stack, context)
+        each = row_bytes(stack, context, finals)
         free = available_bytes(stack.device)
         room = None if free is None else int(SHARE * free)
         if self.memory is not None:
@@ -93,7 +89,20 @@ class ServeOptions:
         return replace(self, context=context, rows=rows)
 
 
-def row_bytes(stack: Stack, context: int) -> int:
-    """Bytes of keys and values of one row."""
-    shapes = stack.new_cache(1, 1).shapes
-    return sum(shape.token_bytes for shape in shapes) * (context + 1)
+def row_bytes(stack: Stack, context: int, finals: bool = False) -> int:
+    """Bytes of keys and values of one row, and of the last layer's states where they are kept."""
+    each = sum(shape.token_bytes for shape in stack.new_cache(1, 1).shapes)
+    return (each + finals * stack.width * stack.dtype.itemsize) * (context + 1)
+
+
+def read_key(file: Path | None) -> str | None:
+    """Read a server's key out of its file, else the environment; None where there is none.
+
+    Raises: UserError for a file without one.
+    """
+    if file is None:
+        return os.environ.get(KEY) or None
+    key = read_text(file, 4096).strip()
+    if not key:
+        raise UserError(f"{file} is empty", "write the key into it, or leave out --api-key-file")
+    return key
