@@ -171,7 +171,7 @@ def test_the_trl_trainer_of_the_documents_runs_on_a_cpu(tmp_path, monkeypatch):
     assert names["args"].bf16 is False or torch.accelerator.is_available()
 
 
-def test_the_python_blocks_of_readme_and_usage_run(monkeypatch):
+def test_the_python_blocks_of_readme_usage_and_quick_start_run(monkeypatch):
     """On a tiny model in place of the built-in one."""
     import layerskip
     from layerskip.decode.language_model import LanguageModel
@@ -183,5 +183,7 @@ def test_the_python_blocks_of_readme_and_usage_run(monkeypatch):
     monkeypatch.setattr(layerskip, "load", lambda name: lm, raising=False)
     inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "max_new_tokens": 8}
     names = {"hf_model": model, "tokenizer": tokenizer, "inputs": inputs}
-    for block in re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "usage.md").read_text(), re.S):
-        exec(compile(block, "README.md or usage.md", "exec"), names)
+    pages = [ROOT / "README.md", ROOT / "docs" / "usage.md", ROOT / "docs" / "quickstart.md"]
+    for page in pages:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+            exec(compile(block, page.name, "exec"), names)

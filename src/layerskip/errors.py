@@ -12,7 +12,7 @@ class UserError(Exception):
     """Report something the user can fix.
 
     The command line prints `message` and `hint` and leaves with exit code 2; from Python it is an
-    ordinary exception. Our own mistakes are `assert`s and never this class.
+    ordinary exception. Our own mistakes are assertions and never this class.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
