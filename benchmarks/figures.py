@@ -106,7 +106,7 @@ def fastest(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def builtin(results: list[dict[str, Any]], file: Path) -> Path:
     """A group per kind of text and one of their mean; the two sources come before both of them together."""
-    names = {"exit": "exit alone", "lookup": "copies alone", "default": "both, the default"}
+    names = {"exit": "adapter alone", "lookup": "copies alone", "default": "both, the default"}
     result = results[-1]
     told = {
         textwrap.fill(KINDS[kind].title, 12): {

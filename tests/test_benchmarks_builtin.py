@@ -1,9 +1,11 @@
-"""The scripts that judge the built-in model run on a tiny one: kinds of text, the worst prompts, the cost."""
+"""The scripts that judge the built-in model run on a tiny one: kinds of text, the worst prompts, its base."""
 
 import gzip
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from layerskip.decode.request import Round
 from layerskip.errors import UserError
@@ -147,17 +149,20 @@ def test_table_and_figure_tell_the_built_in_model_by_kind_of_text(
     counts = {"exit": {"drafted": 4, "accepted": 1}, "lookup": {"drafted": 10, "accepted": 5}}
     default = {"tokens_per_round": 2.25, "by_source": counts}
     old = {"exit": (1.25, {}), "lookup": (1.5, {}), "default": (1.75, default)}
-    saved(
-        results, "smollm2-135m-base", "2026-01-01", default=(2.0, {"tokens_per_round": 2.0, "by_source": {}})
+    same = {"same_files": True, "prompts": 10, "same_tokens": 10, "same_bits": 10}
+    told = {"max_new_tokens": 128}
+    (results / "untouched_smollm2-135m_float32_cpu_2026-01-01.json").write_text(
+        json.dumps(same | {"configuration": told})
     )
     saved(results, "smollm2-135m", "2026-01-01", **old)
     tables = benchmark("builtin_tables")
     lines = tables.builtin().splitlines()
-    speeds = "1.25 x [1.00, 2.00] | 1.50 x [1.00, 2.00] | 1.75 x [1.00, 2.00] | 2.00 x [1.00, 2.00]"
-    assert lines[2] == f"| chat | {speeds} | 2.25 |  | 25.0% | 50.0% | 12 of 12 |"
+    speeds = "1.25 x [1.00, 2.00] | 1.50 x [1.00, 2.00] | 1.75 x [1.00, 2.00]"
+    assert lines[2] == f"| chat | {speeds} | 2.25 |  | 25.0% | 50.0% | 9 of 9 |"
     assert lines[3].startswith("| news summaries (CNN/DM) | 2.25 x")
-    assert lines[4].endswith("| 2.50 x [1.00, 2.00] | 2.25 |  | 25.0% | 50.0% | 24 of 24 |")
-    assert "each 2 times" in lines[-1]
+    assert lines[4].endswith("| 2.25 x [1.00, 2.00] | 2.25 |  | 25.0% | 50.0% | 18 of 18 |")
+    assert "each 2 times" in lines[-3]
+    assert "10 the same bits in every state" in lines[-1]
     saved(
         results,
         "smollm2-135m",
@@ -166,8 +171,8 @@ def test_table_and_figure_tell_the_built_in_model_by_kind_of_text(
         **{"exit-4": (1.0, {"agreement": [0.5, 0.25, 0.1, None]})},
     )
     lines = tables.builtin().splitlines()
-    assert [line.split(" | ")[6] for line in lines[2:5]] == ["50 25 10 -"] * 3
-    assert "sources_smollm2-135m_float32_cpu_2026-01-02.json" in lines[-1]
+    assert [line.split(" | ")[5] for line in lines[2:5]] == ["50 25 10 -"] * 3
+    assert "sources_smollm2-135m_float32_cpu_2026-01-02.json" in lines[-3]
     assert "12 of 12 outputs" in tables.gain()
     pytest.importorskip("matplotlib")
     script("figures", "--results", results, "--figures", tmp_path / "figures")
@@ -189,26 +194,21 @@ def test_the_worst_prompts_are_those_with_fewest_tokens_per_round(sources, capsy
     assert " x [" in capsys.readouterr().out
 
 
-def test_what_training_cost_is_paired_and_goes_on_after_a_kill(
-    script, folder, data, results, tmp_path, monkeypatch, capsys
-):
-    (data / "wikitext-2").mkdir()
-    (data / "wikitext-2" / "test.txt").write_text("some words of a text " * 200)
-    given = ("--model", folder, "--base", folder, "--data", data, "--quality-limit", 2, "--max-new-tokens", 4,
-             "--dtype", "float32", "--threads", 1, "--work", tmp_path / "work")  # fmt: skip
-    monkeypatch.setattr("builtin_cost.WINDOW", 64)
-    script("builtin_cost", *given, "--windows", 2)
-    first = capsys.readouterr()
-    assert first.err.count("text: window") == 4  # both models
-    script("builtin_cost", *given, "--windows", 3, "--save")
-    again = capsys.readouterr()
-    assert again.err.count("text: window") == 2
+def test_a_model_is_held_against_its_base_bit_by_bit(script, folder, results, tmp_path, capsys):
+    twin = tmp_path / "twin"
+    shutil.copytree(folder, twin)
+    given = ("--model", folder, "--base", twin, "--dtype", "float32", "--threads", 1, "--max-new-tokens", 6)
+    script("untouched", *given, "--limit", 2, "--save")
+    assert (
+        "the same, byte for byte; of 2 plain outputs of 6 tokens 2 have the same tokens, 2 the same bits"
+        in (capsys.readouterr().out)
+    )
     (file,) = results.iterdir()
-    result = json.loads(file.read_text())
-    assert result["perplexity"]["model"] == result["perplexity"]["base"]
-    assert result["perplexity"]["model"]["tokens"] == 3 * 63
-    assert result["perplexity"]["relative_difference"] == {"mean": 0.0, "ci95": [0.0, 0.0]}
-    assert {name: task["items"] for name, task in result["tasks"].items()} == {"humaneval": 2, "gsm8k": 2}
-    assert result["tasks"]["gsm8k"]["difference"]["only_base"] == 0
-    assert "| GSM8K accuracy, 2 items | 0.0% | 0.0% | +0.0 points [+0.0, +0.0] |" in again.out
-    assert str(tmp_path) not in file.read_text()
+    assert json.loads(file.read_text())["same_bits"] == 2
+    weights = load_file(twin / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, twin / "model.safetensors", {"format": "pt"})
+    script("untouched", *given, "--limit", 2)
+    told = capsys.readouterr().out
+    assert "DIFFERENT" in told
+    assert " 0 the same bits" in told
