@@ -33,8 +33,8 @@ def test_the_shell_completes_verbs_and_options():
         ("layerskip chat smol", "smollm2-135m-base"),
         ("layerskip train fine", "finetune"),
         ("layerskip generate m --mode self", "self-speculative"),
-        ("layerskip train anchor learning", "learning_rate="),
-        ("layerskip train anchor lora.ra", "lora.rank="),
+        ("layerskip train lora learning", "learning_rate="),
+        ("layerskip train lora lora.ra", "lora.rank="),
     ):
         asked = {
             "_LAYERSKIP_COMPLETE": "complete_bash",

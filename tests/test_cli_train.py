@@ -101,8 +101,16 @@ def test_the_tiny_recipe_brings_its_data(train):
     assert result["steps"] == 4
 
 
-def test_the_anchor_recipe_gives_any_model_one_exit_with_a_head_of_its_own(train, tmp_path):
-    code, result, _, message = train("exits=[2]", "exit_vocab=24", "warmup=0.1", recipe="anchor")
+def test_an_anchored_exit_with_a_map_has_a_head_of_its_own(train, tmp_path):
+    keys = (
+        "p_max=0",
+        "weighting=uniform",
+        "curriculum=fixed",
+        "exit_map=true",
+        "last_loss=anchor",
+        "freeze=above",
+    )
+    code, result, _, message = train("exits=[2]", "exit_vocab=24", "last_every=2", *keys)
     assert code == 0, message
     assert [*result["exits"]] == ["2", "5"]
     facts = facts_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out").config)
@@ -315,9 +323,9 @@ def test_what_a_recipe_cannot_do_is_said_before_any_step(refused, settings, says
     assert says in refused(*settings)
 
 
-def test_the_anchor_recipe_trains_no_model_but_the_one_that_is_named(refused):
+def test_a_recipe_trains_no_model_but_the_one_that_is_named(refused):
     """Without `model=` a run of finetune trained SmolLM2 unasked."""
-    assert "the recipe has no model" in refused("exits=[2]", recipe="anchor", model=None)
+    assert "the recipe has no model" in refused("exits=[2]", recipe="finetune", model=None)
 
 
 def test_data_that_cannot_be_trained_on_is_said_before_any_step(refused, tmp_path):

@@ -1,6 +1,6 @@
 """A training run from a recipe: check everything, train, evaluate, leave a plain Hugging Face folder.
 
-    run = prepare(read_recipe("anchor", ["model=./your-model", "data=own.jsonl", "output=out"]))
+    run = prepare(read_recipe("exit-adapter", ["model=./your-model", "data=own.jsonl", "output=out"]))
     print(run.plan)
     result = finish(run)
 
