@@ -25,6 +25,8 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 from layerskip.model.cost import FLAT_ROW_COSTS, Cost, RowCosts, expected_tokens
@@ -296,25 +298,19 @@ class Controller:
         rate that all reach together, which is found by turns (Dinkelbach, 1967).
         """
         assert self.copying is not None
-        num_rows = len(chances)
+        num_rows, longest = len(chances), max(map(len, chances))
         width = num_rows if self.copying.padded else 1
+        prices = [self._price(num_rows, length * width) for length in range(longest + 1)]
+        gains = [[0.0, *accumulate(accumulate(own, mul))] for own in chances]  # by length: tokens more
         lengths, rate = [0] * num_rows, float(num_rows)
-        for _ in range(TURNS):
-            gained, positions = 0.0, [0] * num_rows
-            for i, own in enumerate(chances):
-                best, expected, right = (0.0, 0, 0.0), 0.0, 1.0
-                for length, chance in enumerate(own, 1):
-                    right *= chance
-                    expected += right
-                    price = self._price(num_rows, length * width)
-                    best = max(best, (expected - rate * price, length, expected))
-                _, positions[i], more = best
-                gained += more
-            added = num_rows * max(positions) if self.copying.padded else sum(positions)
+        for _ in range(TURNS if longest else 0):
+            tried = [max(range(len(own)), key=lambda k: own[k] - rate * prices[k]) for own in gains]
+            added = num_rows * max(tried) if self.copying.padded else sum(tried)
+            gained = sum(own[k] for own, k in zip(gains, tried, strict=True))
             reached = (num_rows + gained) / (1 + self._price(num_rows, added))
             if reached <= rate:
                 break
-            lengths, rate = positions, reached
+            lengths, rate = tried, reached
         return lengths, rate / num_rows
 
     def _more(self, num_rows: int, positions: int) -> float:
