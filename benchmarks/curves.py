@@ -21,7 +21,7 @@ from typing import Any
 import record
 import torch
 
-from layerskip.measure.exits.draw import name_lines
+from layerskip.measure.exits.canvas import name_lines
 from layerskip.train import checkpoints
 
 FIGURE = record.HERE.parent / "docs" / "figures" / "topv2-training.png"

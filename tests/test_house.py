@@ -19,7 +19,7 @@ FLOORS = (  # from the ground up; a room may import the rooms below its floor, a
     ("model",),
     ("decode", "train"),
     ("measure",),
-    ("adapt", "serve", "export"),
+    ("adapt", "serve", "export", "search"),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -200,12 +200,13 @@ def test_documented_modules_that_moved_are_found_under_their_former_names_with_a
 
 
 OPTIONAL = {
-    "matplotlib": ("measure/exits/draw.py", "train/job/plot.py"),
+    "matplotlib": ("measure/exits/canvas.py", "measure/exits/draw.py", "train/job/plot.py"),
     "fastapi": ("serve/app.py", "serve/errors.py", "serve/run.py"),
     "starlette": ("serve/app.py",),
     "uvicorn": ("serve/run.py",),
     "prometheus_client": ("serve/metrics.py",),
     "xgrammar": ("serve/processors.py",),
+    "optuna": ("search/study.py", "search/report.py"),
     "lm_eval": ("measure/tasks/harness.py",),
     "datasets": ("train/data/sources.py",),
     "peft": ("train/job/lora.py",),

@@ -13,7 +13,7 @@ from layerskip.measure.exits.timeline import Strip, Timeline
 pytest.importorskip("matplotlib")
 from PIL import Image, ImageChops
 
-from layerskip.measure.exits import draw
+from layerskip.measure.exits import canvas, draw
 
 EDGES = 20  # pixels of white that are cut off at the sides of the canvas
 
@@ -128,14 +128,14 @@ def test_pictures_of_little_have_no_blank_margins(tmp_path):
         with Image.open(file) as opened:
             pixels = opened.convert("RGB")
         content = ImageChops.invert(pixels).getbbox()
-        assert content == (*2 * [draw.MARGIN], *(side - draw.MARGIN for side in pixels.size))
+        assert content == (*2 * [canvas.MARGIN], *(side - canvas.MARGIN for side in pixels.size))
         widths.append(pixels.width)
     assert widths[0] < 1200
 
 
 def test_a_timeline_has_a_row_per_round(tmp_path):
     few, many = (size(draw.timeline(shown(n), tmp_path / f"{n}.png", "tiny")) for n in (1, 11))
-    assert many[1] - few[1] == pytest.approx(10 * 0.235 * draw.DPI, abs=1)
+    assert many[1] - few[1] == pytest.approx(10 * 0.235 * canvas.DPI, abs=1)
 
 
 def test_a_headline_names_the_model_and_cuts_a_long_text():

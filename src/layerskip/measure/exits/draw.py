@@ -14,7 +14,23 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.errors import UserError, hint_of
+from layerskip.errors import UserError
+from layerskip.measure.exits.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    below,
+    canvas,
+    cut,
+    dress,
+    legend,
+    name_lines,
+    say,
+    signs,
+    written,
+)
 from layerskip.measure.exits.lens import visible
 from layerskip.measure.exits.timeline import COMMITTED, KINDS
 
@@ -22,16 +38,12 @@ if TYPE_CHECKING:
     from layerskip.measure.exits.lens import Lens
     from layerskip.measure.exits.timeline import Timeline
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
 DASHED = (0, (2, 1.5))
 SERIES = (ORANGE, BLUE, GREEN, PURPLE)  # Okabe and Ito
-WIDTH, DPI = 11.0, 150  # inches; twice the pixels that a README shows
-MARGIN = 6  # pixels of white around what is drawn; the rest is cut off
 ENDINGS = (".png", ".svg", ".pdf")
 BAND = 0.15  # of the measured speed-up: what a prediction promises
 COLUMNS = 14  # positions side by side in the lens
 ROWS = 16  # of a heat map, beyond which numbers do not fit
-GAP = 0.055  # between two names at the ends of lines, in heights of the panel
 Series = Sequence[float | None]
 
 
@@ -41,7 +53,7 @@ def check(file: Path) -> None:
         raise UserError(f"{file.name} is no picture", "--output names a .png, .svg or .pdf file")
     if not file.parent.is_dir():
         raise UserError(f"there is no folder {file.parent}", "make it first, or leave it out")
-    _canvas(1.0)
+    canvas(1.0)
 
 
 def exits(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path:
@@ -49,7 +61,7 @@ def exits(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = _canvas(4.4)
+    figure = canvas(4.4)
     panels = figure.subplots(1, 3)
     titles = (
         ("A draft is kept", "share of positions, %"),
@@ -72,7 +84,7 @@ def exits(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path:
         panels[2].plot(layers, [row["perplexity"] for row in rows], **curve)
     panels[0].set_ylim(0, 101)
     for panel, (title, unit) in zip(panels, titles, strict=True):
-        _dress(panel, title, "exit layer E", unit)
+        dress(panel, title, "exit layer E", unit)
         panel.set_xlim(left=0)
     for panel in panels[1:]:
         panel.set_yscale("log")
@@ -87,8 +99,8 @@ def exits(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path:
     signs += [Line2D([], [], color=GREY, linestyle=DASHED, label="sampling: 1 - TV")]
     if any(map(trained_exits, results.values())):
         signs += [Line2D([], [], color=GREY, marker="o", linestyle="none", label="trained exit")]
-    _legend(figure, signs)
-    return _written(figure, file)
+    legend(figure, signs)
+    return written(figure, file)
 
 
 def trained_exits(result: Mapping[str, Any]) -> Sequence[int]:
@@ -105,13 +117,13 @@ def speedup_surface(result: Mapping[str, Any], file: Path) -> Path:
     grid = [cell for cell in result["grid"] if cell.get("speedup")]
     predicted = _by_cell((cell, cell["predicted_speedup"]) for cell in result["doctor"]["surface"])
     measured = _by_cell((cell, cell["speedup"]["ratio"]) for cell in grid)
-    figure = _canvas(4.4)
+    figure = canvas(4.4)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.25))
     shared = [*predicted.values(), *measured.values()]
     _heat(left, predicted, shared, measured)
     _heat(middle, measured, shared, measured)
-    _dress(left, "Predicted speed-up, x", "draft length K", "exit layer E", grid=None)
-    _dress(middle, "Measured speed-up, x", "draft length K", "", grid=None)
+    dress(left, "Predicted speed-up, x", "draft length K", "exit layer E", grid=None)
+    dress(middle, "Measured speed-up, x", "draft length K", "", grid=None)
     points = [
         (cell["predicted_speedup"], cell["speedup"]["ratio"], *cell["speedup"]["ci95"]) for cell in grid
     ]
@@ -127,15 +139,15 @@ def speedup_surface(result: Mapping[str, Any], file: Path) -> Path:
         right.errorbar(guess, median, yerr=around, markersize=5, elinewidth=1, **sign)
     right.set(xlim=span, ylim=span, aspect="equal")
     title = f"Grey: prediction within {100 * BAND:.0f}%"
-    _dress(right, title, "predicted speed-up, x", "measured speed-up, x, 95% interval", grid=None)
-    return _written(figure, file)
+    dress(right, title, "predicted speed-up, x", "measured speed-up, x, 95% interval", grid=None)
+    return written(figure, file)
 
 
 def bars(
     groups: Mapping[str, Mapping[str, Mapping[str, Any] | None]], file: Path, title: str, axis: str, note: str
 ) -> Path:
     """Draw values as bars: by group, then by name, `{"ratio": ..., "ci95": ...}` (or no interval), or None."""
-    figure = _canvas(3.8)
+    figure = canvas(3.8)
     panel = figure.subplots()
     names = dict.fromkeys(name for group in groups.values() for name in group)
     colours = dict(zip(SERIES, names, strict=False))
@@ -150,16 +162,16 @@ def bars(
                 panel.text(x, 0.03, f"{ratio:.2f}", color="white", ha="center", fontsize=size)
     panel.axhline(1.0, color="black", linewidth=1)
     panel.set(xticks=range(len(groups)), xticklabels=list(groups), xmargin=0.01)
-    _dress(panel, title, "", axis)
-    _legend(figure, _signs(colours, note))
-    return _written(figure, file)
+    dress(panel, title, "", axis)
+    legend(figure, signs(colours, note))
+    return written(figure, file)
 
 
 def acceptance(series: Mapping[str, Mapping[int, Series]], file: Path) -> Path:
     """Draw the share of drafts kept at each place of a draft: a panel per name, a line per exit layer."""
     from matplotlib import colormaps
 
-    figure = _canvas(3.8)
+    figure = canvas(3.8)
     panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
     for panel, (name, by_exit) in zip(panels, series.items(), strict=True):
         ends = []
@@ -173,11 +185,11 @@ def acceptance(series: Mapping[str, Mapping[int, Series]], file: Path) -> Path:
                 ends.append((known[-1][1], f"E = {exit_layer}", colour))
         longest = max((len(shares) for shares in by_exit.values()), default=1)
         panel.set(xlim=(0.8, max(2, longest) + 0.1), ylim=(0, 101), xticks=range(1, longest + 1))
-        _dress(
+        dress(
             panel, name, "place in the draft", "" if panel is not panels[0] else "drafts kept up to here, %"
         )
         name_lines(panel, ends)
-    return _written(figure, file)
+    return written(figure, file)
 
 
 def lens(seen: Lens, file: Path, title: str) -> Path:
@@ -189,7 +201,7 @@ def lens(seen: Lens, file: Path, title: str) -> Path:
     width = -(-count // -(-count // COLUMNS))  # blocks as equal as may be
     blocks = [range(start, min(start + width, count)) for start in range(0, count, width)]
     columns = max(width, 6)
-    figure = _canvas(0.75 + len(blocks) * (0.195 * rows + 0.5))
+    figure = canvas(0.75 + len(blocks) * (0.195 * rows + 0.5))
     panels = figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
     blue, orange = (LinearSegmentedColormap.from_list("", ["#ffffff", colour]) for colour in (BLUE, ORANGE))
     room = 116 // columns  # characters that fit a cell
@@ -199,7 +211,7 @@ def lens(seen: Lens, file: Path, title: str) -> Path:
             for x, t in enumerate(block):
                 p = seen.probability[i][t]
                 shades[i, x] = (blue if seen.agrees[i][t] else orange)(0.06 + 0.94 * p)
-                _say(panel, x, i, _cut(visible(seen.top[i][t]), room), "white" if p > 0.6 else "black")
+                say(panel, x, i, cut(visible(seen.top[i][t]), room), "white" if p > 0.6 else "black")
         panel.imshow(shades, aspect="auto", origin="lower", interpolation="nearest")
         # Under the first row drawn from which on all exits agree; rows between may have been left out.
         floors = [next(i for i, k in enumerate(seen.exits) if k >= seen.settles[t]) - 0.5 for t in block]
@@ -212,19 +224,19 @@ def lens(seen: Lens, file: Path, title: str) -> Path:
         panel.spines[:].set_visible(False)
         panel.set_ylabel("exit layer E", fontsize=9)
         for x, t in enumerate(block):
-            _below(
+            below(
                 panel,
                 x,
-                _cut(visible(seen.read[t]), room),
+                cut(visible(seen.read[t]), room),
                 str(seen.settles[t]),
                 ha="center",
                 family="monospace",
             )
-        _below(panel, -0.55, "reads", "settles", ha="right", color=GREY)
+        below(panel, -0.55, "reads", "settles", ha="right", color=GREY)
     panels[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     colours = {BLUE: "the full model's next token", ORANGE: "another token", "black": "settled from here up"}
-    _legend(figure, _signs(colours, "darker is more probable"))
-    return _written(figure, file)
+    legend(figure, signs(colours, "darker is more probable"))
+    return written(figure, file)
 
 
 FILLS = {
@@ -239,7 +251,7 @@ def timeline(shown: Timeline, file: Path, title: str) -> Path:
 
     widest = max(len(strip.cells) for strip in shown.strips)
     columns = max(widest, 6)
-    figure = _canvas(1.1 + 0.235 * len(shown.strips))
+    figure = canvas(1.1 + 0.235 * len(shown.strips))
     panel, labels = figure.subplots(), []
     room = 90 // columns
     for y, strip in enumerate(shown.strips):
@@ -248,8 +260,8 @@ def timeline(shown: Timeline, file: Path, title: str) -> Path:
             panel.add_patch(
                 Rectangle((x + 0.02, y - 0.42), 0.96, 0.84, facecolor=FILLS[kind], edgecolor=edge)
             )
-            text = _cut(("× " if kind == "rejected" else "") + visible(token), room)
-            _say(panel, x + 0.5, y, text, "#888888" if kind == "dropped" else "black")
+            text = cut(("× " if kind == "rejected" else "") + visible(token), room)
+            say(panel, x + 0.5, y, text, "#888888" if kind == "dropped" else "black")
         if strip.source == "prefill":
             labels.append("prompt" + " " * 12)
         else:
@@ -265,64 +277,33 @@ def timeline(shown: Timeline, file: Path, title: str) -> Path:
     panel.spines[:].set_visible(False)
     panel.set_title(f"{title}\n{shown.summary()}", loc="left", fontsize=11, parse_math=False)
     told = {kind: KINDS[kind] for kind in ("kept", "rejected", "dropped")}
-    _legend(
+    legend(
         figure,
-        _signs({**{FILLS[kind]: name for kind, name in told.items()}, "white": "the full model's own token"}),
+        signs({**{FILLS[kind]: name for kind, name in told.items()}, "white": "the full model's own token"}),
     )
-    return _written(figure, file)
+    return written(figure, file)
+
+
+def front(points: Mapping[int, tuple[float, float]], best: Sequence[int], most: float, file: Path) -> Path:
+    """Draw trials of a search, number -> (cost in %, speed-up): a line joins those that no other beats in both."""
+    figure = canvas(3.8)
+    panel = figure.subplots()
+    for number, (cost, speedup) in points.items():
+        panel.plot(cost, speedup, "o", color=BLUE if number in best else GREY, markersize=7)
+        panel.annotate(str(number), (cost, speedup), (5, 4), textcoords="offset points", fontsize=8)
+    panel.step(
+        *zip(*(points[number] for number in best), strict=True), where="post", color=BLUE, linewidth=1.2
+    )
+    panel.axvline(most, color=ORANGE, linestyle=DASHED, linewidth=1.2)
+    dress(panel, "Trials of the search", "cost: perplexity of the whole model, %", "predicted speed-up, x")
+    names = {BLUE: "no other is faster and cheaper", GREY: "others", ORANGE: "the cost allowed"}
+    legend(figure, signs(names))
+    return written(figure, file)
 
 
 def headline(model: str, text: str) -> str:
     """Name the model and what it read."""
-    return f"{model} reads “{_cut(''.join(c if c == ' ' else visible(c) for c in text), 90)}”"
-
-
-# -- shared by the figures -----------------------------------------------------------------------------------
-
-
-def _canvas(height: float) -> Any:
-    """Make a figure that no window system knows of. Raises: UserError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("pictures need matplotlib", 'pip install "layerskip[measure]"') from error
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _written(figure: Any, file: Path) -> Path:
-    import warnings
-
-    try:
-        with warnings.catch_warnings():  # scripts that the font lacks are drawn as boxes
-            warnings.filterwarnings("ignore", "Glyph .* missing from")
-            if file.suffix.lower() != ".png":
-                figure.savefig(file, bbox_inches="tight", pad_inches=MARGIN / DPI)
-                return file
-            import numpy as np
-            from PIL import Image, ImageChops, ImageOps  # come with matplotlib
-
-            figure.canvas.draw()
-            pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-            pixels = ImageOps.expand(pixels.crop(ImageChops.invert(pixels).getbbox()), MARGIN, "white")
-            # 256 colours are plenty and half the bytes; dithering would roughen what is flat.
-            pixels.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True, dpi=(DPI, DPI))
-    except (OSError, ValueError) as error:
-        hint = hint_of(error, "--output names another .png, .svg or .pdf file")
-        raise UserError(f"cannot write {file}: {error}", hint) from error
-    return file
-
-
-def _dress(panel: Any, title: str, across: str, up: str, grid: str | None = "y") -> None:
-    panel.set_title(title, loc="left", fontsize=11)
-    panel.set_xlabel(across)
-    panel.set_ylabel(up)
-    panel.spines[["top", "right"]].set_visible(False)
-    if grid is not None:
-        panel.grid(axis=grid, color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
+    return f"{model} reads “{cut(''.join(c if c == ' ' else visible(c) for c in text), 90)}”"
 
 
 def _plain_number(value: float, _: int) -> str:
@@ -359,7 +340,7 @@ def _heat(
         values[y, x] = value
         if len(layers) <= ROWS or (exit_layer, draft_length) in (*numbered, best):
             strong = abs(float(norm(value)) - 0.5) > 0.33
-            _say(panel, x, y, f"{value:.2f}", "white" if strong else "black", family="sans-serif")
+            say(panel, x, y, f"{value:.2f}", "white" if strong else "black", family="sans-serif")
     panel.imshow(values, aspect="auto", origin="lower", cmap=colours, norm=norm, interpolation="nearest")
     corner = (lengths.index(best[1]) - 0.5, layers.index(best[0]) - 0.5)
     panel.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
@@ -367,54 +348,3 @@ def _heat(
     shown = [y for y in range(len(layers)) if len(layers) <= ROWS or y % 2 == 0]
     panel.set_yticks(shown, [str(layers[y]) for y in shown])
     panel.tick_params(length=0)
-
-
-def _say(panel: Any, x: float, y: float, text: str, colour: str, family: str = "monospace") -> None:
-    place = {"ha": "center", "va": "center", "clip_on": True, "parse_math": False}
-    panel.text(x, y, text, color=colour, fontsize=7.5, family=family, **place)
-
-
-def _below(panel: Any, x: float, first: str, second: str, **style: Any) -> None:
-    """Write two lines under the axis on fixed baselines: an underscore is lower than a letter."""
-    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "parse_math": False}
-    for text, depth in ((first, -11), (second, -21)):
-        panel.annotate(text, (x, 0), (0, depth), va="baseline", fontsize=8, **place, **style)
-
-
-def _cut(shown: str, room: int) -> str:
-    return shown if len(shown) <= room else shown[: room - 1] + "…"
-
-
-def _signs(names: Mapping[str, str], more: str = "") -> list[Any]:
-    """Explain colours; black is a line."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    signs: list[Any] = [
-        Line2D([], [], color=colour, linewidth=1.8, label=name)
-        if colour == "black"
-        else Patch(facecolor=colour, edgecolor="black" if colour == "white" else "none", label=name)
-        for colour, name in names.items()
-    ]
-    return [*signs, Line2D([], [], linestyle="none", label=more)] if more else signs
-
-
-def _legend(figure: Any, signs: Sequence[Any]) -> None:
-    figure.legend(handles=signs, loc="outside lower left", ncols=len(signs), frameon=False, fontsize=8.5)
-
-
-def name_lines(panel: Any, ends: Sequence[tuple[float, str, Any]]) -> None:
-    """Write names right of the panel at the height of their lines' ends, moved apart where they would touch."""
-    panel.figure.canvas.draw()
-    to_share = panel.transData + panel.transAxes.inverted()
-    wanted = sorted((float(to_share.transform((0, y))[1]), name, colour) for y, name, colour in ends)
-    heights = [height for height, _, _ in wanted]
-    up, down = heights[:], heights[:]
-    for i in range(1, len(heights)):
-        up[i] = max(up[i], up[i - 1] + GAP)
-        down[-1 - i] = min(down[-1 - i], down[-i] - GAP)
-    middle = [(a + b) / 2 for a, b in zip(up, down, strict=True)]
-    shift = min(0.0, 1.0 - middle[-1]) if middle else 0.0
-    for at, (_, name, colour) in zip(middle, wanted, strict=True):
-        place = {"transform": panel.transAxes, "va": "center", "clip_on": False}
-        panel.text(1.025, at + shift, name, color=colour, fontsize=10, **place)

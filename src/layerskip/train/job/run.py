@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None, pl
     if recipe.layers is not None and recipe.layers > num_layers:
         raise UserError(
             f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
-            "layers=null takes its settings as they are; shipped for any depth are anchor, finetune and lora",
+            "layers=null takes its settings as they are; shipped for any depth are exit-adapter, finetune and lora",
         )
     schedule = schedule_for(recipe, num_layers)
     check_length(recipe, config)
