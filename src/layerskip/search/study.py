@@ -88,7 +88,10 @@ class Search:
                 yield self._tried(trial, reference, watch)
 
     def reference(self, watch: Watch = silent) -> float | None:
-        """The loss of the whole model where exits cost it nothing; None where it is not trained."""
+        """The loss of the whole model where exits cost it nothing; None where it is not trained.
+
+        Raises: UserError where the recipe evaluates nothing.
+        """
         if self.base.freeze == "model":
             return None
         run = TrialRun(self.folder / REFERENCE, self.recipe, [*self._settings(), "e_scale=0", "p_max=0"])
