@@ -274,6 +274,31 @@ def test_positions_of_many_rows_are_priced_by_what_they_took():
         assert any(lengths[60:]) == copies
 
 
+def test_a_slow_first_copy_does_not_shut_copies_off():
+    """It may capture a graph or pack weights; one disturbed round later on changes little either."""
+    costs = RowCosts(((1, 1.0), (16, 1.5)))
+    made = Controller(PRICES, (), copying=Copying(1, 4, costs), timed=True)
+    for _ in range(4):
+        made.learn(made.plain, 0.02, [control.Drafted(0, 0, 1, {})])
+    copied = []
+    for turn in range(40):
+        [choice] = made.choose([[0.9] * 4])
+        copied.append(choice.draft_length)
+        seconds = 1.0 if turn in (0, 12) else 0.02 * (1 + choice.draft_length / 30)
+        made.learn(choice, seconds, [control.Drafted(choice.draft_length, choice.draft_length, 1, {})])
+    assert min(copied[1:12]) > 0
+    assert sum(length > 0 for length in copied[13:]) > 24
+
+
+def test_padded_rows_copy_together_where_that_pays_together():
+    """Each alone would not pay for the positions of all; eight of them do."""
+    padded = Controller(
+        PRICES, (), copying=Copying(1, 1, RowCosts(((1, 1.0), (8, 1.0), (16, 1.2))), True), timed=False
+    )
+    assert [c.draft_length for c in padded.choose([[0.3]] * 8)] == [1] * 8
+    assert [c.draft_length for c in padded.choose([[0.3], *[[]] * 7])] == [0] * 8
+
+
 def test_rows_of_a_step_draft_in_one_way():
     """Copies of some and exit drafts of others would read the weights twice."""
     exits = (Choice(1, 2),)

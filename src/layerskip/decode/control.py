@@ -110,10 +110,6 @@ class Prices:
         more = 0.0 if adapter is None else adapter.num_bytes / stack.layer_bytes
         return cls(stack.num_layers, head, head * share + more, rows)
 
-    @property
-    def plain(self) -> float:
-        return self.layers + self.head
-
     def cost(self, exit_layer: int, draft_length: int = 0, num_rows: int = 1) -> Cost:
         one, several = (1.0 if self.rows is None else self.rows(num_rows * n) for n in (1, draft_length + 1))
         late, head = several * (self.layers - exit_layer), several * self.head
@@ -162,11 +158,12 @@ class _Fading:
 class _Book:
     """What rounds of one number of rows have taken: seconds per layer of price, by arm.
 
-    `extra` sums what copies added to plain steps, and what they should have added, in plain steps.
+    `extra` holds, of the last rounds with copies, what these added to a plain step and what they should have added,
+    in plain steps.
     """
 
     def __init__(self) -> None:
-        self.extra = _Fading()
+        self.extra: deque[tuple[float, float]] = deque(maxlen=24)
         self.known: set[Choice] = set()
         self.paces: dict[Choice, deque[float]] = defaultdict(lambda: deque(maxlen=7))
         # Of all arms of a drafter.
@@ -189,8 +186,13 @@ class _Book:
         known = own or alike or self.paces[plain] or [pace for own in self.drafting.values() for pace in own]
         return statistics.median(known) if known else None
 
+    def added(self) -> tuple[float, float]:
+        """Sum up what copies took and should have taken, without the round that took most: it was disturbed."""
+        kept = sorted(self.extra)[: max(1, len(self.extra) - 1)]
+        return sum(took for took, _ in kept), sum(should for _, should in kept)
+
     def forget_drafting(self, plain: Choice) -> None:
-        self.extra = _Fading()
+        self.extra.clear()
         self.drafting.clear()
         for arm in [arm for arm in self.paces if arm != plain]:
             del self.paces[arm]
@@ -200,8 +202,9 @@ class Controller:
     """Choose what a round does, by tokens per measured second. One controller serves all rows of its kind.
 
     `guard` makes plain steps one more choice, taken while they are faster; without it and with arms a controller
-    always drafts. Without arms a row that does not copy takes plain steps. One that is not `timed` serves a single
-    row, where it has arms: what it learns of their agreement must be that row's.
+    always drafts: all rows by an exit, or those that can copy beside plain steps of the others. Without arms a row
+    that does not copy takes plain steps. One that is not `timed` serves a single row, where it has arms: what it
+    learns of their agreement must be that row's.
     """
 
     def __init__(
@@ -302,10 +305,12 @@ class Controller:
         width = num_rows if self.copying.padded else 1
         prices = [self._price(num_rows, length * width) for length in range(longest + 1)]
         gains = [[0.0, *accumulate(accumulate(own, mul))] for own in chances]  # by length: tokens more
+        if self.copying.padded:
+            return _padded(gains, prices)
         lengths, rate = [0] * num_rows, float(num_rows)
         for _ in range(TURNS if longest else 0):
             tried = [max(range(len(own)), key=lambda k: own[k] - rate * prices[k]) for own in gains]
-            added = num_rows * max(tried) if self.copying.padded else sum(tried)
+            added = sum(tried)
             gained = sum(own[k] for own, k in zip(gains, tried, strict=True))
             reached = (num_rows + gained) / (1 + self._price(num_rows, added))
             if reached <= rate:
@@ -321,9 +326,10 @@ class Controller:
 
     def _price(self, num_rows: int, positions: int) -> float:
         """Price them as `_more`, in proportion to what copies have cost lately."""
-        more, extra = self._more(num_rows, positions), self._books[_bucket(num_rows)].extra
+        more = self._more(num_rows, positions)
+        took, should = self._books[_bucket(num_rows)].added()
         prior = PRIOR * more
-        return more * max(CHEAPEST, (extra.total + prior) / (extra.weight + prior)) if more else 0.0
+        return more * max(CHEAPEST, (took + prior) / (should + prior)) if more else 0.0
 
     def _probe_every(self, arm: Choice, num_rows: int) -> int:
         """Rounds between probes: each reads the draft head once."""
@@ -342,9 +348,8 @@ class Controller:
             padded = self.copying is not None and self.copying.padded
             copied = num_rows * drafted if padded else sum(row.drafted for row in rows)
             more, step = self._more(num_rows, copied), book.pace(self.plain, self.plain)
-            if self.timed and step is not None:
-                book.extra.fade(1.0, WINDOW / 4)
-                book.extra.add(seconds / (step * price) - 1, more, math.inf)
+            if self.timed and step is not None and self.copies in book.known:
+                book.extra.append((seconds / (step * price) - 1, more))
             arm, price = self.copies, price * (1 + more)
         if self.timed and not choice.probes:  # a probe's time is not the arm's
             book.add(arm, seconds / price)
@@ -353,6 +358,8 @@ class Controller:
             self._since_probe += 1
             return
         measured_only = plain and self._plain_is_due(len(rows))  # drafting goes on after it
+        if measured_only and book.extra:  # what copies took may have had a reason that is gone
+            book.extra.popleft()
         self._current = self._current if measured_only else arm
         self._since_plain = 0 if plain else self._since_plain + 1
         self._since_probe = 0 if choice.probes else self._since_probe + 1
@@ -378,6 +385,17 @@ class Controller:
             agreement = self.agreement(arm.exit_layer)
             expected = sum(expected_tokens(row.drafted, agreement) for row in rows)
         self._surplus.add(sum(row.committed for row in rows), expected, WINDOW)
+
+
+def _padded(gains: Sequence[Sequence[float]], prices: Sequence[float]) -> tuple[list[int], float]:
+    """The best common length where a step is as wide as its longest copy: each row copies as far as it can."""
+
+    def rate(length: int) -> float:
+        gained = sum(own[min(length, len(own) - 1)] for own in gains)
+        return (len(gains) + gained) / (1 + prices[length])
+
+    best = max(range(len(prices)), key=rate)
+    return [min(best, len(own) - 1) for own in gains], rate(best) / len(gains)
 
 
 def _bucket(num_rows: int) -> int:
