@@ -15,19 +15,17 @@ from typing import Any
 import record
 import torch
 
+from layerskip.checkpoint.contents import own_weights
 from layerskip.checkpoint.resolve import resolve
 from layerskip.decode.load import load, resolve_device
 from layerskip.measure import prompt_file
 from layerskip.measure.lines import read_prompts
 from layerskip.measure.results import named
 
-OURS = ("exit_adapter.safetensors", "draft_head.safetensors")
-
 
 def weights(folder: Path) -> dict[str, str]:
     """The digest of every weight file that is the model's own."""
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in OURS]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in own_weights(folder)}
 
 
 def decoded(name: str, dtype: str, prompts: list[Any], budget: int) -> list[tuple[list[int], str]]:

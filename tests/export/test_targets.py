@@ -1,7 +1,9 @@
 """The verb export: folders that appear whole, and that their engines open."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -34,9 +36,12 @@ def test_names_and_writers_are_the_same():
 
 
 def test_hf_is_the_folder_byte_for_byte(run, drafting, tmp_path):
-    (drafting / "optimizer.pt").write_bytes(b"no part of a model")
+    beside = ("optimizer.pt", "run.json", "notes.txt", "credentials.json")
+    for name in beside:
+        (drafting / name).write_bytes(b"no part of a model")
     told = exported(run, drafting, "hf", tmp_path / "out")
-    assert "optimizer.pt" not in told["files"]
+    assert not {*beside} & {*told["files"]}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {*told["files"]}
     for name in told["files"]:
         assert (tmp_path / "out" / name).read_bytes() == (drafting / name).read_bytes()
 
@@ -61,14 +66,12 @@ def test_gguf_has_both_models(run, drafting, tmp_path):
 def test_vllm_has_both_folders_and_the_command(run, drafting, folder, tmp_path):
     told = exported(run, drafting, "vllm", tmp_path / "out")
     assert {"model/config.json", "draft/config.json", "serve.sh"} <= {*told["files"]}
-    how = json.loads(told["use"][0].split("'")[1])
-    assert how == {
-        "method": "draft_model",
-        "model": str(tmp_path / "out" / "draft"),
-        "num_speculative_tokens": 3,
-    }
+    how = json.loads(told["serves"].split("'")[1])
+    assert how == {"method": "draft_model", "model": "draft", "num_speculative_tokens": 3}
+    assert (tmp_path / "out" / "draft").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "out" / "serve.sh").stat().st_mode & 0o111
     told = exported(run, folder, "vllm", tmp_path / "other")
-    assert json.loads(told["use"][0].split("'")[1])["method"] == "ngram"
+    assert json.loads(told["serves"].split("'")[1])["method"] == "ngram"
     assert "--exit-layer E (1 to 4)" in told["note"]
 
 
@@ -87,6 +90,35 @@ def test_transformers_generates_with_the_exported_code(run, drafting, tmp_path, 
     found = model.generate(ids, max_new_tokens=24, do_sample=False, **given)
     assert torch.equal(found, plain)
     assert seen == [{"streamer": None, "draft_length": None, "drafter": "exit"}]
+
+
+def test_names_are_quoted_and_commands_run_from_anywhere(run, drafting, tmp_path):
+    place = tmp_path / "it's; touch bad"
+    told = exported(run, drafting, "vllm", place)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").write_text('#!/bin/sh\npwd; printf "%s\\n" "$@"\n')
+    (tmp_path / "bin" / "vllm").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        told["use"][0], shell=True, cwd="/", env={"PATH": path}, capture_output=True, text=True
+    )
+    where, *words = done.stdout.strip().split("\n")
+    assert where == str(place)
+    assert words[:3] == ["serve", "model", "--speculative-config"]
+    assert json.loads(words[3])["model"] == "draft"
+    assert not (tmp_path / "bad").exists()
+    told = exported(run, drafting, "draft", tmp_path / "a 'b'")
+    assert eval(told["use"][0].split("from_pretrained")[1]) == str(tmp_path / "a 'b'")
+
+
+def test_wishes_that_a_target_does_not_know_are_refused(run, drafting, tmp_path):
+    for more, says in (
+        (("--to", "hf", "--exit-layer", "2"), "no draft"),
+        (("--to", "vllm", "--type", "f32"), "--type"),
+    ):
+        code, _, err = run("export", drafting, "--output", tmp_path / "out", *more)
+        assert code == 2
+        assert says in err
 
 
 def test_nothing_half_written_is_left(run, drafting, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from layerskip.checkpoint import resolve as hub
@@ -193,6 +194,11 @@ def test_files_of_a_draft_head_come_from_where_the_model_came_from(tmp_path, mon
     assert hub.folder_of(model) == tmp_path / "snapshot"
     files = ["config.json", "draft_vocab.json", "exit_adapter.safetensors"]
     assert asked == [("org/model", file, "abc") for file in files]
+    model.config._commit_hash = None
+    assert hub.folder_of(model) is None, "a folder that is gone is no hub's"
+    model.config._commit_hash, model.exit_adapter = "abc", torch.nn.Linear(1, 1)
+    assert hub.folder_of(model) is None, "it has learnt an adapter since"
+    del model.exit_adapter
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"exit_adapter.safetensors of org/model"):
         hub.folder_of(model)

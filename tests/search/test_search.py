@@ -1,6 +1,7 @@
 """The search: what it reads, what it chooses, what a kill leaves, what it says in the end."""
 
 import json
+import sys
 
 import pytest
 
@@ -58,13 +59,13 @@ class World:
     """Runs that take no time: the speed-up peaks at a learning rate, and exits cost more the louder they are."""
 
     def __init__(self):
-        self.made, self.stopped, self.kill_at = [], [], None
+        self.made, self.stopped, self.kill_at, self.broken = [], [], None, set()
 
     def figures(self, recipe, step):
         reached = step / 40
         peak = 1.8 - abs(float(recipe.learning_rate) - 1e-3) * 100
         speedup = 1.0 + (peak - 1.0) * reached * (1.0 if recipe.exit_loss == "kl" else 0.8)
-        return Figures(speedup, 2.0 + 0.03 * recipe.e_scale**2 * reached)
+        return Figures(speedup, 3.0 - reached + 0.03 * recipe.e_scale**2 * reached)
 
 
 @pytest.fixture
@@ -72,8 +73,9 @@ def world(monkeypatch):
     made = World()
 
     class Run:
-        def __init__(self, folder, recipe, settings):
+        def __init__(self, folder, recipe, settings, held=None):
             self.folder, self.result, self.ended = folder, None, False
+            assert held is not None, "the process keeps the lock"
             self.recipe = read_recipe(recipe, settings)
             folder.mkdir(parents=True, exist_ok=True)
             made.made.append((folder.name, self.recipe))
@@ -82,6 +84,8 @@ def world(monkeypatch):
             for step in (10, 20, 30, 40):
                 if self.ended:
                     return
+                if self.folder.name in made.broken:
+                    raise UserError("a run of the search failed: loss is not finite")
                 if made.kill_at == (self.folder.name, step):
                     made.kill_at = None
                     raise KeyboardInterrupt
@@ -113,7 +117,7 @@ def test_it_finds_the_peak_within_the_cost(world, tmp_path):
     best = search.finished()[0]
     assert best.user_attrs["cost"] <= 0.01
     assert best.params["exit_loss"] == "kl"
-    assert best.value > 1.6
+    assert best.user_attrs["speedup"] > 1.6
     assert world.stopped, "what others beat ends early"
     assert world.made[0][0] == "reference"
     assert (world.made[0][1].e_scale, world.made[0][1].p_max) == (0, 0)
@@ -157,11 +161,85 @@ def test_a_budget_ends_it_and_a_larger_one_goes_on(world, tmp_path, monkeypatch)
 
 def test_a_trial_another_worker_has_is_left_alone(world, tmp_path):
     search = searching(tmp_path / "s", 3)
-    trial = search.study.ask()
-    with search._lock(trial.number):
-        ended = [one.number for one in search.run()]
+    trial, lock = search._next()
+    ended = [one.number for one in search.run()]
+    lock.release()
     assert trial.number not in ended
     assert [one.number for one in searching(tmp_path / "s", 3).run()] == [trial.number]
+
+
+def test_a_run_that_fails_is_told_and_three_in_a_row_end_the_search(world, tmp_path):
+    world.broken = {"trial-001"}
+    search = searching(tmp_path / "s", 4)
+    states = [trial.state.name for trial in search.run()]
+    assert states[1] == "FAIL"
+    assert states.count("FAIL") == 1
+    assert "not finite" in search.study.trials[1].user_attrs["why"]
+    world.broken = {f"trial-{i:03d}" for i in range(4, 20)}
+    with pytest.raises(UserError, match="3 trials in a row failed"):
+        list(searching(tmp_path / "s", 20).run())
+
+
+def test_the_best_recipe_is_the_users_own_but_for_what_was_searched(world, tmp_path):
+    search = searching(tmp_path / "s", 3)
+    list(search.run())
+    best = search.recipe_of(search.finished()[0])
+    plain = read_recipe("finetune", BASE)
+    assert (best.save_every, best.keep, best.best_by) == (plain.save_every, plain.keep, plain.best_by)
+
+
+PRETEND = """
+import json, pathlib, sys, time
+out = pathlib.Path(json.loads(next(a for a in sys.argv if a.startswith("output="))[7:]))
+begun = (out / "recipe.yaml").is_file()
+assert begun == ("--resume" in sys.argv)
+out.mkdir(parents=True, exist_ok=True)
+(out / "recipe.yaml").write_text("x")
+for step in (2, 4):
+    place = out / f"checkpoint-{step}"
+    place.mkdir(exist_ok=True)
+    line = {"step": step, "eval_predicted_speedup": 1 + step / 10, "eval_exit_30_loss": 2.0}
+    (place / "trainer_state.json").write_text(json.dumps({"log_history": [line]}))
+    if not begun and step == 2:
+        time.sleep(30)
+print(json.dumps({"steps": 5, "predicted_speedup": 1.5, "exits": {"30": {"loss": 1.9}}}))
+"""
+
+
+def test_a_run_is_followed_stopped_and_taken_up_again(tmp_path):
+    """In a folder whose name YAML and a shell would read otherwise; steps that no rung divides are told too."""
+    (tmp_path / "pretend.py").write_text(PRETEND)
+    place = tmp_path / "runs #2: 'a b'"
+
+    def made():
+        one = runs.TrialRun(place, "tiny", ["steps=5"])
+        one._command[:3] = [sys.executable, str(tmp_path / "pretend.py")]
+        return one
+
+    first = made()
+    for step, figures in first.follow():
+        assert (step, figures) == (2, Figures(1.2, 2.0))
+        first.stop()
+    assert first.result is None
+    assert first._process.poll() is not None
+    assert list(made().follow()) == [(2, Figures(1.2, 2.0)), (4, Figures(1.4, 2.0)), (5, Figures(1.5, 1.9))]
+    assert [step for step, _ in made().follow()] == [2, 4, 5]
+
+
+def test_a_run_that_is_ended_from_outside_is_not_taken_for_a_finished_one(tmp_path):
+    (tmp_path / "pretend.py").write_text(PRETEND)
+    one = runs.TrialRun(tmp_path / "s", "tiny", [])
+    one._command[:3] = [sys.executable, str(tmp_path / "pretend.py")]
+    steps = one.follow()
+    next(steps)
+    one._process.terminate()
+    with pytest.raises(runs.StoppedError):
+        list(steps)
+    (tmp_path / "pretend.py").write_text("raise SystemExit('no memory')")
+    other = runs.TrialRun(tmp_path / "t", "tiny", [])
+    other._command[:3] = one._command[:2]
+    with pytest.raises(UserError, match="no memory"):
+        list(other.follow())
 
 
 def test_what_cannot_be_trained_is_said_before_any_run(tmp_path):
@@ -196,7 +274,7 @@ def test_the_report_says_what_is_best_what_mattered_and_what_was_not_tried(world
 
 def test_the_front_holds_what_no_other_beats():
     def one(number, value, cost):
-        made = optuna.trial.create_trial(value=value, user_attrs={"cost": cost})
+        made = optuna.trial.create_trial(value=value, user_attrs={"cost": cost, "speedup": value})
         made.number = number
         return made
 

@@ -14,6 +14,7 @@ from typing import Any
 from layerskip.checkpoint.builtin import finished, make
 from layerskip.checkpoint.catalogue import BUILTINS, Builtin, shipped
 from layerskip.checkpoint.configuration import check_ids, read_configuration
+from layerskip.checkpoint.contents import PARTS
 from layerskip.checkpoint.files import cache_folder, check_regular
 from layerskip.checkpoint.weights import check_weights, shards_of
 from layerskip.errors import UserError, nearest
@@ -23,7 +24,6 @@ __all__ = ["Builtin", "builtins", "cache_folder", "cached", "check_folder", "res
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-PARTS = ("draft_vocab", "draft_head", "exit_adapter")  # keys of our entry that name files
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*/*", "consolidated*.safetensors")
 """Other formats of the same weights: subfolders such as onnx/ and original/, Mistral's own layout."""
@@ -120,25 +120,26 @@ def at_hand(name: str) -> Path | None:
 def folder_of(hf: Any) -> Path | None:
     """Find the folder a model in memory was loaded from; None where it is gone, or there never was one.
 
-    Of a hub's, only the files that its `layerskip` entry names are fetched, where they are not in the cache yet.
-    Raises: UserError where they cannot be had.
+    Of a hub's, only the files that its `layerskip` entry names are fetched, where they are not in the cache yet;
+    none where the model has learnt an adapter since. Raises: UserError where they cannot be had.
     """
     name = str(getattr(hf, "name_or_path", None) or "")
     if name and (Path(name) / "config.json").is_file():
         return Path(name)
     entry = getattr(hf.config, "layerskip", None) or {}
     files = [entry[key] for key in PARTS if isinstance(entry, dict) and isinstance(entry.get(key), str)]
-    if not (files and _HUB_ID.fullmatch(name)):
+    revision = getattr(hf.config, "_commit_hash", None)  # only what came from a hub has one
+    learnt = getattr(hf, "exit_adapter", None) is not None
+    if learnt or not (files and revision and _HUB_ID.fullmatch(name)):
         return None
     from huggingface_hub import hf_hub_download
 
-    revision = getattr(hf.config, "_commit_hash", None)
     try:
         found = [hf_hub_download(name, file, revision=revision) for file in ["config.json", *files]]
     except Exception as error:  # whatever the hub, its library or the network say
         raise UserError(
             f"cannot get {', '.join(files)} of {name}: {reason(error)}",
-            "connect once and they stay in the cache; drafter='lookup' needs none",
+            "connect once and they stay in the cache, or load a folder that has them",
         ) from error
     return Path(found[0]).parent
 

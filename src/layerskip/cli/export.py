@@ -24,7 +24,7 @@ def export(
     exit_layer: Annotated[
         int | None, Option("E, layers of the draft.", least=1, shown="the checkpoint's")
     ] = None,
-    type: Annotated[str, Option("How GGUF stores matrices.", choices=TYPES)] = "f16",
+    type: Annotated[str | None, Option("How GGUF stores matrices.", choices=TYPES, shown="f16")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model for another engine, open what was written and compare it.

@@ -35,6 +35,7 @@ def search(
     """
     try:
         from layerskip.search.report import report
+        from layerskip.search.runs import StoppedError
         from layerskip.search.study import Search
     except ImportError as error:
         raise UserError("a search needs optuna", 'pip install "layerskip[search]"') from error
@@ -46,10 +47,11 @@ def search(
     try:
         with progress() as watch:
             for trial in made.run(watch):
-                value = "" if trial.value is None else f", {trial.value:.2f} x predicted"
+                speedup = trial.user_attrs.get("speedup")
+                value = "" if speedup is None else f", {speedup:.2f} x predicted"
                 why = trial.user_attrs.get("why")
                 note(f"trial {trial.number} {trial.state.name.lower()}{value}{f': {why}' if why else ''}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         note("stopped; the same command goes on")
     tell(report(made), as_json, _show)
 

@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerskip.errors import UserError, hint_of
+from layerskip.reading import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-CARRIED = (
-    "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*",
-    "NOTICE*",
-)  # fmt: skip
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+    from collections.abc import Iterable, Iterator
 
 
 @contextmanager
@@ -37,30 +32,26 @@ def whole_folder(output: Path) -> Iterator[Path]:
         for file in (path for path in making.rglob("*") if path.is_file()):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-            file.chmod(0o644)  # safetensors writes files that only their owner reads
+            file.chmod(0o755 if file.suffix == ".sh" else 0o644)  # safetensors writes for its owner alone
         if output.is_dir():
             output.rmdir()
         os.replace(making, output)
     except OSError as error:
         if error.errno is None:  # no file's
             raise
-        raise UserError(f"cannot write {output}: {error.strerror}", hint_of(error)) from error
+        raise UserError(f"cannot export to {output}: {reason(error)}", hint_of(error)) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def carry(source: Path, folder: Path, *, weights: bool = True) -> list[str]:
-    """Copy a checkpoint's files byte for byte, with or without its weights, and compare each; return their names.
-
-    Raises: UserError where a copy differs.
-    """
-    names = {path.name for pattern in CARRIED for path in source.glob(pattern) if path.is_file()}
-    left = {path.name for pattern in WEIGHTS for path in source.glob(pattern)} if not weights else set()
-    for name in sorted(names - left):
-        shutil.copyfile(source / name, folder / name)
-        if not filecmp.cmp(source / name, folder / name, shallow=False):
-            raise UserError(f"{name} was not copied as it is", "is the disk sound, and nobody writing there?")
-    return sorted(names - left)
+def carry(files: Iterable[Path], folder: Path) -> None:
+    """Copy files byte for byte, and compare each. Raises: UserError where a copy differs."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+        if not filecmp.cmp(file, folder / file.name, shallow=False):
+            raise UserError(
+                f"{file.name} was not copied as it is", "is the disk sound, and nobody writing there?"
+            )
 
 
 def sizes(folder: Path) -> dict[str, int]:

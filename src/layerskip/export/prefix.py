@@ -4,7 +4,7 @@
 
 It reads what an exit reads: the same layers, norm and head, so its most probable token is the exit's. An exit with
 rows of its own (a draft vocabulary that was trained) has them put into a head of the full vocabulary; tokens
-outside get the logit 0.
+outside get the logit 0, so where all its own are negative one of those is said, which the exit would not say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from layerskip.checkpoint.contents import TOKENIZER, matching
 from layerskip.checkpoint.facts import draft_rows, facts_of, ranked_vocabulary
 from layerskip.errors import UserError
 from layerskip.export.folders import carry
@@ -29,11 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTH = 24  # tokens on which the reloaded draft is compared
-OURS = (
-    "draft_head.safetensors",
-    "draft_vocab.json",
-    "exit_adapter.safetensors",
-)  # nothing of it is for others
+LICENCES = ("LICENSE*", "NOTICE*")
 
 
 def write_prefix(source: Path, exit_layer: int | None, output: Path) -> dict[str, Any]:
@@ -56,18 +53,9 @@ def write_prefix(source: Path, exit_layer: int | None, output: Path) -> dict[str
         wanted = stack.logits(states)
         _cut(hf, exit_layer, own)
     hf.save_pretrained(output)
-    carry_rest(source, output)
+    carry(matching(source, (*TOKENIZER, *LICENCES)), output)
     _compare(output, tokens, wanted, exit_layer)
     return {"exit_layer": exit_layer, "layers": layers, "own_head": own is not None}
-
-
-def carry_rest(source: Path, output: Path) -> None:
-    """Copy what is no weight: tokenizer, template, generation config, licence; the configuration stays ours."""
-    written = (output / "config.json").read_bytes()
-    carry(source, output, weights=False)
-    (output / "config.json").write_bytes(written)
-    for name in (*OURS, "README.md", "layerskip-source.json"):
-        (output / name).unlink(missing_ok=True)
 
 
 def _dtype(source: Path) -> Any:

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from layerskip.checkpoint.contents import checkpoint_files, matching
 from layerskip.errors import UserError
-from layerskip.export.folders import CARRIED
 from layerskip.reading import reason
 
-BESIDE = ("custom_generate/*",)  # folders that belong to a model
+CODE = "custom_generate"  # what transformers runs, beside the model
 
 
 def pushed(folder: Path, repo: str, *, private: bool, message: str) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def pushed(folder: Path, repo: str, *, private: bool, message: str) -> dict[str,
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{repo!r} is no name of a repository", "give one of the form org/name")
-    found = (path for pattern in (*CARRIED, *BESIDE) for path in folder.glob(pattern) if path.is_file())
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(found)}
+    found = [*checkpoint_files(folder), *matching(folder / CODE, ("*.py", "requirements.txt"))]
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)

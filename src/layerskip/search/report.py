@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from layerskip.checkpoint.files import write_text
-from layerskip.search.study import COST, SECONDS, WHY, Search, front
+from layerskip.search.study import COST, SECONDS, SPEEDUP, WHY, Search, front, speedup_of
 from layerskip.train.job.recipe import as_yaml
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "state": trial.state.name.lower(),
-        "speedup": trial.value
-        if trial.value is not None
-        else max(trial.intermediate_values.values(), default=None),
+        "speedup": trial.user_attrs.get(SPEEDUP),
         "cost": trial.user_attrs.get(COST),
         "seconds": trial.user_attrs.get(SECONDS),
         "steps": max(trial.intermediate_values, default=0),
@@ -126,7 +124,7 @@ def picture(search: Search, finished: list[optuna.trial.FrozenTrial], file: Path
     from layerskip.errors import UserError
     from layerskip.measure.exits import draw
 
-    points = {trial.number: (100 * trial.user_attrs.get(COST, 0.0), trial.value or 0.0) for trial in finished}
+    points = {trial.number: (100 * trial.user_attrs.get(COST, 0.0), speedup_of(trial)) for trial in finished}
     try:
         return draw.front(points, [t.number for t in front(finished)], 100 * search.max_cost, file)
     except UserError:  # no matplotlib

@@ -10,16 +10,18 @@ Nothing of a run is in this process, so that a search may be killed at any momen
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from layerskip.checkpoint.files import write_json
 from layerskip.errors import UserError
-from layerskip.train import checkpoints
 
 POLL_S = 0.2
 RESULT = "result.json"
@@ -33,16 +35,25 @@ class Figures(NamedTuple):
     loss: float | None
 
 
-class TrialRun:
-    """A run in a folder of its own: begun, resumed, or done already."""
+class StoppedError(Exception):
+    """A run was ended from outside: it goes on from its checkpoint when it is followed again."""
 
-    def __init__(self, folder: Path, recipe: str, settings: Sequence[str]) -> None:
-        self.folder, self.output = folder, folder / "run"
+
+class TrialRun:
+    """A run in a folder of its own: begun, resumed, or done already.
+
+    `held` is the descriptor of a lock that the process keeps, too: should this one be killed, nobody else begins
+    the run before its process has ended.
+    """
+
+    def __init__(self, folder: Path, recipe: str, settings: Sequence[str], held: int | None = None) -> None:
+        self.folder, self.output, self._held = folder, folder / "run", held
+        place = json.dumps(str(self.output))  # quoted as YAML reads it
         self._command = [
-            sys.executable, "-m", "layerskip", "--quiet", "train", recipe, *settings, f"output={self.output}",
-            "--json",
+            sys.executable, "-m", "layerskip", "--quiet", "train", recipe, *settings, f"output={place}", "--json",
         ]  # fmt: skip
         self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -53,25 +64,29 @@ class TrialRun:
     def follow(self) -> Iterator[tuple[int, Figures]]:
         """Train to the end, or to `stop`; yield every evaluation once, those of an earlier sitting too.
 
-        Raises: UserError with the last lines of a run that failed.
+        Raises: UserError with the last lines of a run that failed; StoppedError where it was ended from outside.
         """
-        told = 0
-        if self.result is None:
+        told, ended = 0, self.result is not None
+        if not ended:
             self._begin()
-        while True:
-            ended = self._process is None or self._process.poll() is not None
-            for step, figures in self._evaluated():
-                if step > told:
-                    told = step
-                    yield step, figures
-            if ended:
-                break
-            time.sleep(POLL_S)
-        if self._process is not None:
-            self._end()
+        try:
+            while True:
+                for step, figures in self._evaluated():
+                    if step > told:
+                        told = step
+                        yield step, figures
+                if ended or self._stopped:
+                    return
+                time.sleep(POLL_S)
+                if self._process is not None and self._process.poll() is not None:
+                    self._end()
+                    ended = True
+        finally:
+            self.stop()
 
     def stop(self) -> None:
-        """End the process; what it has done stays in its checkpoint."""
+        """End the process, where it still runs; what it has done stays in its checkpoint."""
+        self._stopped = True
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             self._process.wait()
@@ -79,20 +94,23 @@ class TrialRun:
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (self.output / "recipe.yaml").is_file() else []
+        if not resume:  # what was killed before it had written down what it is
+            shutil.rmtree(self.output, ignore_errors=True)
+        held = () if self._held is None else (self._held,)
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [*self._command, *resume], stdout=subprocess.PIPE, stderr=log, text=True
+                [*self._command, *resume], stdout=subprocess.PIPE, stderr=log, text=True, pass_fds=held
             )
 
     def _end(self) -> None:
         assert self._process is not None
         assert self._process.stdout is not None
-        printed = self._process.stdout.read().strip()
-        if self._process.returncode == 0:
-            from layerskip.checkpoint.files import write_json
-
+        printed, code = self._process.stdout.read().strip(), self._process.returncode
+        if code == 0:
             write_json(self.folder / RESULT, json.loads(printed.split("\n")[-1]))
-        elif self._process.returncode not in (130, -signal.SIGTERM, 143):
+        elif code in (130, 143, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL):
+            raise StoppedError(f"the run in {self.folder} was stopped")
+        else:
             said = (self.folder / LOG).read_text(encoding="utf-8").strip().split("\n")[-3:]
             raise UserError(
                 f"a run of the search failed: {' '.join(said)[-500:]}", f"see {self.folder / LOG}"
@@ -100,14 +118,16 @@ class TrialRun:
 
     def _evaluated(self) -> list[tuple[int, Figures]]:
         """Read the evaluations of the newest checkpoint, and of the end."""
-        found = []
-        newest = checkpoints.latest(self.output)
-        if newest is not None:
-            history = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-            found = [(line["step"], figures_of(line)) for line in history if "eval_predicted_speedup" in line]
-        if (done := self.result) is not None and not any(step == done["steps"] for step, _ in found):
-            found.append((done["steps"], Figures(done["predicted_speedup"], whole_loss(done["exits"]))))
-        return found
+        found: dict[int, Figures] = {}
+        for state in self.output.glob("checkpoint-*/trainer_state.json"):
+            with suppress(OSError, ValueError):  # it is being replaced
+                history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+                found |= {
+                    line["step"]: figures_of(line) for line in history if "eval_predicted_speedup" in line
+                }
+        if (done := self.result) is not None:
+            found.setdefault(done["steps"], Figures(done["predicted_speedup"], whole_loss(done["exits"])))
+        return sorted(found.items())
 
 
 def figures_of(line: dict[str, Any]) -> Figures:

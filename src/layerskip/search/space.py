@@ -89,7 +89,7 @@ def _range(key: str, value: str) -> Range | None:
         if not low < high:
             raise UserError(f"{key}={value}: the range holds nothing", "write the smaller end first")
         whole = all(re.fullmatch(r"[-+]?\d+", end) for end in ends.groups())
-        return Range(low, high, whole and not (low == 0 and high == 1))
+        return Range(low, high, whole)
     parts = [part.strip() for part in value.split("|")]
     if len(parts) > 1:
         if len({*parts}) < len(parts) or not all(parts):

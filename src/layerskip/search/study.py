@@ -8,9 +8,10 @@ Its storage is a file in the folder, so it goes on where it was killed, and the 
 works on it too. What is chosen for a trial depends on its number, the seed and the trials before it, so with one
 worker a search that was killed and one that was not make the same trials.
 
-The objective is the speed-up that a run predicts on its evaluation data. Cost is what training did to the whole
-model: its perplexity over that of the reference on the same rows. The reference is the recipe trained as long
-without exits and dropout; there is none, and no cost, where no weight of the model is trained.
+The objective is the speed-up that a run predicts on its evaluation data, less a penalty for what it costs beyond
+what it may. Cost is what training did to the whole model: its perplexity over that of the reference, on the same
+rows after as many steps. The reference is the recipe trained without exits and dropout; there is none, and no cost,
+where no weight of the model is trained.
 """
 
 from __future__ import annotations
@@ -42,14 +43,19 @@ if TYPE_CHECKING:
 
 STORAGE, ASKED, REFERENCE = "study.log", "search.json", "reference"
 RUNGS = 4  # evaluations of a run, at each of which it may end
-COST, SECONDS, WHY = "cost", "seconds", "why"  # what a trial's attributes are called
+COST, SPEEDUP, SECONDS, WHY = "cost", "speedup", "seconds", "why"  # what a trial's attributes are called
 HOPELESS = 3.0  # times the cost allowed, at which a run ends early
+PENALTY = 100.0  # of speed-up for each 1 of perplexity beyond what it may cost: 1.00 x for 1%
+MOST_FAILURES = 3  # in a row
 STARTUP = 6  # trials that are drawn at random
 
 
 @dataclass
 class Search:
-    """A search in its folder. Raises: UserError where the folder holds another one."""
+    """A search in its folder.
+
+    Raises: UserError where the folder holds another one, or the recipe lacks steps or evaluation data.
+    """
 
     folder: Path
     recipe: str
@@ -80,108 +86,120 @@ class Search:
     def run(self, watch: Watch = silent) -> Iterator[optuna.trial.FrozenTrial]:
         """Make trials until the budget or their number is used up; yield each that has ended.
 
-        Raises: UserError where a run fails; the search can go on when its cause is gone.
+        Raises: UserError where the reference, or several trials in a row, cannot be trained; StoppedError where a
+        run was ended from outside. The same search goes on then.
         """
         reference = self.reference(watch)
-        while (trial := self._next()) is not None:
-            with self._lock(trial.number):
-                yield self._tried(trial, reference, watch)
+        failed = 0
+        while (mine := self._next()) is not None:
+            trial, lock = mine
+            try:
+                ended = self._tried(trial, lock, reference, watch)
+            finally:
+                lock.release()
+            failed = failed + 1 if ended.state is TrialState.FAIL else 0
+            if failed >= MOST_FAILURES:
+                raise UserError(
+                    f"{failed} trials in a row failed, the last: {ended.user_attrs.get(WHY)}",
+                    "mend the cause, or the ranges; the same command goes on",
+                )
+            yield ended
 
-    def reference(self, watch: Watch = silent) -> float | None:
-        """The loss of the whole model where exits cost it nothing; None where it is not trained.
+    def reference(self, watch: Watch = silent) -> dict[int, float]:
+        """The loss of the whole model by step where exits cost it nothing; none where it is not trained.
 
-        Raises: UserError where the recipe evaluates nothing.
+        Raises: UserError where the recipe evaluates nothing; StoppedError.
         """
         if self.base.freeze == "model":
-            return None
-        run = TrialRun(self.folder / REFERENCE, self.recipe, [*self._settings(), "e_scale=0", "p_max=0"])
-        with FileLock(self.folder / f"{REFERENCE}.lock"):
-            loss = None
+            return {}
+        with FileLock(self.folder / f"{REFERENCE}.lock") as lock:
+            quiet = [*self._settings(), "e_scale=0", "p_max=0"]
+            run = TrialRun(self.folder / REFERENCE, self.recipe, quiet, _descriptor(lock))
+            losses, began, known = {}, time.monotonic(), run.result is not None
             for step, figures in run.follow():
-                loss = figures.loss
+                if figures.loss is not None:
+                    losses[step] = figures.loss
                 watch("reference: steps", step, self.base.steps or 0)
-        if loss is None:
+            if not known:
+                self.study.set_user_attr(SECONDS, time.monotonic() - began)
+        if not losses:
             raise UserError("the reference was not evaluated", "give eval_data=FILE")
-        return loss
+        return losses
 
     @property
     def spent_s(self) -> float:
-        """Seconds that trials have taken, those of earlier sittings too."""
+        """Seconds that the reference and all trials have taken, those of earlier sittings too."""
         trials = self.study.get_trials(deepcopy=False)
-        return float(sum(trial.user_attrs.get(SECONDS, 0.0) for trial in trials))
+        own = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in trials)
+        return float(own + self.study.user_attrs.get(SECONDS, 0.0))
 
-    def _next(self) -> Trial | None:
-        """A trial that was left behind, else a new one; None when budget or number are used up."""
-        trials = self.study.get_trials(deepcopy=False)
-        for left in trials:
-            if left.state is TrialState.RUNNING and self._is_free(left.number):
-                return Trial(self.study, left._trial_id)
-        if self.spent_s >= self.budget_s or (self.trials is not None and len(trials) >= self.trials):
-            return None
-        self.study.sampler = self._sampler(len(trials))
-        return self.study.ask()
+    def _next(self) -> tuple[Trial, FileLock] | None:
+        """A trial that was left behind, else a new one, and the lock that says it is ours; None at the end."""
+        with FileLock(self.folder / "next.lock"):
+            trials = self.study.get_trials(deepcopy=False)
+            for left in trials:
+                if left.state is TrialState.RUNNING and (lock := self._locked(left.number)) is not None:
+                    self.study.sampler = self._sampler(left.number)
+                    return Trial(self.study, left._trial_id), lock
+            if self.spent_s >= self.budget_s or (self.trials is not None and len(trials) >= self.trials):
+                return None
+            self.study.sampler = self._sampler(len(trials))
+            trial = self.study.ask()
+            lock = self._locked(trial.number)
+            assert lock is not None, "a new trial is nobody's"
+            return trial, lock
 
-    def _tried(self, trial: Trial, reference: float | None, watch: Watch) -> optuna.trial.FrozenTrial:
+    def _tried(
+        self, trial: Trial, lock: FileLock, reference: dict[int, float], watch: Watch
+    ) -> optuna.trial.FrozenTrial:
+        """Run a trial to its end, or to where it is ended early, and tell what it gave."""
         chosen = [f"{key}={told.suggested(key, trial)}" for key, told in self.space.ranges.items()]
-        run = TrialRun(self._place(trial.number), self.recipe, [*self._settings(), *chosen])
+        held = _descriptor(lock)
+        run = TrialRun(self._place(trial.number), self.recipe, [*self._settings(), *chosen], held)
         began, before = time.monotonic(), trial.user_attrs.get(SECONDS, 0.0)
-        pruned, speedup = None, None
+        value, why = 0.0, None
         try:
             for step, figures in run.follow():
-                speedup = figures.speedup
-                cost = _cost(figures, reference)
+                cost = _cost(figures, reference.get(step))
+                value = (figures.speedup or 0.0) - PENALTY * max(0.0, cost - self.max_cost)
                 trial.set_user_attr(COST, cost)
+                trial.set_user_attr(SPEEDUP, figures.speedup)
                 trial.set_user_attr(SECONDS, before + time.monotonic() - began)
                 watch(f"trial {trial.number}: steps", step, self.base.steps or 0)
-                trial.report(figures.speedup or 0.0, step)
-                pruned = self._hopeless(trial, cost)
-                if pruned is not None and run.result is None:
+                trial.report(value, step)
+                why = self._hopeless(trial, cost) if run.result is None else None
+                if why is not None:
                     run.stop()
                     break
-                if self.spent_s >= self.budget_s and run.result is None:
-                    run.stop()
-                    pruned = "the budget is used up"
-                    break
-        except (
-            UserError
-        ) as error:  # settings that cannot be trained: a loss that is not finite, an exit too deep
-            self.study.tell(trial, state=TrialState.FAIL)
-            trial.set_user_attr(WHY, error.message)
+        except UserError as error:  # settings that cannot be trained: a loss that is not finite, say
+            why, state = error.message, TrialState.FAIL
         else:
-            trial.set_user_attr(SECONDS, before + time.monotonic() - began)
-            if run.result is None:
-                trial.set_user_attr(WHY, pruned or "stopped")
-                self.study.tell(trial, state=TrialState.PRUNED)
-            else:
-                self.study.tell(trial, speedup or 0.0)
+            state = TrialState.COMPLETE if run.result is not None else TrialState.PRUNED
+        trial.set_user_attr(SECONDS, before + time.monotonic() - began)
+        trial.set_user_attr(WHY, why)
+        self.study.tell(trial, value if state is TrialState.COMPLETE else None, state)
         return self.study.get_trials(deepcopy=False)[trial.number]
 
     def _hopeless(self, trial: Trial, cost: float) -> str | None:
         """Why a run should end here; None where it should not."""
         if cost > HOPELESS * self.max_cost:
             return f"it costs {100 * cost:.1f}% of perplexity"
-        return "others were faster at this step" if trial.should_prune() else None
+        if trial.should_prune():
+            return "others were better at this step"
+        return "the budget is used up" if self.spent_s >= self.budget_s else None
 
     # -- what it found -------------------------------------------------------------------------------------------
 
     def finished(self) -> list[optuna.trial.FrozenTrial]:
-        """Trials that ran to their end, the best first: those within the cost, then the cheapest."""
+        """Trials that ran to their end, the best first: by speed-up, less what they cost beyond what they may."""
         done = [t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
-        return sorted(done, key=self._rank)
-
-    def _rank(self, trial: optuna.trial.FrozenTrial) -> tuple[bool, float]:
-        cost = trial.user_attrs.get(COST, 0.0)
-        within = cost <= self.max_cost
-        assert trial.value is not None
-        return not within, -trial.value if within else cost
+        return sorted(done, key=lambda trial: -(trial.value or 0.0))
 
     def recipe_of(self, trial: optuna.trial.FrozenTrial) -> Recipe:
-        """A trial's recipe, without an output of its own."""
-        chosen = [f"{key}={self._worded(key, trial)}" for key in self.space.ranges]
-        return read_recipe(self.recipe, [*self._settings(), *chosen])
-
-    def _worded(self, key: str, trial: optuna.trial.FrozenTrial) -> str:
-        return self.space.ranges[key].suggested(key, optuna.trial.FixedTrial(trial.params))
+        """A trial's recipe, without an output of its own. Raises: UserError as `read_recipe`."""
+        fixed = optuna.trial.FixedTrial(trial.params)
+        chosen = [f"{key}={told.suggested(key, fixed)}" for key, told in self.space.ranges.items()]
+        return read_recipe(self.recipe, [*self.space.settings, *chosen])
 
     # -- the folder ----------------------------------------------------------------------------------------------
 
@@ -227,35 +245,41 @@ class Search:
             n_startup_trials=STARTUP,
             multivariate=True,
             constant_liar=True,
-            constraints_func=lambda trial: (trial.user_attrs.get(COST, 0.0) - self.max_cost,),
         )
 
     def _place(self, number: int) -> Path:
         return self.folder / f"trial-{number:03d}"
 
-    def _lock(self, number: int) -> FileLock:
-        return FileLock(self.folder / f"trial-{number:03d}.lock")
+    def _locked(self, number: int) -> FileLock | None:
+        """Take a trial's lock; None where a worker, or a run that it left, has it."""
+        lock = FileLock(self.folder / f"trial-{number:03d}.lock")
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            return lock
+        return None
 
-    def _is_free(self, number: int) -> bool:
-        """Whether no worker has this trial: its lock goes with its process."""
-        with suppress(Timeout), self._lock(number).acquire(timeout=0):
-            return True
-        return False
+
+def _descriptor(lock: FileLock) -> int | None:
+    return lock._context.lock_file_fd
 
 
 def _cost(figures: Figures, reference: float | None) -> float:
-    """By how much perplexity is above the reference's, as a share; less than nothing costs nothing."""
+    """Compare perplexity with the reference's at the same step, as a share; less than nothing costs nothing."""
     if reference is None or figures.loss is None:
         return 0.0
     return max(0.0, math.expm1(figures.loss - reference))
 
 
+def speedup_of(trial: optuna.trial.FrozenTrial) -> float:
+    """The speed-up that a trial's last evaluation predicts."""
+    return float(trial.user_attrs.get(SPEEDUP) or 0.0)
+
+
 def front(trials: Sequence[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
     """The trials that no other beats in both speed-up and cost, the cheapest first."""
     best, found = -math.inf, []
-    for trial in sorted(trials, key=lambda t: (t.user_attrs.get(COST, 0.0), -(t.value or 0.0))):
-        assert trial.value is not None
-        if trial.value > best:
-            best = trial.value
+    for trial in sorted(trials, key=lambda t: (t.user_attrs.get(COST, 0.0), -speedup_of(t))):
+        if speedup_of(trial) > best:
+            best = speedup_of(trial)
             found.append(trial)
     return found

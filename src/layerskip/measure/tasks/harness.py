@@ -28,7 +28,9 @@ from layerskip.measure.tasks.likelihood import scored
 LOADING = ("dtype", "device", "quantize", "stack", "threads")
 DRAFTING = ("mode", "drafter", "exit_layer", "draft_length", "policy", "guard")
 PASSED = ("max_batch_size", "trust_remote_code")  # what lm-eval hands to every model
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = ("top_k", "top_p", "min_p")
+BUDGETS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+ROWS = 8  # decoded together, where lm-eval says auto
 
 Scored = tuple[tuple[str, str], list[int], list[int]]  # texts, context and continuation in tokens
 
@@ -42,7 +44,7 @@ class LayerSkipLM(TemplateLM):
     def __init__(
         self,
         pretrained: str,
-        batch_size: int | str = 8,
+        batch_size: int | str = ROWS,
         likelihood_exit: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -56,7 +58,7 @@ class LayerSkipLM(TemplateLM):
         loading = {name: more[name] for name in LOADING if more.get(name) is not None}
         self.drafting = {name: more[name] for name in DRAFTING if more.get(name) is not None}
         self.lm = load(pretrained, **loading)
-        self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
+        self.rows = int(batch_size) if str(batch_size).isdecimal() else ROWS
         layers = self.lm.stack.num_layers
         self.exit = layers if likelihood_exit is None else int(likelihood_exit)
         self.heads = own_heads(self.lm)
@@ -116,6 +118,8 @@ class LayerSkipLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Scored], **more: Any) -> list[tuple[float, bool]]:
         pairs = []
         for _, context, continuation in requests:
+            if not continuation:
+                raise UserError("a continuation is nothing in tokens", "leave that document out")
             if len(continuation) > self.max_length:
                 raise UserError(f"a continuation of {len(continuation)} tokens passes {self.max_length}")
             pairs.append([((context + continuation)[-self.max_length - 1 :], len(continuation))])
@@ -151,7 +155,7 @@ class LayerSkipLM(TemplateLM):
             how = dict(request.args[1])
             until = how.get("until") or ()
             until = (until,) if isinstance(until, str) else tuple(until)
-            budget = int(how.get("max_gen_toks") or how.get("max_new_tokens") or self.max_gen_toks)
+            budget = next((int(how[key]) for key in BUDGETS if how.get(key)), self.max_gen_toks)
             groups.setdefault((until, budget, *_law(how).items()), []).append(place)
         texts = [""] * len(requests)
         for (until, budget, *law), places in groups.items():
@@ -170,13 +174,13 @@ class LayerSkipLM(TemplateLM):
 
 
 def _law(how: dict[str, Any]) -> dict[str, Any]:
-    """What of a task's settings decides how tokens are drawn; without `do_sample` they are not."""
+    """Read how a task wants tokens drawn, in our words; without `do_sample` they are not drawn."""
+    found = {name: how[name] for name in ("repetition_penalty",) if how.get(name) is not None}
     temperature = how.get("temperature")
-    if not (how.get("do_sample") or (how.get("do_sample") is None and temperature)):
-        return {}
-    return {"temperature": 1.0 if temperature is None else temperature} | {
-        name: how[name] for name in SAMPLING[1:] if how.get(name) is not None
-    }
+    if how.get("do_sample") or (how.get("do_sample") is None and temperature):
+        found["temperature"] = 1.0 if temperature is None else temperature
+        found |= {name: how[name] for name in SAMPLING if how.get(name) is not None}
+    return found
 
 
 def main() -> None:

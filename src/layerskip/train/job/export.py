@@ -12,25 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.configuration import read_configuration
+from layerskip.checkpoint.contents import TOKENIZER, matching, own_weights
 from layerskip.checkpoint.facts import entry
 from layerskip.checkpoint.files import write_json
 from layerskip.errors import UserError, hint_of
 from layerskip.train.objective.exit_map import add_map, as_checkpoint, write_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from layerskip.checkpoint.facts import Facts
     from layerskip.train.job.plan import Run
     from layerskip.train.job.recipe import Recipe
 
 MAKING = ".exporting"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-OURS = ("exit_adapter.safetensors", "draft_head.safetensors")
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
-    "generation_config.json",
-)  # fmt: skip
 
 
 def export(
@@ -57,7 +52,7 @@ def export(
             else:
                 with as_checkpoint(model, making, facts, vocabulary):
                     model.save_pretrained(making)
-            for file in _copied(run.folder):
+            for file in matching(run.folder, TOKENIZER):
                 shutil.copyfile(file, making / file.name)
             (making / "README.md").write_text(model_card(run.recipe, facts, result), encoding="utf-8")
             _move(making, output)
@@ -167,16 +162,11 @@ def _beside_weights(
     model: Any, source: Path, making: Path, facts: Facts, vocabulary: Sequence[int] | None
 ) -> None:
     """Write adapter and draft head beside a copy of the weights, which no training has touched: byte for byte."""
-    for file in sorted(path for pattern in WEIGHTS for path in source.glob(pattern)):
-        if file.name not in OURS:
-            shutil.copyfile(file, making / file.name)
+    for file in own_weights(source):
+        shutil.copyfile(file, making / file.name)
     config = read_configuration(source / "config.json")
     config["layerskip"] = entry(facts) | write_parts(model, making, vocabulary)
     write_json(making / "config.json", config, indent=2)
-
-
-def _copied(source: Path) -> Iterable[Path]:
-    return sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()})
 
 
 def _check_space(model: Any, output: Path) -> None:
