@@ -325,7 +325,7 @@ def test_what_a_recipe_cannot_do_is_said_before_any_step(refused, settings, says
 
 def test_a_recipe_trains_no_model_but_the_one_that_is_named(refused):
     """Without `model=` a run of finetune trained SmolLM2 unasked."""
-    assert "the recipe has no model" in refused("exits=[2]", recipe="finetune", model=None)
+    assert "the recipe has no model" in refused("exits=[0]", recipe="exit-adapter", model=None)
 
 
 def test_data_that_cannot_be_trained_on_is_said_before_any_step(refused, tmp_path):
