@@ -36,7 +36,9 @@ def print_contests(model: str, lm: LanguageModel, results: Sequence[Contest]) ->
         )
     out.print(table)
     plan = results[0].speculative.stats
-    exits = f"exit E = {plan['exit_layer']} of {lm.stack.num_layers} layers, K = {plan['draft_length']}"
+    exit_layer, layers = plan["exit_layer"], lm.stack.num_layers
+    name = f"exit E = {exit_layer} of {layers} layers" if exit_layer else "an adapter on the embedding, E = 0"
+    exits = f"{name}, K = {plan['draft_length']}"
     settings = {"lookup": "copies from the text so far", "auto": f"{exits}, and copies"}.get(
         plan["drafter"], exits
     )
