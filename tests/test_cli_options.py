@@ -167,11 +167,7 @@ def test_every_option_has_help_and_a_default_that_it_allows(kind):
     check(kind, {name: default for name, (_, default, _) in options_of(kind).items()})
 
 
-MEANT = {
-    (
-        "search",
-        "seed",
-    ): 0,  # of what is tried, which is to repeat  # defaults in which a verb differs on purpose; all others are the dataclass's
+MEANT = {  # defaults in which a verb differs on purpose; all others are the dataclass's
     ("distill-data", "seed"): 0,  # a run that goes on must draw as it began
     ("search", "seed"): 0,  # what is tried is to repeat
     ("chat", "max_new_tokens"): 512,
