@@ -35,7 +35,7 @@ case $size in
   gpu)   questions=40000 share=20 asked=110000 continued=20000 tokens=256 batch=256
          settings=(length=1024 batch_size=8 epochs=2) ;;
   smoke) questions=4 share=0.002 asked=40 continued=8 tokens=16 batch=8
-         settings=(steps=3 batch_size=2 length=128 save_every=3 log_every=1 exit_vocab=512) ;;
+         settings=(steps=3 batch_size=2 length=512 save_every=3 log_every=1 exit_vocab=512) ;;
 esac
 mkdir -p "$work"
 
