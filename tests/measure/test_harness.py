@@ -12,11 +12,13 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from layerskip.errors import UserError  # noqa: E402
 from layerskip.measure.tasks.harness import LayerSkipLM  # noqa: E402
 
-CHOICES = """\
-task: pick
+HEAD = """\
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
+"""
+CHOICES = """\
+task: pick
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: ["yes", "no", "maybe so"]
@@ -25,9 +27,6 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 ROLLING = """\
 task: roll
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
@@ -35,9 +34,6 @@ metric_list: [{{metric: word_perplexity}}]
 """
 WRITING = """\
 task: write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{text}}}}"
@@ -59,7 +55,7 @@ def tasks(tmp_path_factory):
     ]
     (place / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, text in (("pick", CHOICES), ("roll", ROLLING), ("write", WRITING)):
-        (place / f"{name}.yaml").write_text(text.format(file=place / "lines.jsonl"))
+        (place / f"{name}.yaml").write_text((HEAD + text).format(file=place / "lines.jsonl"))
     return place
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from layerskip.checkpoint.configuration import read_configuration
 
@@ -11,15 +12,21 @@ TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "generation_config.json",
 )  # fmt: skip
-TOLD = ("README.md", "LICENSE*", "NOTICE*")  # for readers
+LICENCES = ("LICENSE*", "NOTICE*")
+TOLD = ("README.md", *LICENCES)  # for readers
 PARTS = ("draft_vocab", "draft_head", "exit_adapter")  # keys of our entry that name files
 
 
 def parts(folder: Path) -> list[str]:
     """Names of the files that the `layerskip` entry of a folder names. Raises: UserError for no configuration."""
     entry = read_configuration(folder / "config.json").get("layerskip")
+    return [name for name in named_parts(entry) if (folder / name).is_file()]
+
+
+def named_parts(entry: Any) -> list[str]:
+    """Names of the files that a `layerskip` entry names, whatever it is."""
     named = (entry.get(key) for key in PARTS) if isinstance(entry, dict) else ()
-    return [name for name in named if isinstance(name, str) and (folder / name).is_file()]
+    return [name for name in named if isinstance(name, str)]
 
 
 def own_weights(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Any
 from layerskip.checkpoint.builtin import finished, make
 from layerskip.checkpoint.catalogue import BUILTINS, Builtin, shipped
 from layerskip.checkpoint.configuration import check_ids, read_configuration
-from layerskip.checkpoint.contents import PARTS
+from layerskip.checkpoint.contents import named_parts
 from layerskip.checkpoint.files import cache_folder, check_regular
 from layerskip.checkpoint.weights import check_weights, shards_of
 from layerskip.errors import UserError, nearest
@@ -23,7 +23,7 @@ from layerskip.reading import named_path, read_json, reason
 __all__ = ["Builtin", "builtins", "cache_folder", "cached", "check_folder", "resolve"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*/*", "consolidated*.safetensors")
 """Other formats of the same weights: subfolders such as onnx/ and original/, Mistral's own layout."""
@@ -51,7 +51,7 @@ def resolve(name: str, *, progress: bool = True) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"{folder} is a file; a model is a folder", _CONVERT.get(folder.suffix, _SAVED))
-    if _HUB_ID.fullmatch(name) and not folder.exists():
+    if HUB_ID.fullmatch(name) and not folder.exists():
         return _from_hub(name, progress)
     raise UserError(
         f"no model {name!r}: not a built-in name, a folder here, or a hub id of the form org/name",
@@ -126,11 +126,10 @@ def folder_of(hf: Any) -> Path | None:
     name = str(getattr(hf, "name_or_path", None) or "")
     if name and (Path(name) / "config.json").is_file():
         return Path(name)
-    entry = getattr(hf.config, "layerskip", None) or {}
-    files = [entry[key] for key in PARTS if isinstance(entry, dict) and isinstance(entry.get(key), str)]
+    files = named_parts(getattr(hf.config, "layerskip", None))
     revision = getattr(hf.config, "_commit_hash", None)  # only what came from a hub has one
     learnt = getattr(hf, "exit_adapter", None) is not None
-    if learnt or not (files and revision and _HUB_ID.fullmatch(name)):
+    if learnt or not (files and revision and HUB_ID.fullmatch(name)):
         return None
     from huggingface_hub import hf_hub_download
 

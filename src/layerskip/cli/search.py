@@ -36,7 +36,7 @@ def search(
     try:
         from layerskip.search.report import report
         from layerskip.search.runs import StoppedError
-        from layerskip.search.study import Search
+        from layerskip.search.study import SPEEDUP, WHY, Search
     except ImportError as error:
         raise UserError("a search needs optuna", 'pip install "layerskip[search]"') from error
     from layerskip.search.space import read_space
@@ -47,9 +47,9 @@ def search(
     try:
         with progress() as watch:
             for trial in made.run(watch):
-                speedup = trial.user_attrs.get("speedup")
+                speedup = trial.user_attrs.get(SPEEDUP)
                 value = "" if speedup is None else f", {speedup:.2f} x predicted"
-                why = trial.user_attrs.get("why")
+                why = trial.user_attrs.get(WHY)
                 note(f"trial {trial.number} {trial.state.name.lower()}{value}{f': {why}' if why else ''}")
     except (KeyboardInterrupt, StoppedError):
         note("stopped; the same command goes on")

@@ -14,7 +14,7 @@ def serve(model: Model, settings: ServeOptions, loading: Loading) -> None:
 
     layerskip serve smollm2-135m --port 8000
     """
-    key = settings.key()
+    key = read_key(settings.api_key_file)
     try:
         from layerskip.serve.app import create_app
         from layerskip.serve.metrics import Metrics

@@ -303,7 +303,8 @@ class Controller:
         assert self.copying is not None
         num_rows, longest = len(chances), max(map(len, chances))
         width = num_rows if self.copying.padded else 1
-        prices = [self._price(num_rows, length * width) for length in range(longest + 1)]
+        spent = self._books[_bucket(num_rows)].added()
+        prices = [self._price(num_rows, length * width, spent) for length in range(longest + 1)]
         gains = [[0.0, *accumulate(accumulate(own, mul))] for own in chances]  # by length: tokens more
         if self.copying.padded:
             return _padded(gains, prices)
@@ -312,7 +313,7 @@ class Controller:
             tried = [max(range(len(own)), key=lambda k: own[k] - rate * prices[k]) for own in gains]
             added = sum(tried)
             gained = sum(own[k] for own, k in zip(gains, tried, strict=True))
-            reached = (num_rows + gained) / (1 + self._price(num_rows, added))
+            reached = (num_rows + gained) / (1 + self._price(num_rows, added, spent))
             if reached <= rate:
                 break
             lengths, rate = tried, reached
@@ -324,10 +325,9 @@ class Controller:
         costs = self.copying.costs
         return max(costs(num_rows + positions) / costs(num_rows) - 1, LEAST_EXTRA * positions)
 
-    def _price(self, num_rows: int, positions: int) -> float:
-        """Price them as `_more`, in proportion to what copies have cost lately."""
-        more = self._more(num_rows, positions)
-        took, should = self._books[_bucket(num_rows)].added()
+    def _price(self, num_rows: int, positions: int, spent: tuple[float, float]) -> float:
+        """Price them as `_more`, in proportion to what copies have cost lately, see `_Book.added`."""
+        more, (took, should) = self._more(num_rows, positions), spent
         prior = PRIOR * more
         return more * max(CHEAPEST, (took + prior) / (should + prior)) if more else 0.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from layerskip.errors import UserError, hint_of
 from layerskip.reading import reason
+from layerskip.train.checkpoints import publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,12 +30,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
         making.mkdir(parents=True)
         yield making
         for file in (path for path in making.rglob("*") if path.is_file()):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
             file.chmod(0o755 if file.suffix == ".sh" else 0o644)  # safetensors writes for its owner alone
-        if output.is_dir():
-            output.rmdir()
-        os.replace(making, output)
+        publish(making, output)
     except OSError as error:
         if error.errno is None:  # no file's
             raise

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 TURNED = ("llama",)  # architectures in which llama.cpp turns neighbours, not halves, by a position's angle
 GROUP = 32
+CONVERTER = "llama.cpp's own convert_hf_to_gguf.py reads the folder of `--to hf`"
+REPORT = "please report it with the model's config.json"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {  # llama.cpp's names for how text is cut before pairs of bytes are merged
@@ -56,7 +58,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     if architecture is None:
         raise UserError(
             f"no GGUF is written for model type {config.model_type!r}, only for " + ", ".join(ARCHITECTURES),
-            "llama.cpp's own convert_hf_to_gguf.py reads the folder of `--to hf`",
+            CONVERTER,
         )
     writer = GGUFWriter(file, architecture, use_temp_file=True)
     writer.add_name(name)
@@ -83,9 +85,8 @@ def _add_sizes(writer: Any, config: Any, kind: str) -> None:
     head = _head_dim(config)
     context, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     if config.model_type == "mistral" and window:
-        context = min(
-            context, window
-        )  # llama.cpp's layers of this kind have no window: up to it they are alike
+        # llama.cpp's layers of this kind have no window: up to it they are alike.
+        context = min(context, window)
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -105,7 +106,7 @@ def _add_sizes(writer: Any, config: Any, kind: str) -> None:
     elif scaling not in ("default", "llama3"):
         raise UserError(
             f"no GGUF is written for positions of type {scaling!r}",
-            "llama.cpp's own convert_hf_to_gguf.py reads the folder of `--to hf`",
+            CONVERTER,
         )
     types = {"f32": "ALL_F32"} | {one: f"MOSTLY_{one.upper()}" for one in TYPES[1:]}
     writer.add_file_type(LlamaFileType[types[kind]])
@@ -168,7 +169,7 @@ def _split_name(told: dict[str, Any]) -> str:
     if name is None:
         raise UserError(
             "no GGUF is written for a tokenizer of this kind: " + ", ".join(filter(None, kinds or ["none"])),
-            "llama.cpp's own convert_hf_to_gguf.py reads the folder of `--to hf`",
+            CONVERTER,
         )
     return name
 
@@ -235,11 +236,9 @@ def _compare(hf: Any, file: Path, kind: str) -> None:
     found = again.state_dict()
     for name, weight in hf.state_dict().items():
         if name not in found or found[name].shape != weight.shape:
-            raise UserError(f"{file.name} lacks {name}", "please report it with the model's config.json")
+            raise UserError(f"{file.name} lacks {name}", REPORT)
         if not ((found[name] - weight).abs() <= _allowed(weight, _kind_of(name, weight, kind))).all():
-            raise UserError(
-                f"{file.name}: {name} is another", "please report it with the model's config.json"
-            )
+            raise UserError(f"{file.name}: {name} is another", REPORT)
     tokens = probe_tokens(hf.config.get_text_config().vocab_size, torch.device("cpu"))
     with torch.inference_mode():
         theirs = again(tokens, use_cache=False).logits
@@ -248,7 +247,7 @@ def _compare(hf: Any, file: Path, kind: str) -> None:
     if not (theirs - ours).abs().max() <= 1e-4 * ours.abs().max():
         raise UserError(
             f"{file.name} has the weights but computes otherwise",
-            "please report it with the model's config.json",
+            REPORT,
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from layerskip.checkpoint.contents import TOKENIZER, matching
+from layerskip.checkpoint.contents import LICENCES, TOKENIZER, matching
 from layerskip.checkpoint.facts import draft_rows, facts_of, ranked_vocabulary
 from layerskip.errors import UserError
 from layerskip.export.folders import carry
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTH = 24  # tokens on which the reloaded draft is compared
-LICENCES = ("LICENSE*", "NOTICE*")
 
 
 def write_prefix(source: Path, exit_layer: int | None, output: Path) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from layerskip.checkpoint.configuration import num_layers_in
 from layerskip.checkpoint.contents import checkpoint_files
 from layerskip.checkpoint.facts import Facts, facts_of
 from layerskip.checkpoint.files import write_text
+from layerskip.decode.options import DEFAULT_DRAFT_LENGTH
 from layerskip.errors import UserError, nearest
 from layerskip.export.folders import carry, sizes, whole_folder
 from layerskip.export.gguf import write_gguf
 from layerskip.export.prefix import write_prefix
 
-DRAFT_LENGTH = 4  # tokens drafted where the checkpoint says nothing
 TYPE = "f16"  # of GGUF's matrices, unasked
 
 
@@ -86,12 +86,13 @@ def _gguf(source: Source, folder: Path, output: Path, wanted: Wanted) -> dict[st
     use = [f'llama-cli -m {_path(output / name)} -p "..."']
     told: dict[str, Any] = {"compared": "every parameter and the logits, read again by transformers"}
     prefix = folder / ".prefix"
-    exit_layer, note = _prefix(source, wanted, prefix)
+    facts = _facts(source)
+    exit_layer, note = _prefix(source, facts, wanted, prefix)
     if exit_layer is not None:
         small = f"{source.short}-first-{exit_layer}-{kind}.gguf"
         write_gguf(prefix, folder / small, kind, f"{source.short} first {exit_layer}")
         shutil.rmtree(prefix)
-        count = _facts(source).draft_length or DRAFT_LENGTH
+        count = facts.draft_length or DEFAULT_DRAFT_LENGTH
         models = f"-m {_path(output / name)} -md {_path(output / small)}"
         use.append(f'llama-speculative {models} --draft-max {count} -p "..."')
     return told | note | {"use": use}
@@ -100,8 +101,9 @@ def _gguf(source: Source, folder: Path, output: Path, wanted: Wanted) -> dict[st
 def _vllm(source: Source, folder: Path, output: Path, wanted: Wanted) -> dict[str, Any]:
     (folder / "model").mkdir()
     carry(checkpoint_files(source.folder), folder / "model")
-    exit_layer, note = _prefix(source, wanted, folder / "draft")
-    count = _facts(source).draft_length or DRAFT_LENGTH
+    facts = _facts(source)
+    exit_layer, note = _prefix(source, facts, wanted, folder / "draft")
+    count = facts.draft_length or DEFAULT_DRAFT_LENGTH
     how: dict[str, Any] = {"method": "ngram", "num_speculative_tokens": count, "prompt_lookup_max": 4}
     compared = "the model's files, byte for byte"
     if exit_layer is not None:
@@ -154,9 +156,8 @@ def _facts(source: Source) -> Facts:
     return facts_of(config, source.name)
 
 
-def _prefix(source: Source, wanted: Wanted, place: Path) -> tuple[int | None, dict[str, str]]:
+def _prefix(source: Source, facts: Facts, wanted: Wanted, place: Path) -> tuple[int | None, dict[str, str]]:
     """Write the prefix draft; None and a note where the checkpoint's own way of drafting has no counterpart."""
-    facts = _facts(source)
     if wanted.exit_layer is None and (facts.exit_layer is None or facts.exit_adapter is not None):
         most = (num_layers_in(source.folder) or 2) - 1
         why = "drafts through an adapter" if facts.exit_adapter else "names no exit"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from layerskip.checkpoint.contents import checkpoint_files, matching
+from layerskip.checkpoint.resolve import HUB_ID
 from layerskip.errors import UserError
 from layerskip.reading import reason
 
@@ -21,7 +21,7 @@ def pushed(folder: Path, repo: str, *, private: bool, message: str) -> dict[str,
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not HUB_ID.fullmatch(repo):
         raise UserError(f"{repo!r} is no name of a repository", "give one of the form org/name")
     found = [*checkpoint_files(folder), *matching(folder / CODE, ("*.py", "requirements.txt"))]
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}

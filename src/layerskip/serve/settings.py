@@ -53,10 +53,6 @@ class ServeOptions:
         """Whether only this machine can reach it."""
         return self.host in LOOPBACK
 
-    def key(self) -> str | None:
-        """Read the key that clients must send. Raises: UserError for a file without one."""
-        return read_key(self.api_key_file)
-
     def fitted(self, stack: Stack, finals: bool = False) -> ServeOptions:
         """Settle context and rows by the model and the memory; with `finals` rows keep the last layer's states.
 

@@ -20,6 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from layerskip.decode.load import load
+from layerskip.decode.options import Options
 from layerskip.errors import UserError, nearest
 from layerskip.measure.exits.states import own_heads
 from layerskip.measure.lines import LikelihoodLine
@@ -64,15 +65,9 @@ class LayerSkipLM(TemplateLM):
         self.heads = own_heads(self.lm)
         self.max_length = int(max_length or self.lm.stack.context or 2048)
         self.max_gen_toks, self.add_bos_token = int(max_gen_toks), add_bos_token
-        self.lm.call(self.lm_options())  # a slip shows now, not after minutes
+        self.lm.call(Options.parse(self.drafting))  # a slip shows now, not after minutes
         if not (1 <= self.exit <= layers or self.exit in self.heads):
             raise UserError(f"exit layer {self.exit} is out of range", f"exits are layers 1 to {layers}")
-
-    def lm_options(self, **sampling: Any) -> Any:
-        """Options of decoding, checked."""
-        from layerskip.decode.options import Options
-
-        return Options.parse(self.drafting | sampling)
 
     # -- tokens, as lm-eval's own model has them ---------------------------------------------------------------
 
@@ -175,12 +170,12 @@ class LayerSkipLM(TemplateLM):
 
 def _law(how: dict[str, Any]) -> dict[str, Any]:
     """Read how a task wants tokens drawn, in our words; without `do_sample` they are not drawn."""
-    found = {name: how[name] for name in ("repetition_penalty",) if how.get(name) is not None}
-    temperature = how.get("temperature")
+    temperature, names = how.get("temperature"), ["repetition_penalty"]
+    law = {}
     if how.get("do_sample") or (how.get("do_sample") is None and temperature):
-        found["temperature"] = 1.0 if temperature is None else temperature
-        found |= {name: how[name] for name in SAMPLING if how.get(name) is not None}
-    return found
+        law["temperature"] = 1.0 if temperature is None else temperature
+        names += SAMPLING
+    return law | {name: how[name] for name in names if how.get(name) is not None}
 
 
 def main() -> None:
