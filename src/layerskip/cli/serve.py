@@ -5,7 +5,7 @@ from __future__ import annotations
 from layerskip.cli.app import Loading, Model, load, verb
 from layerskip.cli.show.terminal import note
 from layerskip.errors import UserError
-from layerskip.serve.settings import KEY, ServeOptions
+from layerskip.serve.settings import KEY, ServeOptions, read_key
 
 
 @verb
