@@ -25,7 +25,7 @@ from layerskip.model.adapter import Adapter
 from layerskip.model.head import Head, draft_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -120,6 +120,15 @@ class Stack(ABC):
 
         Shapes: h [..., D] -> float32 [..., V], or [..., head.size] with a reduced draft head.
         """
+
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Name each row's most probable token, and its logit; NaN where a logit is. Shapes: [N, V] -> [N] each."""
+        values, ids = logits.max(-1)
+        return ids, values
+
+    def chain(self, head: Head | None) -> Callable[[Sequence[int], Tensor, int], list[list[int]]] | None:
+        """Greedy drafts of exit layer 0, all of a round in one call, see `native/chain.py`; None: step by step."""
+        return None
 
     @abstractmethod
     def finished(self, h: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class ExitDrafter:
 
     def __init__(self, stack: Stack, cache: Cache, head: Head | None) -> None:
         self.stack, self.cache, self.head = stack, cache, head
+        self._chain = stack.chain(head)
 
     def draft(self, rows: Sequence[Row], limits: Sequence[int]) -> Proposal:
         """Draft for every row; states are those after the exit, and after probes below it.
@@ -44,16 +45,15 @@ class ExitDrafter:
         draft, which draws nothing: verification needs that position's early keys, values and state too.
         """
         exit_layer = rows[0].exit_layer
+        greedy = all(row.request.processing.plain_greedy for row in rows)
+        if exit_layer == 0 and greedy and not rows[0].choice.confidence and self._chain is not None:
+            return Proposal(self._chained(rows, limits))
         below = [k for k in rows[0].choice.probes if k <= exit_layer]
         drafts = [Draft() for _ in rows]
         hidden: Tensor | None = None
         adapter = adapter_of(self.head, exit_layer)
-        before: dict[int, Tensor] = {}  # by row: the last layer's normed state before, or its stand-in
-        if adapter is not None:
-            ends = [len(row.tokens) - 2 for row in rows]
-            before = dict(
-                enumerate(self.stack.finished(self.cache.finals_at([row.slot for row in rows], ends)))
-            )
+        # By row: the last layer's normed state before, or its stand-in.
+        before = {} if adapter is None else dict(enumerate(self._known(rows)))
         processors = [row.state for row in rows]
         inputs = [row.tokens[-1] for row in rows]
         active, index = list(range(len(rows))), 0
@@ -87,6 +87,21 @@ class ExitDrafter:
         assert hidden is not None
         states, *tapped = hidden[:, :, :index]  # [B, T, D] each
         return Proposal(drafts, exit_layer, states, dict(zip(below, tapped, strict=True)))
+
+    def _known(self, rows: Sequence[Row]) -> Tensor:
+        """What the head read at the position before each row's last committed token: [B, D]."""
+        ends = [len(row.tokens) - 2 for row in rows]
+        return self.stack.finished(self.cache.finals_at([row.slot for row in rows], ends))
+
+    def _chained(self, rows: Sequence[Row], limits: Sequence[int]) -> list[Draft]:
+        """Draft for every row in one call, as far as the longest draft goes; cut each at its limit or end."""
+        assert self._chain is not None
+        found = self._chain([row.tokens[-1] for row in rows], self._known(rows), max(limits))
+        drafts = []
+        for row, limit, tokens in zip(rows, limits, found, strict=True):
+            end = next((i + 1 for i, token in enumerate(tokens) if token in row.request.eos), limit)
+            drafts.append(Draft(tokens[: min(end, limit)]))
+        return drafts
 
     def _propose(
         self,

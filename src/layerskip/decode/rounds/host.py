@@ -117,9 +117,9 @@ class HostRounds:
         Raises: UserError where a position that counts has a NaN or infinite logit; one behind a rejected draft does
         not count.
         """
-        best = logits.max(-1)
+        best, largest = self.stack.best(logits)
         counts = [len(draft.tokens) + 1 for draft in drafts]
-        targets, sound = best.indices.tolist(), best.values.isfinite().tolist()
+        targets, sound = best.tolist(), largest.isfinite().tolist()
         verdicts, first = [], 0
         for row, draft, count, row_logits in zip(
             rows, drafts, counts, torch.split(logits, counts), strict=True

@@ -35,12 +35,14 @@ class Bfloat16(Tiled):
         return cls(compiled, (out, size), state | ({} if bias is None else {"bias": bias.contiguous()}))
 
     def dense(self) -> Tensor:
-        return self._whole().float()
+        return self.whole.float()
 
     def rows(self, ids: Tensor) -> Self:
-        return self.of(self.kernels, self._whole()[ids], None if self.bias is None else self.bias[ids])
+        return self.of(self.kernels, self.whole[ids], None if self.bias is None else self.bias[ids])
 
-    def _whole(self) -> Tensor:
+    @property
+    def whole(self) -> Tensor:
+        """The weights, [out, in]."""
         tiles, groups = self.weights.shape[:2]
         whole = self.weights.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, groups * GROUP)
         return whole[: self.out_features, : self.in_features]

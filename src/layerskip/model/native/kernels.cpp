@@ -5,6 +5,7 @@
 // verifying K+1 positions gives the bits of K+1 single steps. No fast-math: NaN must stay NaN.
 #include "attention.h"
 #include "bfloat.h"
+#include "drafts.h"
 #include "layers.h"
 #include "quantized.h"
 #include "rows.h"
@@ -81,9 +82,16 @@ static void attention(const Shape &s, T *qkv, const T *cos, const T *sin, T *cac
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
 
+// Of each row [rows, width]: the first of the largest values, and that value; NaN where there is one.
+extern "C" void best_f32(const float *x, int64_t *ids, float *values, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows > 1)
+    for (int64_t r = 0; r < rows; ++r) ids[r] = best_of(x + r * width, width, values[r]);
+}
+
 #define EXPORT_PRODUCT(W, name)                                                                                 \
     extern "C" void name##_bf16(const Product *p, const bf16 *x, bf16 *y) { multiply<W>(*p, x, y); }           \
-    extern "C" void layers_##name##_bf16(const Slice *slice, bf16 *h) { run_layers<W>(*slice, h); }
+    extern "C" void layers_##name##_bf16(const Slice *slice, bf16 *h) { run_layers<W>(*slice, h); }             \
+    extern "C" void drafts_##name##_bf16(const Drafts *d, bf16 *known, int64_t *tokens) { draft<W>(*d, known, tokens); }
 
 EXPORT_PRODUCT(Int8, int8)
 EXPORT_PRODUCT(Int4, int4)

@@ -82,6 +82,27 @@ class LaidLayer(ctypes.Structure):
     ]
 
 
+class Block(ctypes.Structure):
+    """The `Block` of drafts.h."""
+
+    _fields_ = [("gate_up", Product), ("down", Product)]
+
+
+class Drafts(ctypes.Structure):
+    """The `Drafts` of drafts.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "steps", "width", "num_blocks")),
+        ("join", Product),
+        ("head", Product),
+        ("blocks", ctypes.POINTER(Block)),
+        ("table", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("embed_scale", "eps", "adapter_eps")),
+        ("ids", ctypes.c_void_p),
+    ]
+
+
 class Slice(ctypes.Structure):
     """The `Slice` of layers.h."""
 
@@ -126,6 +147,11 @@ class Kernels:
             call = getattr(self.library, f"layers_{name}_bf16")
             call.argtypes, call.restype = [ctypes.POINTER(Slice), pointer], None
             self._calls[f"layers {name}", torch.bfloat16] = call
+            call = getattr(self.library, f"drafts_{name}_bf16")
+            call.argtypes, call.restype = [ctypes.POINTER(Drafts), pointer, pointer], None
+            self._calls[f"drafts {name}", torch.bfloat16] = call
+        self.library.best_f32.argtypes = [pointer, pointer, pointer, number, number]
+        self.library.best_f32.restype = None
 
     def has(self, name: str) -> bool:
         """Whether there is a product of this name."""
@@ -162,6 +188,20 @@ class Kernels:
             shape.onto = onto.data_ptr()
         self._calls[kernel, x.dtype](shape, x.data_ptr(), out.data_ptr())
         return out
+
+    def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the first of the largest of each row, and its value: NaN where there is one.
+
+        Shapes: float32 [N, V] -> [N] each.
+        """
+        x = x.contiguous()
+        ids, values = torch.empty(len(x), dtype=torch.long), torch.empty(len(x))
+        self.library.best_f32(x.data_ptr(), ids.data_ptr(), values.data_ptr(), *x.shape)
+        return ids, values
+
+    def drafts(self, kernel: str, laid: Drafts, known: Tensor, tokens: Tensor) -> None:
+        """Write drafts behind `tokens[0]`. Shapes: known [N, D], changed in place; tokens int64 [steps + 1, N]."""
+        self._calls[f"drafts {kernel}", known.dtype](laid, known.data_ptr(), tokens.data_ptr())
 
     def attention(
         self,

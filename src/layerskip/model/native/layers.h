@@ -21,6 +21,34 @@ struct Slice {  // of a stack, and one call
     const int64_t *cache_rows, *positions, *slots;
 };
 
+// By a team: x [rows, width] behind a norm (null: without gains), as inputs.
+template <typename W, typename T>
+static void norm_into(const Inputs<W> &in, const T *x, const void *gain, float eps, T *scratch) {
+    const Share share = own_share(in.rows);
+    for (int64_t r = share.first; r < share.stop; ++r) {
+        normed(x + r * in.width, static_cast<const T *>(gain), scratch, in.width, eps);
+        in.take(scratch, r, 0, in.groups);
+    }
+    together();
+}
+template <typename W, typename T>
+static void multiplied_onto(Product p, const Inputs<W> &in, const T *onto, T *y) {
+    p.rows = in.rows, p.onto = onto;
+    multiplied<W>(p, in, y);
+}
+template <typename W, typename T>
+static void gate_into(const Inputs<W> &in, const T *gate_up, T *scratch) {
+    in.shared([&](int64_t r, int64_t from, int64_t to) {
+        const T *gate = gate_up + 2 * r * in.width;
+        for (int64_t g = from; g < to; ++g) {
+            const int64_t at = g * GROUP;
+            gated(gate + at, gate + in.width + at, scratch + at, std::min<int64_t>(GROUP, in.width - at));
+        }
+        in.take(scratch, r, from, to);
+    });
+    together();
+}
+
 template <typename W, typename T, int D>
 class Layers {
     const Slice &slice;
@@ -33,19 +61,7 @@ class Layers {
         return plans[std::find(windows.begin(), windows.end(), layer.window) - windows.begin()];
     }
 
-    // By a team, as all below: x behind a norm, as inputs.
-    void norm_into(const Inputs<W> &in, const T *x, const void *gain, float eps, T *scratch) const {
-        const Share share = own_share(rows);
-        for (int64_t r = share.first; r < share.stop; ++r) {
-            normed(x + r * in.width, static_cast<const T *>(gain), scratch, in.width, eps);
-            in.take(scratch, r, 0, in.groups);
-        }
-        together();
-    }
-    void multiplied_onto(Product p, const Inputs<W> &in, const T *onto, T *y) const {
-        p.rows = rows, p.onto = onto;
-        multiplied<W>(p, in, y);
-    }
+    // By a team, as all below.
     void attend(const Layer &layer, T *cache, T *qkv, const typename Attention<T, D>::Room &room, T *mixed) const {
         const Attention<T, D> &plan = plan_of(layer);
         Shape own = s;
@@ -65,17 +81,6 @@ class Layers {
         }
         together();
         plan(cache, room, mixed);
-    }
-    void gate_into(const Inputs<W> &in, const T *gate_up, T *scratch) const {
-        in.shared([&](int64_t r, int64_t from, int64_t to) {
-            const T *gate = gate_up + 2 * r * in.width;
-            for (int64_t g = from; g < to; ++g) {
-                const int64_t at = g * GROUP;
-                gated(gate + at, gate + in.width + at, scratch + at, std::min<int64_t>(GROUP, in.width - at));
-            }
-            in.take(scratch, r, from, to);
-        });
-        together();
     }
 
 public:
@@ -111,12 +116,12 @@ public:
             for (int64_t i = 0; i < slice.count; ++i) {
                 const Layer &layer = slice.layers[i];
                 norm_into(states, h, layer.before_attention, layer.eps[0], scratch);
-                multiplied_onto(layer.qkv, states, nullptr, qkv);
+                multiplied_onto<W, T>(layer.qkv, states, nullptr, qkv);
                 attend(layer, static_cast<T *>(slice.caches[i]), qkv, room, mixed);
                 mixes.fill(mixed);
                 multiplied_onto(layer.out, mixes, h, h);
                 norm_into(states, h, layer.before_mlp, layer.eps[3], scratch);
-                multiplied_onto(layer.gate_up, states, nullptr, gate_up);
+                multiplied_onto<W, T>(layer.gate_up, states, nullptr, gate_up);
                 gate_into(gates, gate_up, scratch);
                 multiplied_onto(layer.down, gates, h, h);
             }

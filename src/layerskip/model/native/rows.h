@@ -4,13 +4,18 @@
 
 #include "numbers.h"
 
-// RMS norm in float32, rounded once; y may be x.
+// RMS norm in float32, rounded once; y may be x, and there may be no gain.
 template <typename T>
 static void normed(const T *x, const T *gain, T *y, int64_t width, float eps) {
     float squares = 0.f;
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < width; ++i) squares += load(x[i]) * load(x[i]);
     float inverse = 1.f / std::sqrt(squares / float(width) + eps);
+    if (!gain) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) store(y[i], load(x[i]) * inverse);
+        return;
+    }
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) store(y[i], load(x[i]) * inverse * load(gain[i]));
 }

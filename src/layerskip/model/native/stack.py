@@ -17,6 +17,8 @@ from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
 from layerskip.model.native.attention import MOST_COMPILED, SLOTS, Attention, repeated
+from layerskip.model.native.bfloat16 import Bfloat16
+from layerskip.model.native.chain import Chain
 from layerskip.model.native.formats import FORMATS, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
@@ -197,6 +199,12 @@ class NativeStack(Stack):
     def finished(self, h: Tensor) -> Tensor:
         return self._normed(self.finish, h)
 
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return super().best(logits) if self.kernels is None else self.kernels.best(logits)
+
+    def chain(self, head: Head | None) -> Chain | None:
+        return Chain.of(self, head)
+
     def products(self) -> None:
         """Run every matrix product of a plain step and nothing else: the floor of its time."""
         inputs = {
@@ -219,6 +227,8 @@ class NativeStack(Stack):
             rows = packed(self.table[index], quantize=self.draft_format, head=True)
         else:
             rows = self.head.rows(index)
+            if self.quantize is None and isinstance(rows, Bfloat16):
+                rows = packed(rows.whole, rows.bias, self.draft_format, head=True)
         return Head(index, rows, rows.num_bytes)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
