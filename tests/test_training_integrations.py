@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 from transformers.integrations import liger
 
+import layerskip
 import training
 from layerskip.errors import UserError
 from layerskip.train.job import run as runs
@@ -168,3 +169,14 @@ def test_a_tracker_that_is_not_there_is_refused_before_any_work(recipe, tmp_path
     with pytest.raises(UserError, match="did you mean 'wandb'"):
         runs.prepare(recipe("report_to=wandbb"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_trains_dora_and_leaves_it_merged(recipe, tmp_path):
+    prepared = runs.prepare(recipe("lora.rank=2", "lora.dora=true"))
+    sizes = [p for name, p in prepared.model.named_parameters() if "magnitude" in name]
+    started = [p.detach().clone() for p in sizes]
+    runs.finish(prepared)
+    assert any(not p.equal(before) for p, before in zip(sizes, started, strict=True))
+    lm = layerskip.load(str(tmp_path / "out"), dtype="float32")
+    drafted = lm.generate("say 1", max_new_tokens=4, exit_layer=2, draft_length=2)
+    assert drafted.tokens == lm.generate("say 1", max_new_tokens=4, mode="ar").tokens
