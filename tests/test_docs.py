@@ -1,5 +1,6 @@
 """What the documents say is true: they render, commands exist, code runs, tables come from result files."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -141,7 +142,11 @@ def test_the_trainer_of_the_documents_runs(folder, tmp_path, monkeypatch):
     import layerskip
 
     text = (ROOT / "docs" / "training.md").read_text()
-    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "trainer.save_model" in b]
+    [block] = [
+        b
+        for b in re.findall(r"```python\n(.*?)```", text, re.S)
+        if "trainer.save_model(" in b and "LayerSkipTrainer" in b
+    ]
     for name, ours in (("smollm2-135m-base", str(folder)), ("[4, 8]", "[2, 3]"), ("512", "48")):
         assert name in block
         block = block.replace(name, ours)
@@ -153,22 +158,33 @@ def test_the_trainer_of_the_documents_runs(folder, tmp_path, monkeypatch):
     assert lm.generate("say 1", max_new_tokens=2).stats["drafter"] == "lookup"
 
 
-def test_the_trl_trainer_of_the_documents_runs_on_a_cpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize("added", [True, False], ids=["with exits", "as it was before"])
+def test_the_sft_script_of_the_documents_runs_with_and_without_its_two_new_lines(
+    folder, tmp_path, monkeypatch, added
+):
     """As it stands, exits apart: TRL's default, bf16, was refused on a machine without a GPU."""
-    datasets = pytest.importorskip("datasets")
+    import layerskip
+
+    pytest.importorskip("datasets")
     pytest.importorskip("trl")
     text = (ROOT / "docs" / "training.md").read_text()
-    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "LayerSkipSFTTrainer(" in b]
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "LayerSkipSFTTrainer as" in b]
+    new = [line for line in block.splitlines() if line.endswith("# new")]
+    assert len(new) == 2
+    for line in [] if added else new:
+        block = block.replace(line, "bf16=False," if "exits" in line else "")
     monkeypatch.chdir(tmp_path)
-    tokenizer = tiny.tokenizer()
+    (tmp_path / "your-model").symlink_to(folder)
     talk = [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "abc"}]
-    names = {
-        "model": tiny.random_model("llama", vocab_size=len(tokenizer)),
-        "tokenizer": tokenizer,
-        "chats": datasets.Dataset.from_list([{"messages": talk}] * 8),
-    }
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 8)
+    names = {}
     exec(compile(block.replace("[4, 8]", "[2, 4]"), "training.md", "exec"), names)
     assert names["args"].bf16 is False or torch.accelerator.is_available()
+    assert hasattr(names["trainer"], "exits") == added
+    lm = layerskip.load("./my-model")
+    assert lm.facts.exits == ((2, 4) if added else ())
+    drafted = lm.generate("say 1", max_new_tokens=4, exit_layer=2, draft_length=2)
+    assert drafted.tokens == lm.generate("say 1", max_new_tokens=4, mode="ar").tokens
 
 
 def test_the_python_blocks_of_readme_usage_and_quick_start_run(monkeypatch):

@@ -6,9 +6,13 @@ import subprocess
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 import training
 import training_ranks
+from layerskip.train.job.recipe import FSDP_SETTINGS
 from training_ranks import JOBS, QUICK
 
 
@@ -105,6 +109,37 @@ def test_sharded_layers_are_recomputed_where_asked(two):
     """FSDP gives each layer a class of its own; a forward bound before lost its checkpointing, silently."""
     for rank in two:
         assert rank["sharded, recomputed"]["calls"] == 2 * 3
+
+
+@pytest.mark.slow
+def test_shards_of_our_accelerate_settings_train_what_one_process_trains(two, tmp_path):
+    one = training_ranks.run_job("accelerated", tmp_path, 1)
+    for rank in two:
+        result = rank["accelerated"]
+        assert result["sharded"]
+        assert training.difference(result["weights"], one["weights"]) < training.SAME
+        assert result["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert training.difference(result["straight"], result["resumed"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("file", "method"), [("fsdp2.yaml", "use_fsdp"), ("zero3.yaml", "use_deepspeed")], ids=["FSDP2", "ZeRO-3"]
+)
+def test_accelerate_reads_every_line_of_our_settings(file, method):
+    """Launch silently passes over keys that it does not know inside fsdp_config and deepspeed_config."""
+    path = training.TESTS.parent / "examples" / "accelerate" / file
+    config, launched = load_config_from_file(str(path)), training_ranks.launched(file)
+    [inner] = [part for part in (config.fsdp_config, config.deepspeed_config) if part]
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert inner.keys() <= known.keys()
+    assert all(getattr(launched, key) == value for key, value in inner.items())
+    assert getattr(launched, method)
+    assert launched.mixed_precision == "bf16"
+
+
+def test_both_settings_for_sharding_are_the_same():
+    ours = training.TESTS.parent / "examples" / "accelerate" / "fsdp2.yaml"
+    assert yaml.safe_load(ours.read_text()) == yaml.safe_load(FSDP_SETTINGS.read_text())
 
 
 @pytest.mark.gpu

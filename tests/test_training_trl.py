@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import layerskip
 import tiny
 import training
 from layerskip.errors import UserError
@@ -100,6 +101,59 @@ def test_a_run_with_trl_saves_and_resumes_exactly(tmp_path):
     assert pickle.loads(pickle.dumps(again.args)).exits == [2, 3]
 
 
+ALONE = {"exits": [2], "curriculum": "fixed", "weighting": "uniform", "p_max": 0.0, "rotation": None}
+MAPPED = {"exit_map": True, "exit_vocab": 24}
+OBJECTIVES = {
+    "exit_loss": {"exit_loss": "kl"},
+    "last_loss kl": {"last_loss": "kl", "freeze": "embeddings"},
+    "last_loss anchor": {"last_loss": "anchor", "freeze": "above", **ALONE},
+    "exit_vocab": {"exit_vocab": 24, "last_every": 2, **ALONE},
+    "exit_map": {**MAPPED, "freeze": "model", **ALONE},
+    "freeze embeddings": {"freeze": "embeddings"},
+    "freeze above": {"freeze": "above", **ALONE},
+    "exit_adapter": {
+        "exit_adapter": True,
+        "exit_loss": "kl",
+        "freeze": "model",
+        "optimizer": "muon",
+        **ALONE,
+    },
+}
+
+PARTS = {
+    "draft_vocab.json": "exit_vocab",
+    "draft_head.safetensors": "exit_map",
+    "exit_adapter.safetensors": "exit_adapter",
+}
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_objective_of_a_recipe_takes_effect_with_trl(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("layerskip.train.objective.anchor.ROWS", 4)
+    run = sft(tmp_path / "run", SOURCES["prompt and completion"], **changes)
+    before = training.weights(run)
+    run.train()
+    moved = {name for name, value in training.weights(run).items() if not torch.equal(value, before[name])}
+    assert "exit_2_loss" in run.state.log_history[0]
+    kept = changes.get("freeze", "nothing")
+    assert ({"model.embed_tokens.weight", "lm_head.weight"} <= moved) == (kept == "nothing")
+    assert any(".layers.1." in name for name in moved) == (kept != "model")
+    assert any(".layers.3." in name for name in moved) == (kept in ("nothing", "embeddings"))
+    given = run.exits.bound
+    assert (given.reference is not None) == (changes.get("last_loss") == "kl")
+    assert (given.anchor is not None) == (changes.get("last_loss") == "anchor")
+    assert ("exit_2_kl" in run.state.log_history[0]) == ("kl" in changes.get("exit_loss", ""))
+    assert ("exit_5_kl" in run.state.log_history[0]) == (changes.get("last_loss") == "kl")
+    assert any("exit_map" in name for name in moved) == ("exit_map" in changes)
+    assert any("exit_adapter" in name for name in moved) == ("exit_adapter" in changes)
+    assert ("eval_tokens_per_round" in run.evaluate()) == ("exit_adapter" in changes)
+    run.save_model(str(tmp_path / "saved"))
+    told = json.loads((tmp_path / "saved" / "config.json").read_text())["layerskip"]
+    for file, key in PARTS.items():
+        assert (tmp_path / "saved" / file).exists() == (key in changes) == (file in told.values())
+    assert len(given.vocabulary or ()) == changes.get("exit_vocab", 0)
+
+
 def test_other_losses_of_trl_are_refused(tmp_path):
     with pytest.raises(UserError, match="other loss types"):
         sft(tmp_path, SOURCES["text"], loss_type="dft")
@@ -185,11 +239,30 @@ def test_an_adapter_on_the_head_is_refused(tmp_path, changes):
         training.trainer(tmp_path, start=adapted(**changes), **RECIPE)
 
 
-def test_trl_trains_adapters_too(tmp_path):
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_trl_trains_adapters_too_and_what_they_are_merged_to_decodes(tmp_path, dora):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], r=4)
-    run = sft(tmp_path, SOURCES["text"], peft_config=config, packing=True)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "down_proj"], layers_to_transform=[1], r=4, use_dora=dora
+    )
+    run = sft(tmp_path / "run", SOURCES["text"], peft_config=config, packing=True, max_steps=12)
+    trained = {name: p.clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    assert len(trained) == (6 if dora else 4)
+    assert any("magnitude" in name for name in trained) == dora
     run.train()
-    trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2
-    assert training.losses(run, "exit_3_loss")
+    now = dict(run.model.named_parameters())
+    assert not any(torch.equal(now[name], value) for name, value in trained.items())
+    assert training.losses(run, "exit_2_loss")[-1] < training.losses(run, "exit_2_loss")[0]
+
+    tokens = torch.arange(2, 26).reshape(2, 12)
+    expected = run.model.eval()(input_ids=tokens).logits
+    run.exits.detach()
+    folder = tmp_path / "merged"
+    run.model.merge_and_unload().save_pretrained(folder)
+    run.processing_class.save_pretrained(folder)
+    lm = layerskip.load(str(folder), dtype="float32")
+    assert lm.facts.exits == (2, 3)
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.allclose(merged(input_ids=tokens).logits, expected, atol=1e-5)
+    drafted = lm.generate("1 2 3", max_new_tokens=8, exit_layer=2, draft_length=3)
+    assert drafted.tokens == lm.generate("1 2 3", max_new_tokens=8, mode="ar").tokens

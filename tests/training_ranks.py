@@ -9,10 +9,15 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -182,6 +187,58 @@ def by_accelerate(folder, ranks):
     }
 
 
+def launched(name, *options):
+    """What `accelerate launch` makes of a settings file of ours: arguments, and the variables it sets."""
+    file = str(training.TESTS.parent / "examples" / "accelerate" / name)
+    words = ["--config_file", file, *options, "--main_process_port", "0", "script.py"]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+@contextmanager
+def sharding_on_cpus():
+    """Our settings for FSDP2, and accelerate takes processes on CPUs for GPUs: else it shards on no CPU."""
+    made = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    variables = prepare_multi_gpu_env(launched("fsdp2.yaml"))
+    sharding = {key: value for key, value in variables.items() if "FSDP" in key}
+    with mock.patch.object(PartialState, "__init__", init), mock.patch.dict(os.environ, sharding):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def accelerated(folder, ranks):
+    """FSDP2 as `accelerate launch` sets it up, through the trainer; saves, and goes on from what it saved."""
+    if ranks == 1:
+        return replicated(folder, ranks, **ROTATING)
+    data = training.counting(64, masked=True)
+    settings = {**ROTATING, "per_device_train_batch_size": 8 // ranks, "data": data}
+    with sharding_on_cpus():
+        run = training.trainer(folder / "sgd", **settings)
+        run.train()
+        settings |= {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
+        straight = training.trainer(folder, **settings)
+        straight.train()
+        again = training.trainer(folder, start=training.model(seed=1), **settings)
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        whole = [
+            {name: p.full_tensor() for name, p in one.model.named_parameters()}
+            for one in (run, straight, again)
+        ]
+    return {
+        "weights": whole[0],
+        "straight": whole[1],
+        "resumed": whole[2],
+        "loss": training.losses(run),
+        "sharded": all(isinstance(p, DTensor) for p in run.model.parameters()),
+    }
+
+
 JOBS = {
     "replicated": (replicated, ROTATING),
     "replicated, accumulated": (replicated, {**ROTATING, "accumulate": 2}),
@@ -198,6 +255,7 @@ JOBS = {
     "sharded, steep": (sharded, STEEP),
     "sharded, early rows": (sharded, EARLY),
     "sharded, recomputed": (sharded, {"recompute": True}),
+    "accelerated": (accelerated, {}),
 }
 QUICK = ("replicated", "evaluated", "sharded")  # one of each kind, for `make test`
 ON_DEVICES = {"by accelerate": (by_accelerate, {})}

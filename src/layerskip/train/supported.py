@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
+from transformers import integrations
 
-from layerskip.errors import UserError
+from layerskip.errors import UserError, nearest
 
 TESTED = "5.23"
 """The version of transformers that the tests run with; 5.17 and later ones have the methods below too, as read."""
@@ -38,6 +40,40 @@ def refuse_other_trainers() -> None:
             )
 
 
+def refuse_missing_trackers(report_to: str | Sequence[str] | None) -> None:
+    """Look for what `report_to` names. Raises: UserError for one that is not known or not installed."""
+    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("none", "all"):
+            continue
+        if name not in known:
+            raise UserError(f"report_to names no tracker: {name!r}", nearest(name, [*known, "none", "all"]))
+        present = getattr(integrations, f"is_{name}_available", None)
+        if present is not None and not present():
+            raise UserError(f"report_to {name} needs {name}, which is not installed", f"pip install {name}")
+
+
+def set_up_liger(options: Any) -> None:
+    """Leave the model's forward, which gives the loss of the exits, out of what Liger replaces.
+
+    Raises: UserError where it is asked for, or where Liger is not installed.
+    """
+    if not options.use_liger_kernel:
+        return
+    if not integrations.liger.is_liger_kernel_available():
+        raise UserError(
+            "use_liger_kernel needs liger-kernel, which is not installed",
+            "pip install liger-kernel (it runs on GPUs), or leave use_liger_kernel out",
+        )
+    kernels = options.liger_kernel_config or {}
+    if kernels.get("fused_linear_cross_entropy"):
+        raise UserError(
+            "Liger's fused_linear_cross_entropy replaces the model's forward, and so the loss of the exits",
+            "leave it out: the other kernels stay, and the logits of whole batches are not made here either",
+        )
+    options.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
+
+
 def refuse_unsupported(trainer: Any) -> None:
     """Look at a trainer's arguments once it is made. Raises: UserError."""
     options = trainer.args
@@ -52,7 +88,11 @@ def refuse_unsupported(trainer: Any) -> None:
             'gradient_checkpointing_kwargs={"use_reentrant": False}, the default',
         )
     if trainer.is_deepspeed_enabled:
-        raise UserError("DeepSpeed is not supported: the loss of the exits needs whole weights", "use FSDP")
+        raise UserError(
+            "DeepSpeed is not supported: the loss of the exits needs whole weights, and a loss that is not finite "
+            "is found after DeepSpeed has used it",
+            "FSDP2 shards the same: accelerate launch --config_file examples/accelerate/fsdp2.yaml",
+        )
     if trainer.is_model_parallel:
         raise UserError(
             "the model is spread over several devices, its exits cannot be read there",

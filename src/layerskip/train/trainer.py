@@ -36,7 +36,12 @@ from layerskip.train.objective.exit_map import as_checkpoint, map_of
 from layerskip.train.objective.exits import ExitTraining
 from layerskip.train.objective.least_squares import solved
 from layerskip.train.objective.objective import Objective
-from layerskip.train.supported import refuse_other_trainers, refuse_unsupported
+from layerskip.train.supported import (
+    refuse_missing_trackers,
+    refuse_other_trainers,
+    refuse_unsupported,
+    set_up_liger,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,9 +73,12 @@ class LayerSkipMixin:
 
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         refuse_other_trainers()
+        if (given := kwargs.get("args", args[1] if len(args) > 1 else None)) is not None:
+            refuse_missing_trackers(given.report_to)
         super().__init__(*args, **kwargs)
         refuse_unsupported(self)
         options = self.args
+        set_up_liger(options)
         if options.device.type == "cpu":
             options.dataloader_pin_memory = False  # there is nothing to pin for, torch would warn
         options.prediction_loss_only = True  # the logits of all exits are never made at once

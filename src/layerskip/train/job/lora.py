@@ -26,6 +26,7 @@ def with_adapters(hf: Any, lora: Lora) -> Any:
         alpha_pattern={name: lora.alpha * rank / lora.rank for name, rank in ranks.items()},
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
+        use_dora=lora.dora,
         target_modules=adapted_modules(hf, lora),
         modules_to_save=[exit_map.NAME] if exit_map.map_of(hf) is not None else None,
         task_type="CAUSAL_LM",

@@ -123,7 +123,11 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
             raise UserError(f"arguments.{key} cannot be set: {REFUSED[key]}", "leave it out")
         if key not in known:
             raise UserError(f"unknown key arguments.{key}", nearest(key, known))
-    defaults = {"ddp_find_unused_parameters": False, "logging_first_step": True}
+    defaults: dict[str, Any] = {
+        "ddp_find_unused_parameters": False,
+        "logging_first_step": True,
+        "run_name": f"{recipe.name} {output.resolve().name}".strip(),  # by which trackers take a run up again
+    }
     try:
         arguments = LayerSkipArguments(**settings, **defaults | recipe.arguments)
     except (ValueError, TypeError, ImportError) as error:

@@ -61,6 +61,8 @@ class Lora(_Strict):
     """Layers to adapt, counted from 1; null is all."""
     ranks: dict[Count, Count] = {}
     """Ranks of single layers, {layer: rank}; their updates are scaled like the others."""
+    dora: bool = False
+    """DoRA: a trained size of each output beside the low-rank change of its direction."""
 
 
 NESTED: dict[str, type[BaseModel]] = {"columns": ColumnNames, "lora": Lora}

@@ -176,6 +176,8 @@ def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         done = any("eval_loss" in line and line.get("step") == trainer.state.global_step for line in history)
         if not done or trainer.state.best_model_checkpoint:  # the best one's weights are loaded by now
             trainer.evaluate()
+            # Trackers were closed when training ended, and opened again by these figures.
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     evaluated = run.eval_rows is not None and any("eval_loss" in line for line in history)
     result |= final_figures(history, evaluated)
     if evaluated:
@@ -307,6 +309,9 @@ def _check_installed(recipe: Recipe) -> None:
     needed = ["accelerate", *(["peft"] if recipe.lora else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"training needs {' and '.join(missing)}", 'pip install "layerskip[train]"')
+    from layerskip.train.supported import refuse_missing_trackers
+
+    refuse_missing_trackers(recipe.report_to)
 
 
 def checked_output(recipe: Recipe, resume: bool) -> Path:

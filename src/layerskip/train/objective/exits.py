@@ -241,7 +241,8 @@ class ExitTraining:
             self._eager[self._note](out.loss.detach(), labels, kwargs.get("num_items_in_batch"))
             return out
         divisor = kwargs.pop("num_items_in_batch", None)
-        rest = {k: v for k, v in kwargs.items() if k not in ("labels", "use_cache", "logits_to_keep")}
+        without = ("labels", "use_cache", "logits_to_keep", "skip_logits")  # the last one is Liger's
+        rest = {k: v for k, v in kwargs.items() if k not in without}
         reference = (
             self._eager[self._referred](rest, tokens)
             if hf.training and self.bound.reference is not None
