@@ -55,6 +55,7 @@ def main() -> None:
         "exit-gate.png": (newest(arguments.results, "exit-gate")[-1:], gate),
         "adapter-gate.png": (newest(arguments.results, "adapter-gate")[-1:], adapter_gate),
         "builtin-speedup.png": (ours, builtin),
+        "scratch.png": (newest(arguments.results, "scratch")[-1:], scratch),
         "lens.png": (inspected, lens),
         "timeline.png": (inspected, timeline),
         "demo-rounds.png": (demo, timeline),
@@ -160,6 +161,44 @@ def adapter_gate(results: list[dict[str, Any]], file: Path) -> Path:
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return file
+
+
+def scratch(results: list[dict[str, Any]], file: Path) -> Path:
+    """What dropout and exit loss each do to a model trained from scratch; intervals are over seeds."""
+    cells = results[-1]["cells"]
+    figure = draw.canvas(4.0)
+    left, middle, right = figure.subplots(1, 3)
+    colours = dict(zip(cells, (draw.GREY, *draw.SERIES), strict=False))
+    for place, (name, told) in enumerate(cells.items()):
+        exits = sorted(told["exits"], key=int)
+        for panel, key, factor in ((left, "agreement", 100), (middle, "speedup", 1)):
+            shown = [k for k in exits if key in told["exits"][k]]
+            found = [told["exits"][k][key] for k in shown]
+            panel.errorbar(
+                [int(k) + 0.06 * (place - 2) for k in shown],
+                [factor * one["ratio"] for one in found],
+                yerr=[[factor * end for end in ends] for ends in zip(*map(away, found), strict=True)],
+                fmt="o-", color=colours[name], markersize=4, linewidth=1.4, capsize=2,
+            )  # fmt: skip
+        rise = told["perplexity_change"]
+        ends = [[100 * end] for end in away(rise)]
+        right.bar(place, 100 * rise["ratio"], yerr=ends, color=colours[name], ecolor="black", capsize=3)
+    middle.axhline(1.0, color="black", linewidth=1)
+    right.axhline(0.0, color="black", linewidth=1)
+    right.set_xticks([])
+    draw.dress(left, "Agreement with the last layer", "exit layer E", "share of positions, %")
+    draw.dress(middle, "Self-speculation over plain decoding", "exit layer E", "speed-up, x")
+    draw.dress(right, "Perplexity of the last layer", "", "over the baseline's, %")
+    seeds = len(next(iter(cells.values()))["by_seed"])
+    note = f"95% intervals over {seeds} seeds" if seeds > 1 else "one seed"
+    draw.legend(figure, draw.signs({colour: name for name, colour in colours.items()}, note))
+    return draw.written(figure, file)
+
+
+def away(told: dict[str, Any]) -> tuple[float, float]:
+    """How far an interval's ends are from its middle; 0 where there is none."""
+    low, high = told.get("ci95", (told["ratio"], told["ratio"]))
+    return max(0.0, told["ratio"] - low), max(0.0, high - told["ratio"])
 
 
 def acceptance(results: list[dict[str, Any]], file: Path) -> Path:

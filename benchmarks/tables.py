@@ -18,6 +18,8 @@ import record
 from builtin_tables import builtin, gain, price, sources
 from cells import away, head, line, link, machine, number, ratio, share
 
+from layerskip.train.job.curve import POINTS
+
 HERE = Path(__file__).parent
 # Files up to then call smollm2-135m what is smollm2-135m-base now.
 UNTRAINED = "2026-11-24"
@@ -326,8 +328,18 @@ def formats_table(result: dict) -> list[str]:
     return lines
 
 
+def curve() -> str:
+    """What the long run of the adapter had learnt along its way, the points that `layerskip plan` goes by."""
+    lines = head("tokens of answers", "drafts 1, 2, 3, 4 right where those before were", "tokens per round")
+    for point in json.loads(POINTS.read_text())["exit-adapter"]["points"]:
+        right = ", ".join(f"{100 * one:.0f}%" for one in point["right"])
+        lines.append(line(f"{point['tokens'] / 1e6:.1f} M", right, number(point["tokens_per_round"])))
+    return "\n".join(lines)
+
+
 PAGES = {
     "README.md": {"table: gain": gain, "list: price": price, "transcript: demo": demo},
+    "docs/training.md": {"table: curve": curve},
     "docs/drafting.md": {"table: sources": sources},
     "docs/usage.md": {"table: options": options, "table: loading": loading},
     "docs/results.md": {

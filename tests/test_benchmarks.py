@@ -182,7 +182,7 @@ def test_every_figure_has_its_result_file(script, tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "exits.png", "speedup-surface.png", "acceptance-by-position.png", "adapter-gate.png"
     }  # fmt: skip
-    assert capsys.readouterr().out.count("no result file yet") == 5
+    assert capsys.readouterr().out.count("no result file yet") == 6
     (tmp_path / "tuning_tiny_float32_cpu_2026-01-01.json").unlink()
     own = {"exit_layer": 2, "acceptance_by_position": [0.7, 0.3]}
     bench = {"methods": {"self-speculative": own}, "configuration": configuration}

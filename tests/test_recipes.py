@@ -55,6 +55,7 @@ def test_every_recipe_is_read_and_reads_back_the_same(tmp_path):
     assert {
         *PUBLISHED,
         "revised-dropout",
+        "scratch-small",
         "topv2",
         "finetune",
         "lora",

@@ -59,8 +59,10 @@ class Run:
         return Path(self.arguments.output_dir)
 
 
-def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkipArguments:
-    """Say a recipe as Hugging Face's arguments.
+def arguments_for(
+    recipe: Recipe, output: Path, schedule: Schedule, device: str | None = None
+) -> LayerSkipArguments:
+    """Say a recipe as Hugging Face's arguments; `device` cpu leaves an accelerator alone.
 
     Raises: UserError for settings that exclude one another or do not fit this machine.
     """
@@ -68,7 +70,7 @@ def arguments_for(recipe: Recipe, output: Path, schedule: Schedule) -> LayerSkip
 
     from layerskip.train.arguments import LayerSkipArguments
 
-    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     eval_every = recipe.eval_every or recipe.save_every
     if recipe.best_by != "none" and recipe.save_every % eval_every:
         raise UserError(
@@ -161,11 +163,7 @@ def plan_of(run: Run) -> dict[str, Any]:
     config = run.model.config.get_text_config()
     parameters = sum(p.numel() for p in run.model.parameters())
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    states = 0
-    if recipe.exit_adapter and steps > per_epoch:
-        planes = 2 if max(run.schedule.trained) else 1
-        size = planes * config.hidden_size * next(run.model.parameters()).element_size()
-        states = min(len(rows) * rows.longest * size, int(recipe.states_gb * 1e9))
+    states = min(states_bytes(run), int(recipe.states_gb * 1e9)) if steps > per_epoch else 0
     return {
         "steps": steps,
         "epochs": round(steps / per_epoch, 2),
@@ -185,7 +183,7 @@ def plan_of(run: Run) -> dict[str, Any]:
         "trainable": trainable,
         "devices": arguments.world_size,
         "device": arguments.device.type,
-        "memory_bytes": _memory(run, parameters, trainable),
+        "memory_bytes": sum(memory_of(run, parameters, trainable)),
         "disk_bytes": _disk(recipe, steps, parameters, trainable, states),
         "resumes_at": None if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1]),
     }
@@ -203,6 +201,15 @@ def short(plan: dict[str, Any], recipe: Recipe) -> list[str]:
     ]
 
 
+def states_bytes(run: Run) -> int:
+    """Size of the states that an adapter reads again in the next epoch; 0 for other recipes."""
+    if not run.recipe.exit_adapter:
+        return 0
+    planes, width = 2 if max(run.schedule.trained) else 1, run.model.config.get_text_config().hidden_size
+    size = planes * width * next(run.model.parameters()).element_size()
+    return int(len(run.train_rows) * run.train_rows.longest * size)
+
+
 def _disk(recipe: Recipe, steps: int, parameters: int, trainable: int, states: int) -> int:
     """Add up the finished model, kept states and the checkpoints that stand at once: kept, best, being written."""
     weights = 4 * (trainable if recipe.lora is not None or recipe.exit_adapter else parameters)
@@ -214,8 +221,8 @@ def _disk(recipe: Recipe, steps: int, parameters: int, trainable: int, states: i
     )
 
 
-def _memory(run: Run, parameters: int, trainable: int) -> int:
-    """Estimate the peak of one device that holds everything: weights, gradients, Adam, activations, logits."""
+def memory_of(run: Run, parameters: int, trainable: int) -> tuple[int, int]:
+    """Estimate the peak of one device: weights, gradients and Adam, which FSDP shards; activations and logits."""
     config, recipe = run.model.config.get_text_config(), run.recipe
     tokens, width = recipe.batch_size * recipe.length, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -231,4 +238,4 @@ def _memory(run: Run, parameters: int, trainable: int) -> int:
         recipe.last_loss != "ce" and recipe.lora is None and recipe.freeze != "model"
     ):  # what it was before training stands beside it
         weights += (2 if short else 4) * parameters
-    return int(weights + activations + 4 * head + 3 * (1 << 26))
+    return weights, int(activations + 4 * head + 3 * (1 << 26))

@@ -76,10 +76,17 @@ def train(
     return finish(prepare(recipe, resume, watch), callbacks)
 
 
-def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None, planning: bool = False) -> Run:
+def prepare(
+    recipe: Recipe,
+    resume: bool = False,
+    watch: Watch | None = None,
+    planning: bool = False,
+    device: str | None = None,
+) -> Run:
     """Check a recipe against its output folder, model and data; load all three. Cheap checks come first.
 
     With `planning` it needs no output folder; such a run is to be looked at, not to be finished.
+    `device` cpu leaves an accelerator alone.
 
     Raises: UserError.
     """
@@ -91,14 +98,10 @@ def prepare(recipe: Recipe, resume: bool = False, watch: Watch | None = None, pl
         )
     folder, config = configuration_of(recipe)
     num_layers = config.get_text_config().num_hidden_layers
-    if recipe.layers is not None and recipe.layers > num_layers:
-        raise UserError(
-            f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
-            "layers=null takes its settings as they are; shipped for any depth are exit-adapter, finetune and lora",
-        )
+    check_depth(recipe, num_layers)
     schedule = schedule_for(recipe, num_layers)
     check_length(recipe, config)
-    arguments = arguments_for(recipe, output, schedule)
+    arguments = arguments_for(recipe, output, schedule, device)
     tokenizer, ends = tokenizer_of(folder), ends_of(folder, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -375,6 +378,15 @@ def _write_down(run: Run) -> None:
         raise UserError(
             f"cannot write into {run.output}: {error}", hint_of(error, "choose another output")
         ) from error
+
+
+def check_depth(recipe: Recipe, num_layers: int) -> None:
+    """Refuse a recipe that was written for a deeper model. Raises: UserError."""
+    if recipe.layers is not None and recipe.layers > num_layers:
+        raise UserError(
+            f"the recipe is for {recipe.layers} layers, the model has {num_layers}",
+            "layers=null takes its settings as they are; shipped for any depth are exit-adapter, finetune and lora",
+        )
 
 
 def schedule_for(recipe: Recipe, num_layers: int) -> Schedule:
