@@ -92,6 +92,33 @@ static void slices(int64_t rows, int64_t width, int64_t model, int64_t mlp, int6
     run_layers<W>(Slice{s, 2, both, caches, cos.get(), sin.get(), index.get(), places.get(), places.get()}, h.get());
 }
 
+// Drafts behind an adapter of `blocks`, and the best of each row.
+template <typename W>
+static void chains(int64_t rows, int64_t steps, int64_t width, int64_t mlp, int64_t size, int64_t blocks) {
+    const int64_t sizes[4][2] = {{2 * width, width}, {width, size}, {width, 2 * mlp}, {mlp, width}};
+    std::unique_ptr<uint8_t[]> weights[4];
+    std::unique_ptr<float[]> scales[4];
+    Product products[4];
+    for (int i = 0; i < 4; ++i) {
+        weights[i] = weights_of<W>(sizes[i][0], sizes[i][1]);
+        const int64_t outs = (sizes[i][1] + TILE - 1) / TILE * TILE;
+        scales[i].reset(new float[outs]);
+        std::fill(scales[i].get(), scales[i].get() + outs, 0.01f);
+        products[i] = {0, sizes[i][0], sizes[i][1], weights[i].get(), scales[i].get(), nullptr, nullptr};
+    }
+    auto table = reals<bf16>(size * width), gain = reals<bf16>(width), known = reals<bf16>(rows * width);
+    std::unique_ptr<int64_t[]> ids(new int64_t[size]), tokens(new int64_t[(steps + 1) * rows]);
+    for (int64_t i = 0; i < size; ++i) ids[i] = i;
+    for (int64_t r = 0; r < rows; ++r) tokens[r] = draw() % size;
+    const Block each[] = {{products[2], products[3]}, {products[2], products[3]}};
+    draft<W>(Drafts{rows, steps, width, blocks, products[0], products[1], each, table.get(), gain.get(), 1.5f, 1e-5f, 1e-6f,
+                    ids.get()}, known.get(), tokens.get());
+    auto x = reals<float>(rows * size);
+    std::unique_ptr<float[]> values(new float[rows]);
+    x[0] = NAN;
+    best_f32(x.get(), tokens.get(), values.get(), rows, size);
+}
+
 int main() {
     for (int64_t rows : {1, 2, 5, 12, 13, 33})
         for (int64_t in : {1, 31, 32, 70})
@@ -113,6 +140,11 @@ int main() {
 #ifdef BFLOAT_PRODUCTS
             slices<Bfloat>(2, width, 70, 100, 128, 2, 2, before);
 #endif
+        }
+    for (int64_t rows : {1, 3, 13})
+        for (int64_t blocks : {0, 1, 2}) {
+            chains<Int8>(rows, 3, 33, 31, 17, blocks);
+            chains<Int4>(rows, 1, 64, 70, 1, blocks);
         }
     std::puts("done");
 }
