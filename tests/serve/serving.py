@@ -38,8 +38,9 @@ def language_model(dtype=None, kind="hf"):
 class Server:
     """What tests ask of a server that runs in a thread of this process."""
 
-    def __init__(self, service, metrics, port):
-        self.service, self.metrics, self.port = service, metrics, port
+    def __init__(self, service, metrics, listener):
+        self.service, self.metrics, self.listener = service, metrics, listener
+        self.port = listener.getsockname()[1]
         self.lm, self.worker = service.lm, service.worker
 
     @property
@@ -110,9 +111,8 @@ def serving(lm, key=None, **settings):
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Server(service, metrics, port)
+        yield Server(service, metrics, server.servers[0].sockets[0])
     finally:
         server.should_exit = True
         thread.join(20)

@@ -203,6 +203,10 @@ class Engine:
         """Stop generating but keep the row's cache for a next turn. Raises: UserError for a row that has ended."""
         self._known(row).finished = True
 
+    def suspend(self, row: int, suspended: bool) -> None:
+        """Leave a row out of steps, its cache kept, or take it in again. Raises: UserError where it has ended."""
+        self._known(row).suspended = suspended
+
     # -- work ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -226,7 +230,7 @@ class Engine:
             self._driving.release()
 
     def _work(self) -> None:
-        waiting = [row for row in self._rows.values() if not row.finished]
+        waiting = [row for row in self._rows.values() if not (row.finished or row.suspended)]
         prompts = [row for row in waiting if self._prefilling(row)]
         rounds = [row for row in waiting if not self._prefilling(row)]
         if not waiting:
@@ -384,6 +388,7 @@ class Engine:
         request = row.request
         row.waited, row.finished = self._step_id, reason is not None
         plain = "early-exit" if request.unverified else "plain"
+        source = row.choice.drafter if row.choice.draft_length else plain
         self._events.append(
             Round(
                 row=row.slot,
@@ -392,11 +397,7 @@ class Engine:
                 accepted=min(outcome.kept, len(tokens)),
                 exit_layer=row.exit_layer,
                 draft_length=row.choice.draft_length,
-                source="prefill"
-                if prompt_tokens
-                else row.choice.drafter
-                if row.choice.draft_length
-                else plain,
+                source="prefill" if prompt_tokens else source,
                 step_id=self._step_id,
                 step_s=step_s,
                 layer_passes=outcome.layer_passes,

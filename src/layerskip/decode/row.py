@@ -36,6 +36,7 @@ class Row:
     arrived: int = 0  # its place among all requests the engine has taken
     waited: int = 0  # step id of the last service
     finished: bool = False
+    suspended: bool = False  # in no step until it is taken in again; its cache stays
     answers: list[tuple[int, bool]] = field(default_factory=list)  # of the stop function, not committed yet
 
     @property

@@ -243,17 +243,14 @@ class Answers:
         wanted = asked.stream_options is not None and asked.stream_options.include_usage
         if wanted:
             head["usage"] = None
-        begun, stalled = set[int](), self._service.settings.stalled
-        loop = asyncio.get_running_loop()
+        begun = set[int]()
         try:
             async for place, added in exchange.rounds():
                 choice = self._piece(exchange, asked, place, added, place not in begun)
                 if choice is None:
                     continue
                 begun.add(place)
-                unread = loop.call_later(stalled, self._leave, exchange)
                 yield _event(head | {"choices": [choice]})  # goes on once the client's buffers take it
-                unread.cancel()
             if wanted:
                 yield _event(head | {"choices": [], "usage": exchange.usage()})
             yield b"data: [DONE]\n\n"

@@ -62,6 +62,8 @@ def told(
         message = "the server is shutting down; ask another one"
     elif isinstance(error, LateError):
         message = "the request took longer than it may; ask for fewer tokens, or raise --timeout"
+    elif isinstance(error, GoneError):
+        message = "the request was cancelled: nothing of it was read for longer than --stalled"
     elif isinstance(error, UserError):
         message = str(error).replace("\n  ", "; ")
         if "context is" in error.message:

@@ -57,6 +57,7 @@ class Metrics:
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end.", WHOLE)
         self.rounds = histogram("round_seconds", "Of one round of the engine, shared by its rows.", EACH)
         self.running = gauge("num_requests_running", "Requests that have a row.")
+        self.suspended = gauge("num_requests_suspended", "Requests paused until their client reads on.")
         self.waiting = gauge("num_requests_waiting", "Requests that wait for a row.")
         self.usage = gauge("kv_cache_usage_perc", "Share of the rows' slots that hold tokens, 0 to 1.")
 
@@ -68,6 +69,7 @@ class Metrics:
             return sum(cache.lengths) / (len(cache.lengths) * cache.capacity)
 
         self.running.set_function(lambda: worker.running)
+        self.suspended.set_function(lambda: worker.suspended)
         self.waiting.set_function(lambda: worker.waiting)
         self.usage.set_function(used)
 

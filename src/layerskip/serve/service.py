@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerskip.decode.engine import Engine
@@ -15,7 +16,7 @@ from layerskip.errors import UserError
 from layerskip.serve.processors import Bias, Grammars, Penalties
 from layerskip.serve.protocol import Asked, ChatRequest
 from layerskip.serve.replies import Reply, usage
-from layerskip.serve.worker import Job, Worker
+from layerskip.serve.worker import Job, Reader, Worker
 
 if TYPE_CHECKING:
     from layerskip.decode.language_model import LanguageModel
@@ -35,6 +36,7 @@ class Exchange:
     jobs: list[Job]
     replies: list[Reply]
     events: asyncio.Queue[Event]
+    took: Callable[[], None]  # called for every event that is taken from them
     created: int = field(default_factory=lambda: int(time.time()))
 
     def usage(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class Exchange:
         left = len(self.jobs)
         while left:
             place, event = await self.events.get()
+            self.took()
             if isinstance(event, Exception):
                 raise event
             added = self.replies[place].push(event)
@@ -71,7 +74,7 @@ class Service:
             lm.stack, rows=settings.rows, capacity=settings.context, draft_head=self.head,
             prefill_chunk=settings.prefill_chunk,
         )  # fmt: skip
-        self.worker = Worker(engine, settings.queue, metrics)
+        self.worker = Worker(engine, settings.queue, metrics, settings.stalled)
         self.grammars = Grammars(lm.tokenizer, lm.stack.vocab_size, lm.eos_ids(Options()))
         self.ready = False
         if metrics is not None:
@@ -103,7 +106,7 @@ class Service:
             )
         events = asyncio.Queue[Event]()
         deadline = time.monotonic() + self.settings.timeout
-        jobs: list[Job] = []
+        reader, jobs = Reader(), list[Job]()
         replies: list[Reply] = []
         for prompt in prompts:
             for choice in range(choices):
@@ -113,10 +116,11 @@ class Service:
                     loop.call_soon_threadsafe(events.put_nowait, (place, event))
 
                 request, stops = self._request(asked, prompt, choice)
-                jobs.append(Job(request, client, deliver, deadline))
+                jobs.append(Job(request, client, deliver, deadline, reader))
                 replies.append(Reply(self.lm.tokenizer, stops, asked.top(), asked.layerskip.rounds))
         kind = "chatcmpl" if isinstance(asked, ChatRequest) else "cmpl"
-        return Exchange(f"{kind}-{secrets.token_hex(12)}", prompts, jobs, replies, events)
+        took = partial(self.worker.took, reader)
+        return Exchange(f"{kind}-{secrets.token_hex(12)}", prompts, jobs, replies, events, took)
 
     def encode(self, prompt: Any, chat: bool = False) -> list[int]:
         """Turn messages, text or ids into ids. Raises: UserError, for a prompt that leaves no room too."""

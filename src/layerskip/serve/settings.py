@@ -33,7 +33,7 @@ class ServeOptions:
     memory: float | None = option(None, "GiB for keys and values.", above=0, shown="half of what is free")
     queue: int = option(64, "Requests that may wait for a row; more get status 429.", least=0)
     timeout: float = option(600.0, "Seconds a request may take, waiting included.", above=0)
-    stalled: float = option(60.0, "Seconds a client may leave what it is sent unread.", above=0)
+    stalled: float = option(60.0, "Seconds a paused request may wait for its client to read on.", above=0)
     choices: int = option(8, "The largest n of a request.", least=1)
     body: int = option(1 << 20, "Bytes of a request at most.", least=1024)
     prefill_chunk: int | None = option(

@@ -4,10 +4,12 @@
     worker.start()
     job = Job(request, client="...", deliver=print)       # `deliver` is called in the worker's thread
     worker.submit(job)                                     # BusyError where the queue is full
+    worker.took(job.reader)                                # a delivery has been read
     worker.cancel(job)                                     # from any thread, in any state
     worker.drain(30); worker.stop()
 
-Everything else only submits and cancels. A job's last delivery is a round with a `finish_reason`, or an error.
+Everything else only submits, reads and cancels. A job's last delivery is a round with a `finish_reason`, or an
+error. While `UNREAD` deliveries wait for a reader, the rows of its jobs are left out of rounds.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from layerskip.decode.engine import Engine
     from layerskip.decode.request import Request, Round
 
+UNREAD = 64  # deliveries that may wait for a reader: a healthy one is a few behind, and this many stay small
 IDLE_S = 0.5  # how long the thread sleeps at most while nothing is to be done
 
 
@@ -49,7 +52,15 @@ class LateError(Exception):
 
 
 class GoneError(Exception):
-    """A request was cancelled, by its client or because it does not read."""
+    """A request was cancelled: its client has left, or was stuck for too long."""
+
+
+@dataclass(eq=False)
+class Reader:
+    """Who reads what one or several jobs deliver. Changed with the worker's lock held."""
+
+    unread: int = 0  # deliveries
+    full_since: float | None = None  # when they became too many, or one of too many was last read
 
 
 @dataclass(eq=False)
@@ -60,6 +71,7 @@ class Job:
     client: str
     deliver: Callable[[Round | Exception], None]
     deadline: float | None = None
+    reader: Reader = field(default_factory=Reader)  # shared by the choices of one answer
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None  # when it got a row
     first: float | None = None  # when its first token came
@@ -69,17 +81,27 @@ class Job:
     ticket: Ticket | None = None
     over: bool = False
 
+    @property
+    def is_full(self) -> bool:
+        """Whether its reader must read before more is delivered."""
+        return self.reader.full_since is not None and not self.over
+
 
 Watcher = Callable[["Job", "Round | Exception"], None]
 
 
 class Worker:
-    """Serve jobs with one engine. `watch` is told every delivery, for metrics."""
+    """Serve jobs with one engine. `watch` is told every delivery, for metrics.
 
-    def __init__(self, engine: Engine, queue: int, watch: Watcher | None = None) -> None:
+    Where a reader with `UNREAD` deliveries reads nothing for `stalled_s`, its jobs are cancelled.
+    """
+
+    def __init__(
+        self, engine: Engine, queue: int, watch: Watcher | None = None, stalled_s: float = 60.0
+    ) -> None:
         self.engine = engine
         self.scheduler = Scheduler(engine)
-        self._watch = watch
+        self._watch, self._stalled_s = watch, stalled_s
         self._queue: FairQueue[Job] = FairQueue(queue)
         self._running: dict[Ticket, Job] = {}
         self._kept: dict[Ticket, float] = {}  # rows with an earlier output, by when they were last of use
@@ -117,6 +139,10 @@ class Worker:
     def running(self) -> int:
         return len(self._running)
 
+    @property
+    def suspended(self) -> int:
+        return sum(job.is_full for job in [*self._running.values()])
+
     def submit(self, *jobs: Job) -> None:
         """Queue jobs that belong together, all or none.
 
@@ -133,6 +159,14 @@ class Worker:
             for job in jobs:
                 self._queue.put(job.client, job)
             self._wake.notify_all()
+
+    def took(self, reader: Reader) -> None:
+        """Note that one delivery has been read; rows that were left out for it take part in rounds again."""
+        with self._wake:
+            reader.unread -= 1
+            if reader.full_since is not None:
+                reader.full_since = time.monotonic() if reader.unread >= UNREAD else None
+                self._wake.notify_all()
 
     def cancel(self, job: Job, why: Exception | None = None) -> None:
         """End a job within a round, in whatever state it is; one that has ended stays as it is."""
@@ -177,7 +211,7 @@ class Worker:
     def _turn(self) -> bool:
         """Do what others wished for, give rows out, take one step; False when it is over."""
         with self._wake:
-            if not (self._cancelled or self._queue or self._running or self._stopped):
+            if self._is_idle():
                 self._wake.wait(IDLE_S)
             if self._stopped:
                 return False
@@ -186,13 +220,29 @@ class Worker:
             self._drop(job, why)
         now = time.monotonic()
         for job in [*self._running.values(), *(job for _, job in self._queue.items())]:
+            full_since = job.reader.full_since  # may be set to None meanwhile
             if job.deadline is not None and now > job.deadline:
                 self._drop(job, LateError())
+            elif full_since is not None and now - full_since > self._stalled_s:
+                self._drop(job, GoneError())
+        for ticket, job in self._running.items():
+            if ticket.row is not None:
+                self.engine.suspend(ticket.row, job.is_full)
         self._admit()
         if self._running:
             for ticket, event in self.scheduler.step():
                 self._told(ticket, event)
         return True
+
+    def _is_idle(self) -> bool:
+        """Whether a turn would do nothing: nobody can get a row, and all who have one are full. Needs `_wake`."""
+        waits = bool(self._queue) and (bool(self._kept) or len(self._running) < self.rows)
+        return not (
+            self._cancelled
+            or self._stopped
+            or waits
+            or any(not job.is_full for job in self._running.values())
+        )
 
     def _admit(self) -> None:
         while True:
@@ -273,6 +323,10 @@ class Worker:
             job.over, job.ended = True, time.monotonic()
         if self._watch is not None:
             self._watch(job, event)
+        with self._wake:
+            job.reader.unread += 1
+            if job.reader.unread >= UNREAD and job.reader.full_since is None:
+                job.reader.full_since = time.monotonic()
         try:
             job.deliver(event)
         except RuntimeError:  # its event loop has closed: nobody is there to read it
