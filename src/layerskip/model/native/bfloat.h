@@ -27,7 +27,7 @@ struct Pairs {  // inputs [groups, GROUP / 2, R, 2]
 
 struct Bfloat {
     typedef Pairs Rows;
-    static constexpr int AT_ONCE = 12, AHEAD = 0;
+    static constexpr int AT_ONCE = 12, AHEAD = NEXT_TILES, FEW = 6;
     static constexpr int64_t BYTES = TILE * GROUP * sizeof(bf16);
     static constexpr int tiles(int rows) { return rows > 6 ? 2 : 4; }
 

@@ -3,8 +3,8 @@
 // Weights lie in tiles of TILE outputs, a tile's groups of GROUP inputs one behind the other. What stands behind the
 // last output and input is 0. A format says how long a group of a tile is (BYTES), what it makes of inputs (Rows), how
 // many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many groups ahead their weights are asked for
-// (AHEAD; 0: they come by themselves), how a group is added to the sums of R rows
-// (`add`), and what is done with a sum at last (`finished`).
+// (AHEAD) by more than so many rows (FEW), how a group is added to the sums of R rows (`add`), and what is done with a sum at
+// last (`finished`).
 //
 // Exact: a row is prepared alone, and each of its sums goes over the groups in order, so its bits do not depend on the
 // rows beside it, on the number of threads or on where a tile is.
@@ -16,6 +16,7 @@
 #include "team.h"
 
 constexpr int GROUP = 32;
+constexpr int NEXT_TILES = -1;  // as AHEAD: the same group of the tiles behind these, into the second cache
 #define UNROLLED _Pragma("GCC unroll 16")
 
 static int64_t groups_of(int64_t width) { return (width + GROUP - 1) / GROUP; }
@@ -96,10 +97,12 @@ APART void some_tiles(const Product &p, typename W::Rows x, int64_t groups, int6
     const int64_t apart = groups * W::BYTES;
     const uint8_t *weights = p.weights + tile * apart;
     for (int64_t g = 0; g < groups; ++g, weights += W::BYTES, x = x.behind(R)) {
-        if constexpr (W::AHEAD > 0 && R > 4)  // what few rows need comes in time by itself
+        if constexpr (R > W::FEW) {  // what few rows need comes in time by itself
+            constexpr bool next = W::AHEAD == NEXT_TILES;
             for (int n = 0; n < N; ++n)
                 for (int64_t line = 0; line < W::BYTES; line += 64)
-                    __builtin_prefetch(weights + n * apart + W::AHEAD * W::BYTES + line);
+                    __builtin_prefetch(weights + (next ? (N + n) * apart : n * apart + W::AHEAD * W::BYTES) + line, 0, next ? 2 : 3);
+        }
         W::template add<R, N>(weights, apart, x, sums);
     }
     float found[N][R][TILE];

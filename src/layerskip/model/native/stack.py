@@ -203,7 +203,7 @@ class NativeStack(Stack):
         return super().best(logits) if self.kernels is None else self.kernels.best(logits)
 
     def chain(self, head: Head | None) -> Chain | None:
-        return Chain.of(self, head)
+        return Chain.of(head, self.table, self.embed_scale, self.finish, self.counters)
 
     def products(self) -> None:
         """Run every matrix product of a plain step and nothing else: the floor of its time."""
