@@ -25,10 +25,9 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
+from layerskip.decode.copies import best_lengths
 from layerskip.model.cost import FLAT_ROW_COSTS, Cost, RowCosts, expected_tokens
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
 LONGEST = 16  # tokens drafted at most by a controller's own choice
 OVERDUE = 4  # copies may put a probe off until it is that late
-TURNS = 4  # of looking for the best copies of all rows
 LEAST_EXTRA = 0.001  # of a plain step for each position, whatever the costs say
 CHEAPEST = 0.25  # of the modelled price: a clock that says less is wrong
 EXIT, LOOKUP = "exit", "lookup"  # the two drafters that a controller knows
@@ -295,29 +293,11 @@ class Controller:
         return self._since_plain >= (PLAIN_EVERY if known else PLAIN_FIRST)
 
     def _copies(self, chances: Sequence[Sequence[float]]) -> tuple[list[int], float]:
-        """Find how many tokens each row should copy, and what that brings over plain steps: tokens per price.
-
-        Most tokens per price of the round as a whole: a row copies as far as each token is worth its price at the
-        rate that all reach together, which is found by turns (Dinkelbach, 1967).
-        """
+        """Find how many tokens each row should copy, and what that brings over plain steps: tokens per price."""
         assert self.copying is not None
-        num_rows, longest = len(chances), max(map(len, chances))
-        width = num_rows if self.copying.padded else 1
+        num_rows = len(chances)
         spent = self._books[_bucket(num_rows)].added()
-        prices = [self._price(num_rows, length * width, spent) for length in range(longest + 1)]
-        gains = [[0.0, *accumulate(accumulate(own, mul))] for own in chances]  # by length: tokens more
-        if self.copying.padded:
-            return _padded(gains, prices)
-        lengths, rate = [0] * num_rows, float(num_rows)
-        for _ in range(TURNS if longest else 0):
-            tried = [max(range(len(own)), key=lambda k: own[k] - rate * prices[k]) for own in gains]
-            added = sum(tried)
-            gained = sum(own[k] for own, k in zip(gains, tried, strict=True))
-            reached = (num_rows + gained) / (1 + self._price(num_rows, added, spent))
-            if reached <= rate:
-                break
-            lengths, rate = tried, reached
-        return lengths, rate / num_rows
+        return best_lengths(chances, lambda n: self._price(num_rows, n, spent), self.copying.padded)
 
     def _more(self, num_rows: int, positions: int) -> float:
         """Price positions beside those of a plain step, in such steps."""
@@ -385,17 +365,6 @@ class Controller:
             agreement = self.agreement(arm.exit_layer)
             expected = sum(expected_tokens(row.drafted, agreement) for row in rows)
         self._surplus.add(sum(row.committed for row in rows), expected, WINDOW)
-
-
-def _padded(gains: Sequence[Sequence[float]], prices: Sequence[float]) -> tuple[list[int], float]:
-    """The best common length where a step is as wide as its longest copy: each row copies as far as it can."""
-
-    def rate(length: int) -> float:
-        gained = sum(own[min(length, len(own) - 1)] for own in gains)
-        return (len(gains) + gained) / (1 + prices[length])
-
-    best = max(range(len(prices)), key=rate)
-    return [min(best, len(own) - 1) for own in gains], rate(best) / len(gains)
 
 
 def _bucket(num_rows: int) -> int:

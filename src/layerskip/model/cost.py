@@ -6,6 +6,7 @@ Leviathan et al. (arXiv 2211.17192). On a device, put measured step times in pla
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -48,9 +49,14 @@ class RowCosts:
 
     def __call__(self, positions: int) -> float:
         """Price a pass over so many positions."""
-        after = next((i for i, (t, _) in enumerate(self.points) if t >= positions), len(self.points) - 1)
-        (t0, c0), (t1, c1) = self.points[max(0, after - 1)], self.points[max(1, after)]
-        return c0 + (c1 - c0) * (positions - t0) / (t1 - t0)
+        return _between(self.points, positions)
+
+
+@functools.lru_cache(maxsize=4096)
+def _between(points: tuple[tuple[int, float], ...], positions: int) -> float:
+    after = next((i for i, (t, _) in enumerate(points) if t >= positions), len(points) - 1)
+    (t0, c0), (t1, c1) = points[max(0, after - 1)], points[max(1, after)]
+    return c0 + (c1 - c0) * (positions - t0) / (t1 - t0)
 
 
 # Guesses until a machine was measured. CPU: SmolLM2-135M in bfloat16 on two Zen 4 cores. Other devices read weights
