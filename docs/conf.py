@@ -9,7 +9,8 @@ from layerskip.option import options_of
 project = "layerskip"
 author = "The layerskip authors"
 release = version = version_of("layerskip")
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc"]  # myst_nb brings myst_parser
+nb_execution_mode = "off"  # `make story` runs the notebook, and keeps its outputs
 html_theme = "furo"
 html_title = f"layerskip {version}"
 html_show_sphinx = False

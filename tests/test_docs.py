@@ -13,15 +13,22 @@ import tiny
 from layerskip.cli.main import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("src/**/*.md")]
-)
+PLACES = ("*.md", "docs/*.md", "docs/*.ipynb", "benchmarks/*.md", "src/**/*.md")
+DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
 README = (ROOT / "README.md").read_text()
+
+
+def written(path):
+    """The text of a document: of a notebook its cells in words."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown") + "\n"
 
 
 def parsed(path):
     """The lines of a document and its tokens; front matter counts as empty lines."""
-    text = path.read_text()
+    text = written(path)
     if text.startswith("---\n"):
         head, text = text[4:].split("\n---\n", 1)
         text = "\n" * (head.count("\n") + 3) + text
@@ -96,9 +103,7 @@ def test_links_and_named_files_exist(path):
                 file = (path.parent / name).resolve() if name else path
                 assert file.exists(), target
                 assert not anchor or anchor in [found for _, _, found in headings(parsed(file)[1])], target
-    for name in re.findall(
-        r"`((?:\w+/)+[\w-]+\.\w+|(?:src|tests|docs|benchmarks)/[\w./-]+)`", path.read_text()
-    ):
+    for name in re.findall(r"`((?:\w+/)+[\w-]+\.\w+|(?:src|tests|docs|benchmarks)/[\w./-]+)`", written(path)):
         assert (ROOT / name).exists() or (ROOT / "src" / "layerskip" / name).exists(), name
 
 
@@ -122,7 +127,7 @@ def test_every_verb_and_option_in_the_documents_exists(path):
     from typer.main import get_command
 
     verbs = get_command(app).commands
-    for line in commands(path.read_text().replace("\\\n", " ")):
+    for line in commands(written(path).replace("\\\n", " ")):
         verb, *rest = line.split("  #")[0].split()
         assert verb in verbs, line
         known = {

@@ -23,7 +23,7 @@ from layerskip.checkpoint.tokenizer import tokenizer_in
 from layerskip.cli.main import main
 from layerskip.decode.text import encode_prompt, final_text
 from layerskip.errors import UserError
-from layerskip.measure.lines import read_likelihoods, read_prompts
+from layerskip.measure.lines import read_likelihoods, read_prompts, read_questions
 from layerskip.train.data.encoding import DataOptions, encode
 from layerskip.train.data.sources import Columns, examples
 from layerskip.train.job.recipe import as_yaml, read_recipe
@@ -164,14 +164,16 @@ def prompts(folder, dice):
         "choices": ["a", "b"],
         "answer": 1,
         "turns": ["a"],
+        "question_id": 1,
+        "category": "qa",
     }
     shared = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     written(file, dice.choice([line, chat, shared, [line, chat]]), dice)
-    read = dice.choice([read_prompts, read_likelihoods])
+    read = dice.choice([read_prompts, read_likelihoods, read_questions])
     column = dice.choice([None, "prompt", "turns", "conversations", "nothing"])
 
     def each():
-        lines = read(file) if read is read_likelihoods else read_prompts(file, column)
+        lines = read_prompts(file, column) if read is read_prompts else read(file)
         for one in lines:
             if read is read_prompts:
                 encode_prompt(TINY, one.content, None)

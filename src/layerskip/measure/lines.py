@@ -6,14 +6,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from layerskip.errors import UserError, nearest
 from layerskip.reading import USER_BYTES, messages_of, parsed, read_text, spoken
 
 ONE_A_LINE = "one JSON object per line"
+Item = TypeVar("Item", bound=BaseModel)
 
 
 class Message(BaseModel):
@@ -108,6 +109,16 @@ class LikelihoodLine(BaseModel):
         return self.choices if self.choices is not None else [self.response or ""]
 
 
+class QuestionLine(BaseModel):
+    """A question of Spec-Bench or MT-bench: the user's turns of a conversation. Other columns are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    question_id: int | str
+    category: str
+    turns: list[str] = Field(min_length=1)
+
+
 def read_prompts(path: Path, column: str | None = None) -> list[PromptLine]:
     """Read a JSON-lines file of prompts, possibly .gz; blank lines are skipped.
 
@@ -138,20 +149,33 @@ def read_likelihoods(path: Path) -> list[LikelihoodLine]:
 
     Raises: UserError naming the line that cannot be used, or when there is none.
     """
+    names = ("prompt", "context", "response", "choices", "answer")
+    told = "objects need prompt or context, and response, or choices and answer"
+    example = 'one JSON object per line: {"prompt": "...", "response": "..."}'
+    return _items(path, LikelihoodLine, names, told, ("nothing to score", example))
+
+
+def read_questions(path: Path) -> list[QuestionLine]:
+    """Read a JSON-lines file of Spec-Bench's or MT-bench's questions, possibly .gz.
+
+    Raises: UserError naming the line that cannot be used, or when there is none.
+    """
+    form = 'a line is {"question_id": 1, "category": "...", "turns": ["..."]}'
+    return _items(path, QuestionLine, (*QuestionLine.model_fields,), form, ("no questions", form))
+
+
+def _items(
+    path: Path, kind: type[Item], names: Sequence[str], told: str, nothing: tuple[str, str]
+) -> list[Item]:
     items = []
     for number, record in json_lines(path):
         try:
-            items.append(LikelihoodLine.model_validate(record))
+            items.append(kind.model_validate(record))
         except ValidationError as error:
-            raise UserError(
-                f"{path}, line {number}: {_first(error)}",
-                _misspelt(record, ("prompt", "context", "response", "choices", "answer"))
-                or "objects need prompt or context, and response, or choices and answer",
-            ) from error
+            hint = _misspelt(record, names) or told
+            raise UserError(f"{path}, line {number}: {_first(error)}", hint) from error
     if not items:
-        raise UserError(
-            f"{path} has nothing to score", 'one JSON object per line: {"prompt": "...", "response": "..."}'
-        )
+        raise UserError(f"{path} has {nothing[0]}", nothing[1])
     return items
 
 

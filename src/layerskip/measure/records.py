@@ -51,13 +51,20 @@ def work_folder(chosen: Path | None, name: str, setup: dict[str, Any]) -> Path:
 class Records:
     """The records of one file, by key: an item's index, or several values where one is not enough.
 
+    `advice` is what errors tell the user to do.
     Raises: UserError for a file that is damaged.
     """
 
-    def __init__(self, folder: Path, name: str = "records", key: tuple[str, ...] = ("index",)) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "records",
+        key: tuple[str, ...] = ("index",),
+        advice: str = "name another --work",
+    ) -> None:
         """Read what is there; a line that a kill cut off is cut off the file."""
         self.file = folder / f"{name}.jsonl"
-        self._key = key
+        self._key, self._advice = key, advice
         self.found: dict[Any, Record] = {}
         content = read_bytes(self.file, USER_BYTES) if self.file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -68,9 +75,7 @@ class Records:
             for line in whole.splitlines():
                 self._add(parsed(line.decode(), str(self.file)))
         except (UserError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.file} is damaged: {error!r}", "remove it, or name another --work"
-            ) from error
+            raise UserError(f"{self.file} is damaged: {error!r}", f"remove it, or {self._advice}") from error
 
     def _add(self, record: Record) -> None:
         values = tuple(record[name] for name in self._key)
@@ -82,7 +87,5 @@ class Records:
             with self.file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
         except OSError as error:
-            raise UserError(
-                f"cannot keep results in {self.file}: {error}", "--work names another folder"
-            ) from error
+            raise UserError(f"cannot keep results in {self.file}: {error}", self._advice) from error
         self._add(record)
