@@ -41,6 +41,7 @@ MARGIN = 1.03  # another way must look this much faster to be taken
 PROBE_SHARE = 0.005  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
 PLAIN_FIRST = 16  # the same while that is not known yet: 2% of the time at most goes into looking
+MANY, REST = 8, 4  # rows, and of how many rounds of so many one looks for drafts where plain steps were best
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
 LONGEST = 16  # tokens drafted at most by a controller's own choice
@@ -226,7 +227,7 @@ class Controller:
         self._surplus = _Fading()
         self._books: dict[int, _Book] = defaultdict(_Book)
         self._current: Choice | None = None
-        self._since_plain = self._since_probe = self._num_probes = 0
+        self._since_plain = self._since_probe = self._num_probes = self._rested = 0
         self._plain_run, self._patience = 0, PATIENCE
 
     # -- what is known ---------------------------------------------------------------------------------------
@@ -247,6 +248,10 @@ class Controller:
     def _tokens_per_price(self, arm: Choice, num_rows: int) -> float:
         expected = expected_tokens(arm.draft_length, self.agreement(arm.exit_layer))
         return expected / self.prices.round(arm.exit_layer, arm.draft_length, num_rows)
+
+    def rests(self, num_rows: int) -> bool:
+        """Whether the next round takes plain steps unseen: choosing for many rows takes 2% of a step's time."""
+        return self.timed and self.guard and num_rows >= MANY and self._rested > 0
 
     # -- choosing --------------------------------------------------------------------------------------------
 
@@ -324,6 +329,7 @@ class Controller:
         drafted = max(row.drafted for row in rows)
         price = self.prices.round(arm.exit_layer, drafted, num_rows)
         plain = arm == self.plain
+        self._rested = (self._rested + 1) % REST if plain and not choice.probes else 0
         if arm.source == LOOKUP and not plain:
             padded = self.copying is not None and self.copying.padded
             copied = num_rows * drafted if padded else sum(row.drafted for row in rows)

@@ -2,7 +2,7 @@
 
     lengths, gain = best_lengths(chances, price)     # [3, 0, 1] tokens; tokens per price, in plain steps
 
-`chances` are those of `History.chances`, `price(n)` is what n positions cost beside those of a plain step, in such steps.
+`chances` are those of `History.chances`; `price(n)` is what n positions more cost, in plain steps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def best_lengths(
 ) -> tuple[list[int], float]:
     """Find the lengths with most tokens per price of the round as a whole, and how much that is.
 
-    A row copies as far as each token is worth its price at the rate that all reach together, which is found by turns
-    (Dinkelbach, 1967). Rows that are `padded` to the widest choose a common length, and copy as far of it as they can.
+    A row copies as far as each token is worth its price at the rate that all reach together, which is found by
+    turns (Dinkelbach, 1967). Rows that are `padded` to the widest choose a common length, and copy what they can.
     """
     num_rows, longest = len(chances), max(map(len, chances))
     lengths = [0] * num_rows

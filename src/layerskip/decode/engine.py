@@ -254,8 +254,10 @@ class Engine:
         for group in groups.values():
             controller = group[0].request.controller
             assert controller is not None
-            chances = [self._chances(row, controller) for row in group]
-            for row, choice in zip(group, controller.choose(chances), strict=True):
+            choices = [controller.plain] * len(group)
+            if not controller.rests(len(group)):
+                choices = controller.choose([self._chances(row, controller) for row in group])
+            for row, choice in zip(group, choices, strict=True):
                 row.choice = choice
 
     def _chances(self, row: Row, controller: Controller) -> list[float]:

@@ -19,7 +19,7 @@ from layerskip.decode.sampling import KEEP, NEXT
 from layerskip.model.head import adapter_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -67,18 +67,13 @@ class HostRounds:
         logits = self.stack.logits(torch.cat(live) if len(live) > 1 else live[0])  # [N, V]
         verdicts = self.judge(rows, drafts, logits)
         own = torch.split(logits, counts)
-        probed = {**proposal.taps, **taps}  # {k: [B, T, D]}
+        agreements: list[dict[int, tuple[float, int]]] = [{} for _ in rows]
+        for k, states in {**proposal.taps, **taps}.items():  # [B, T, D]
+            for found, told in zip(agreements, self._agreements(rows, verdicts, own, k, states), strict=True):
+                found[k] = told
         return [
-            Outcome(
-                draft.tokens,
-                verdict,
-                (len(draft.tokens) + 1) * depth,
-                part,
-                self._agreements(row, verdict.kept, part, {k: x[b] for k, x in probed.items()})
-                if probed
-                else {},
-            )
-            for b, (row, draft, verdict, part) in enumerate(zip(rows, drafts, verdicts, own, strict=True))
+            Outcome(draft.tokens, verdict, (len(draft.tokens) + 1) * depth, part, found)
+            for draft, verdict, part, found in zip(drafts, verdicts, own, agreements, strict=True)
         ]
 
     def _run_given(
@@ -164,25 +159,32 @@ class HostRounds:
         raise AssertionError("the last turn has returned")
 
     def _agreements(
-        self, row: Row, kept: int, logits: Tensor, states: Mapping[int, Tensor]
-    ) -> dict[int, tuple[float, int]]:
-        """Say how far probed exits agree with the target where it was right to ask: up to the first draft rejected.
+        self, rows: Sequence[Row], verdicts: Sequence[Verdict], own: Sequence[Tensor], k: int, states: Tensor
+    ) -> Iterator[tuple[float, int]]:
+        """Say how far a probed exit agrees with the target where it is right to ask: to the first rejected draft.
 
-        Shapes: logits [T, V], states {k: [T, D]}. Agreement is the probability that the exit's draft would be kept,
-        the overlap of both laws; processors are left out.
+        Shapes: own [T_b, V] of each row, states [B, T, D]. Agreement is the probability that the exit's draft would
+        be kept, the overlap of both laws; processors are left out.
         """
-        seen, shape, head = kept + 1, row.request.processing.sampling, self.head
-        p = sampling.warp(logits[:seen], shape)  # [m + 1, V]
-        asked = []
-        for k, h in states.items():
-            if (adapter := adapter_of(head, k)) is None:
-                asked.append(h[:seen])
-                continue
-            first = len(row.tokens) - 2  # verification has just written what stands behind it
-            states_before = self.cache.finals_at([row.slot] * seen, range(first, first + seen))
-            known = self.stack.finished(states_before)
-            asked.append(adapter(h[:seen], known))
-        read = self.stack.logits(torch.cat(asked), head)
-        read = read if head is None else head.scatter(read, self.stack.vocab_size)
-        overlaps = [torch.minimum(q, p).sum() for q in torch.split(sampling.warp(read, shape), seen)]
-        return {k: (hits, seen) for k, hits in zip(states, torch.stack(overlaps).tolist(), strict=True)}
+        counts = [verdict.kept + 1 for verdict in verdicts]
+        asked, head = torch.cat([states[b, :seen] for b, seen in enumerate(counts)]), self.head  # [N, D]
+        targets = torch.cat([logits[:seen] for logits, seen in zip(own, counts, strict=True)])  # [N, V]
+        if (adapter := adapter_of(head, k)) is not None:
+            # Verification has just written what stands behind the first position.
+            each = [(row, i) for row, seen in zip(rows, counts, strict=True) for i in range(seen)]
+            places = [len(row.tokens) - 2 + i for row, i in each]
+            before = self.cache.finals_at([row.slot for row, _ in each], places)
+            asked = adapter(asked, self.stack.finished(before))
+        read = self.stack.logits(asked, head)
+        shapes = [row.request.processing.sampling for row in rows]
+        if all(shape.greedy for shape in shapes):
+            best = read.argmax(-1) if head is None else head.ids[read.argmax(-1)]
+            overlaps = (best == self.stack.best(targets)[0]).float()
+        else:
+            read = read if head is None else head.scatter(read, self.stack.vocab_size)
+            laws = zip(torch.split(read, counts), torch.split(targets, counts), shapes, strict=True)
+            overlaps = torch.cat(
+                [torch.minimum(sampling.warp(q, one), sampling.warp(p, one)).sum(-1) for q, p, one in laws]
+            )
+        hits = torch.stack([part.sum() for part in torch.split(overlaps, counts)]).tolist()
+        return zip(hits, counts, strict=True)
