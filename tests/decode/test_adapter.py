@@ -158,6 +158,9 @@ class Probing:
     def __init__(self, choice):
         self.chosen, self.told = choice, []
 
+    def rests(self, num_rows):
+        return False
+
     def choose(self, chances):
         return [self.chosen] * len(chances)
 

@@ -221,10 +221,13 @@ PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
 class Restless:
     """Choose another E, K and threshold every round, plain steps and probes among them."""
 
-    copying, timed = None, True
+    copying, timed, plain = None, True, None
 
     def __init__(self):
         self.turn, self.seen = 0, []
+
+    def rests(self, num_rows):
+        return False
 
     def choose(self, chances):
         kinds = [
@@ -272,3 +275,17 @@ def test_probes_tell_what_each_exit_would_have_said(family):
 def drafted(stack, prefix, exit_layer):
     """What an exit says after a prefix."""
     return decode(stack, [prefix], 1, exit_layer, unverified=True).tokens[0][0]
+
+
+def test_many_rows_rest_between_looks_while_plain_steps_are_best():
+    controller = Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),))
+    assert not controller.rests(8)
+    looks = 0
+    for _ in range(12):
+        looks += not controller.rests(8)
+        assert not controller.rests(7)
+        controller.learn(controller.plain, 0.01, [Drafted(0, 0, 1, {})] * 8)
+    assert looks == 3
+    controller.learn(Choice(2, 3), 0.01, [Drafted(3, 1, 2, {})] * 8)
+    assert not controller.rests(8)
+    assert not Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),), timed=False).rests(8)

@@ -23,10 +23,13 @@ def model():
 class Superstitious:
     """Draft again only after a long draft, kept or not: the choice depends on discarded drafts."""
 
-    copying, timed = None, True
+    copying, timed, plain = None, True, None
 
     def __init__(self):
         self.long = True
+
+    def rests(self, num_rows):
+        return False
 
     def choose(self, chances):
         return [Choice(2, 3, SURE) if self.long else Choice(3, 0)] * len(chances)
