@@ -176,7 +176,8 @@ def _figures(by_name: dict) -> list[float | None]:
     sources = [default.get("by_source", {}).get(name) for name in ("exit", "lookup")]
     kept = [own["accepted"] / own["drafted"] if own and own["drafted"] else None for own in sources]
     # Files before there were any have neither the method nor the counts.
-    agreement = by_name.get("exit-4", {}).get("agreement", [None] * 4)
+    drafted = by_name.get("exit-4") or by_name.get("exit") or {}  # the latter shows the first K
+    agreement = drafted.get("agreement", [None] * 4)
     return [default.get("tokens_per_round"), *agreement, *kept]
 
 

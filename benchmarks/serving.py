@@ -23,6 +23,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,24 +67,27 @@ def served(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[Target, i
     ]  # fmt: skip
     if arguments.quantize:
         command += ["--quantize", arguments.quantize]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    target, end = Target(f"http://127.0.0.1:{port}"), time.monotonic() + 120
-    try:
-        while True:
-            try:
-                target.first_model()
-                break
-            except UserError:
-                if process.poll() is not None or time.monotonic() > end:
-                    raise UserError(f"the server did not start: {process.stderr.read()[-800:]}") from None
-                time.sleep(0.2)
-        yield target, process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
+    # A pipe that nobody reads would stop the server once it is full of its log.
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, text=True)
+        target, end = Target(f"http://127.0.0.1:{port}"), time.monotonic() + 120
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            while True:
+                try:
+                    target.first_model()
+                    break
+                except UserError:
+                    if process.poll() is not None or time.monotonic() > end:
+                        said.seek(0)
+                        raise UserError(f"the server did not start: {said.read()[-800:]}") from None
+                    time.sleep(0.2)
+            yield target, process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def by_rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
