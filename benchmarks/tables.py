@@ -352,9 +352,9 @@ def _served(path: Path) -> str:
         lines.append(line(*cells, *[""] * (10 - len(cells))))
     weights = told["quantize"] or "bfloat16"
     about = [
-        f"`{told['model']}` in {weights}, {told['threads']} threads of an {told['device_name']}, over HTTP, greedy, "
-        f"{told['max_new_tokens']} tokens a request, as many streams at a time as rows; both take turns, 95% intervals "
-        "over turns. llama.cpp's server has the Q4_1 file that the model was made of."
+        f"`{told['model']}` in {weights}, {told['threads']} threads of an {told['device_name']}, over HTTP, "
+        f"greedy, {told['max_new_tokens']} tokens a request, as many streams at a time as rows; both take turns, "
+        "95% intervals over turns. llama.cpp's server has the Q4_1 file that the model was made of."
     ]
     if (prefix := result.get("prefix")) is not None:
         about.append(
