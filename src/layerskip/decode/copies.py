@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import numpy as np
+from itertools import accumulate
+from operator import mul
 
 TURNS = 4  # of looking for the best copies of all rows
 
@@ -24,26 +24,30 @@ def best_lengths(
     """
     num_rows, longest = len(chances), max(map(len, chances))
     lengths = [0] * num_rows
-    able = [b for b, own in enumerate(chances) if own]
-    if not able:
+    if not longest:
         return lengths, 1.0
     width = num_rows if padded else 1
-    prices = np.array([price(length * width) for length in range(longest + 1)])
-    gains = np.full((len(able), longest + 1), -np.inf)  # tokens more, by length
-    gains[:, 0] = 0.0
-    for place, b in enumerate(able):
-        gains[place, 1 : len(chances[b]) + 1] = np.cumsum(np.cumprod(chances[b]))
+    prices = [price(length * width) for length in range(longest + 1)]
+    gains = [[0.0, *accumulate(accumulate(own, mul))] for own in chances]  # by length: tokens more
     if padded:
-        rates = (num_rows + np.maximum.accumulate(gains, 1).sum(0)) / (1 + prices)
-        best = int(rates.argmax())
-        return [min(best, len(own)) for own in chances], float(rates[best]) / num_rows
-    rate, places = float(num_rows), np.arange(len(able))
+        return _padded(gains, prices)
+    rate = float(num_rows)
     for _ in range(TURNS):
-        tried = (gains - rate * prices).argmax(1)
-        reached = (num_rows + float(gains[places, tried].sum())) / (1 + price(int(tried.sum())))
+        tried = [max(range(len(own)), key=lambda k: own[k] - rate * prices[k]) for own in gains]
+        gained = sum(own[k] for own, k in zip(gains, tried, strict=True))
+        reached = (num_rows + gained) / (1 + price(sum(tried)))
         if reached <= rate:
             break
-        rate = reached
-        for b, length in zip(able, tried.tolist(), strict=True):
-            lengths[b] = length
+        lengths, rate = tried, reached
     return lengths, rate / num_rows
+
+
+def _padded(gains: Sequence[Sequence[float]], prices: Sequence[float]) -> tuple[list[int], float]:
+    """The best common length where a step is as wide as its longest copy: each row copies as far as it can."""
+
+    def rate(length: int) -> float:
+        gained = sum(own[min(length, len(own) - 1)] for own in gains)
+        return (len(gains) + gained) / (1 + prices[length])
+
+    best = max(range(len(prices)), key=rate)
+    return [min(best, len(own) - 1) for own in gains], rate(best) / len(gains)
