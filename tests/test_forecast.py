@@ -9,6 +9,7 @@ import torch
 
 from layerskip.errors import UserError
 from layerskip.train.job import curve, forecast, work
+from layerskip.train.job import run as runs
 from layerskip.train.job.recipe import read_recipe
 
 CURVE = curve.curve_of(read_recipe("exit-adapter"))
@@ -88,7 +89,7 @@ def shaped(recipe, *settings, **changes):
     made = read_recipe(recipe, ["exits=null", *settings])
     given = {"steps": 100, "per_epoch": 100, "tokens": 1, "layer": 100, "head": 40, "adapter": 0} | changes
     rest = {"draft_head": 10, "attention": 0, "kept": 0.0} | changes
-    return work.Work(made, forecast.schedule_for(made, 4), **{**rest, **given})
+    return work.Work(made, runs.schedule_for(made, 4), **{**rest, **given})
 
 
 def test_operations_of_a_step_are_those_of_its_layers_and_heads():
@@ -117,7 +118,7 @@ def test_an_adapter_runs_the_model_forward_once_and_not_again_where_its_states_a
         "adapter": 30,
         "attention": 0,
     }
-    own = work.Work(made, forecast.schedule_for(made, 4), **given, draft_head=10, kept=1.0)
+    own = work.Work(made, runs.schedule_for(made, 4), **given, draft_head=10, kept=1.0)
     assert own.step(0) - own.step(10) == 2 * 4 * 100
     assert own.step(10) == 2 * 10 + 6 * 2 * 40
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig
 
 import layerskip
+import training
 from layerskip.checkpoint.facts import Facts, facts_of
 from layerskip.cli.show.training import print_plan, print_result
 from layerskip.decode.options import Options
@@ -31,11 +32,7 @@ def recipe(folder, data, tmp_path):
     """The smoke recipe on the tiny checkpoint, with settings over it."""
 
     def made(*settings):
-        return read_recipe(
-            "tiny",
-            [f"model={folder}", f"data={data}", f"output={tmp_path / 'out'}", "exits=[2, 3]", "length=48",
-             "steps=4", "save_every=2", "log_every=1", "template=off", "dtype=float32", *settings],
-        )  # fmt: skip
+        return training.tiny_recipe(folder, data, tmp_path / "out", "steps=4", "save_every=2", *settings)
 
     return made
 

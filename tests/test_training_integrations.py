@@ -11,7 +11,6 @@ import layerskip
 import training
 from layerskip.errors import UserError
 from layerskip.train.job import run as runs
-from layerskip.train.job.recipe import read_recipe
 
 RECIPE = {"p_max": 0.5, "curriculum": "rotational", "rotation": 2, "exits": [2, 3]}
 
@@ -64,11 +63,7 @@ def test_liger_is_refused_where_it_takes_the_loss_or_is_not_installed(tmp_path, 
 @pytest.fixture
 def recipe(folder, data, tmp_path):
     def made(*settings):
-        return read_recipe(
-            "tiny",
-            [f"model={folder}", f"data={data}", f"output={tmp_path / 'out'}", "exits=[2, 3]", "length=48",
-             "steps=2", "log_every=1", "hold_out=2", "template=off", "dtype=float32", *settings],
-        )  # fmt: skip
+        return training.tiny_recipe(folder, data, tmp_path / "out", "steps=2", "hold_out=2", *settings)
 
     return made
 

@@ -8,6 +8,7 @@ import torch
 from filelock import FileLock
 
 import tiny
+from layerskip.train.job.recipe import read_recipe
 from layerskip.train.objective.schedule import Schedule
 from layerskip.train.trainer import LayerSkipArguments, LayerSkipTrainer
 
@@ -32,6 +33,15 @@ def counting(num_rows, masked=False, seed=0):
             labels[:hidden] = -100
         rows.append({"input_ids": tokens, "labels": labels})
     return rows
+
+
+def tiny_recipe(folder, data, output, *settings):
+    """The smoke recipe on a tiny checkpoint and data for it."""
+    return read_recipe(
+        "tiny",
+        [f"model={folder}", f"data={data}", f"output={output}", "exits=[2, 3]", "length=48", "log_every=1",
+         "template=off", "dtype=float32", *settings],
+    )  # fmt: skip
 
 
 def model(family="llama", **changes):

@@ -25,12 +25,33 @@ static std::unique_ptr<uint8_t[]> weights_of(int64_t in, int64_t out) {
     return weights;
 }
 
+static std::unique_ptr<float[]> scales_of(int64_t out) {
+    const int64_t outs = (out + TILE - 1) / TILE * TILE;
+    std::unique_ptr<float[]> scales(new float[outs]);
+    std::fill(scales.get(), scales.get() + outs, 0.01f);
+    return scales;
+}
+
+// Products of these sizes (in, out), without bias.
+template <typename W>
+struct Four {
+    std::unique_ptr<uint8_t[]> weights[4];
+    std::unique_ptr<float[]> scales[4];
+    Product all[4];
+
+    explicit Four(const int64_t (&sizes)[4][2]) {
+        for (int i = 0; i < 4; ++i) {
+            weights[i] = weights_of<W>(sizes[i][0], sizes[i][1]), scales[i] = scales_of(sizes[i][1]);
+            all[i] = {0, sizes[i][0], sizes[i][1], weights[i].get(), scales[i].get(), nullptr, nullptr};
+        }
+    }
+    const Product &operator[](int i) const { return all[i]; }
+};
+
 template <typename W>
 static void product(int64_t rows, int64_t in, int64_t out, bool more, float special) {
-    const int64_t tiles = (out + TILE - 1) / TILE;
     auto weights = weights_of<W>(in, out);
-    std::unique_ptr<float[]> scales(new float[tiles * TILE]);
-    for (int64_t i = 0; i < tiles * TILE; ++i) scales[i] = 0.01f;
+    auto scales = scales_of(out);
     auto x = reals<bf16>(rows * in), bias = reals<bf16>(out), onto = reals<bf16>(rows * out), y = reals<bf16>(rows * out);
     store(x[draw() % (rows * in)], special);
     Product p{rows, in, out, weights.get(), scales.get(), more ? bias.get() : nullptr, more ? onto.get() : nullptr};
@@ -67,16 +88,7 @@ static void slices(int64_t rows, int64_t width, int64_t model, int64_t mlp, int6
     auto h = reals<bf16>(rows * width * model), gain = reals<bf16>(std::max(model, size));
     auto cos = reals<bf16>(rows * width * size), sin = reals<bf16>(rows * width * size);
     auto cache = reals<bf16>(rows * 2 * kv * slots * size), other = reals<bf16>(rows * 2 * kv * slots * size);
-    std::unique_ptr<uint8_t[]> weights[4];
-    std::unique_ptr<float[]> scales[4];
-    Product products[4];
-    for (int i = 0; i < 4; ++i) {
-        weights[i] = weights_of<W>(sizes[i][0], sizes[i][1]);
-        const int64_t outs = (sizes[i][1] + TILE - 1) / TILE * TILE;
-        scales[i].reset(new float[outs]);
-        std::fill(scales[i].get(), scales[i].get() + outs, 0.01f);
-        products[i] = {0, sizes[i][0], sizes[i][1], weights[i].get(), scales[i].get(), nullptr, nullptr};
-    }
+    const Four<W> products(sizes);
     std::unique_ptr<int64_t[]> index(new int64_t[rows]), places(new int64_t[rows * width]);
     for (int64_t b = 0; b < rows; ++b) {
         index[b] = rows - 1 - b;
@@ -96,16 +108,7 @@ static void slices(int64_t rows, int64_t width, int64_t model, int64_t mlp, int6
 template <typename W>
 static void chains(int64_t rows, int64_t steps, int64_t width, int64_t mlp, int64_t size, int64_t blocks) {
     const int64_t sizes[4][2] = {{2 * width, width}, {width, size}, {width, 2 * mlp}, {mlp, width}};
-    std::unique_ptr<uint8_t[]> weights[4];
-    std::unique_ptr<float[]> scales[4];
-    Product products[4];
-    for (int i = 0; i < 4; ++i) {
-        weights[i] = weights_of<W>(sizes[i][0], sizes[i][1]);
-        const int64_t outs = (sizes[i][1] + TILE - 1) / TILE * TILE;
-        scales[i].reset(new float[outs]);
-        std::fill(scales[i].get(), scales[i].get() + outs, 0.01f);
-        products[i] = {0, sizes[i][0], sizes[i][1], weights[i].get(), scales[i].get(), nullptr, nullptr};
-    }
+    const Four<W> products(sizes);
     auto table = reals<bf16>(size * width), gain = reals<bf16>(width), known = reals<bf16>(rows * width);
     std::unique_ptr<int64_t[]> ids(new int64_t[size]), tokens(new int64_t[(steps + 1) * rows]);
     for (int64_t i = 0; i < size; ++i) ids[i] = i;

@@ -249,11 +249,11 @@ class Controller:
         expected = expected_tokens(arm.draft_length, self.agreement(arm.exit_layer))
         return expected / self.prices.round(arm.exit_layer, arm.draft_length, num_rows)
 
+    # -- choosing --------------------------------------------------------------------------------------------
+
     def rests(self, num_rows: int) -> bool:
         """Whether the next round takes plain steps unseen: choosing for many rows takes 2% of a step's time."""
         return self.timed and self.guard and num_rows >= MANY and self._rested > 0
-
-    # -- choosing --------------------------------------------------------------------------------------------
 
     def choose(self, chances: Sequence[Sequence[float]]) -> list[Choice]:
         """Choose for the next round of each row, given the chances of its copied tokens (`History.chances`).

@@ -74,12 +74,8 @@ def exits(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path:
         layers = [row["exit_layer"] for row in rows]
         marked = {"marker": "o", "markersize": 5, "markeredgecolor": "white"}
         marked["markevery"] = [i for i, k in enumerate(layers) if k in trained_exits(result)]
-        curve = {
-            "color": colours[name],
-            "linewidth": 1.8,
-            "clip_on": False,
-            **marked,
-        }  # exit 0 is on the edge
+        # Not clipped: exit 0 is on the edge.
+        curve = {"color": colours[name], "linewidth": 1.8, "clip_on": False, **marked}
         panels[0].plot(layers, [100 * row["agreement"] for row in rows], **curve)
         panels[0].plot(layers, [100 * (1 - row["tv"]) for row in rows], linestyle=DASHED, **curve)
         # The last layer's distance is 0, which a logarithmic axis does not have.

@@ -27,10 +27,10 @@ from layerskip.errors import UserError
 from layerskip.model.cache import available_bytes
 from layerskip.reading import named_path
 from layerskip.train.job.curve import curve_of
-from layerskip.train.job.loading import check_length, configuration_of, rows_of, tokenizer_of
-from layerskip.train.job.plan import Run, arguments_for, memory_of, plan_of
+from layerskip.train.job.loading import rows_of, tokenizer_of
+from layerskip.train.job.plan import Run, memory_of, plan_of
 from layerskip.train.job.recipe import FSDP_SETTINGS, Recipe
-from layerskip.train.job.run import check_depth, prepare, schedule_for
+from layerskip.train.job.run import prepare, settled
 from layerskip.train.job.work import GPUS_EACH, Work, fleet, hours_derived, hours_measured
 from layerskip.train.objective.binding import shape
 from layerskip.train.objective.exit_adapter import adapter_of
@@ -185,12 +185,7 @@ def _outlined(recipe: Recipe, device: torch.device) -> Run:
                 "from_config=FILE names a config.json of its shape; or fetch the model first",
             )
         recipe = recipe.model_copy(update={"model": None})
-    folder, config = configuration_of(recipe)
-    layers = config.get_text_config().num_hidden_layers
-    check_depth(recipe, layers)
-    schedule = schedule_for(recipe, layers)
-    check_length(recipe, config)
-    arguments = arguments_for(recipe, Path(), schedule, device.type)
+    folder, config, schedule, arguments = settled(recipe, Path(), device.type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     shape(Objective.of(recipe), model, schedule)

@@ -44,6 +44,7 @@ from layerskip.train.objective.schedule import Schedule
 from layerskip.train.objective.store import AnswerStates, StateStore
 
 if TYPE_CHECKING:
+    from layerskip.train.arguments import LayerSkipArguments
     from layerskip.train.figures import Setting
     from layerskip.watch import Watch
 
@@ -96,12 +97,7 @@ def prepare(
         raise UserError(
             "the recipe has no data", "data=FILE names .jsonl, .parquet, .txt, a folder or a data set"
         )
-    folder, config = configuration_of(recipe)
-    num_layers = config.get_text_config().num_hidden_layers
-    check_depth(recipe, num_layers)
-    schedule = schedule_for(recipe, num_layers)
-    check_length(recipe, config)
-    arguments = arguments_for(recipe, output, schedule, device)
+    folder, config, schedule, arguments = settled(recipe, output, device)
     tokenizer, ends = tokenizer_of(folder), ends_of(folder, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -129,6 +125,21 @@ def prepare(
     if run.checkpoint is not None:
         _check_unchanged(run)
     return run
+
+
+def settled(
+    recipe: Recipe, output: Path, device: str | None = None
+) -> tuple[Path, Any, Schedule, LayerSkipArguments]:
+    """Check a recipe against its model's configuration: folder, configuration, schedule, arguments.
+
+    Raises: UserError.
+    """
+    folder, config = configuration_of(recipe)
+    num_layers = config.get_text_config().num_hidden_layers
+    check_depth(recipe, num_layers)
+    schedule = schedule_for(recipe, num_layers)
+    check_length(recipe, config)
+    return folder, config, schedule, arguments_for(recipe, output, schedule, device)
 
 
 def finish(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     work = Work.of(run)
     work.step(0)                                  # operations of the first step, over all its tokens
-    hours(seconds, work, range(1, 5))             # from steps that were measured, with an interval
+    hours_measured(seconds, work, first=1)        # from steps that were measured, with an interval
 
 A product of a token with a matrix of P parameters takes 2 P operations, and its backward pass 4 P.
 """
