@@ -109,7 +109,7 @@ def test_parameters_are_counted_as_the_model_has_them_and_the_recipe_says_them(m
 
 
 def test_a_cell_of_twenty_million_tokens_takes_less_than_fifty_minutes_at_150_gflops(make, benchmark):
-    from layerskip.train.job.forecast import schedule_for
+    from layerskip.train.job.run import schedule_for
     from layerskip.train.job.work import Work
 
     config = make.module.configuration(4096, 0, 128, 8, 256)
