@@ -21,14 +21,16 @@ struct Slice {  // of a stack, and one call
     const int64_t *cache_rows, *positions, *slots;
 };
 
-// By a team: x [rows, width] behind a norm (null: without gains), as inputs.
+// By a team: x [rows, width] behind a norm (null: without gains), as inputs. Of few rows each thread needs the norms of all.
 template <typename W, typename T>
 static void norm_into(const Inputs<W> &in, const T *x, const void *gain, float eps, T *scratch) {
-    const Share share = own_share(in.rows);
-    for (int64_t r = share.first; r < share.stop; ++r) {
+    const auto take = [&](int64_t r, int64_t from, int64_t to) {
         normed(x + r * in.width, static_cast<const T *>(gain), scratch, in.width, eps);
-        in.take(scratch, r, 0, in.groups);
-    }
+        in.take(scratch, r, from, to);
+    };
+    const Share parts = own_share(in.parts);
+    if (in.parts < team_size()) in.shared(take);
+    else for (int64_t r = in.first(parts.first); r < in.first(parts.stop); ++r) take(r, 0, in.groups);
     together();
 }
 template <typename W, typename T>

@@ -17,6 +17,12 @@
 
 constexpr int GROUP = 32;
 constexpr int NEXT_TILES = -1;  // as AHEAD: the same group of the tiles behind these, into the second cache
+// Whether the machine brings in time what few rows need: Zen 4 does, and asking costs it; Emerald Rapids does not.
+#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+constexpr bool FETCHES = true;
+#else
+constexpr bool FETCHES = false;
+#endif
 #define UNROLLED _Pragma("GCC unroll 16")
 
 static int64_t groups_of(int64_t width) { return (width + GROUP - 1) / GROUP; }
@@ -43,15 +49,13 @@ struct Inputs {
         for (int64_t g = from; g < to; ++g)
             part(i).behind(g * count).put(x + g * GROUP, width - g * GROUP, r - first(i), count);
     }
-    // Call for this thread's share of all groups: (row, first group, last group).
+    // Call for this thread's share: (row, first group, last group). It is groups of all rows, not rows: those of a part stand
+    // side by side, and two threads that write to one cache line wait for each other.
     template <typename Each>
     void shared(Each each) const {
-        const Share share = own_share(rows * groups);
-        for (int64_t at = share.first; at < share.stop;) {
-            const int64_t r = at / groups, from = at - r * groups, to = std::min(groups, from + share.stop - at);
-            each(r, from, to);
-            at += to - from;
-        }
+        const Share share = own_share(groups);
+        if (share.first < share.stop)
+            for (int64_t r = 0; r < rows; ++r) each(r, share.first, share.stop);
     }
     // By a team: take rows [rows, width].
     template <typename T>
@@ -94,15 +98,14 @@ APART void some_tiles(const Product &p, typename W::Rows x, int64_t groups, int6
     for (int n = 0; n < N; ++n)
         UNROLLED
         for (int r = 0; r < R; ++r) sums[n][r] = every(0.f);
+    constexpr bool next = W::AHEAD == NEXT_TILES;
     const int64_t apart = groups * W::BYTES;
     const uint8_t *weights = p.weights + tile * apart;
     for (int64_t g = 0; g < groups; ++g, weights += W::BYTES, x = x.behind(R)) {
-        if constexpr (R > W::FEW) {  // what few rows need comes in time by itself
-            constexpr bool next = W::AHEAD == NEXT_TILES;
+        if constexpr (R > W::FEW)
             for (int n = 0; n < N; ++n)
                 for (int64_t line = 0; line < W::BYTES; line += 64)
                     __builtin_prefetch(weights + (next ? (N + n) * apart : n * apart + W::AHEAD * W::BYTES) + line, 0, next ? 2 : 3);
-        }
         W::template add<R, N>(weights, apart, x, sums);
     }
     float found[N][R][TILE];

@@ -86,7 +86,7 @@ struct FewBits {
 #else
     static constexpr int AT_ONCE = 2;
 #endif
-    static constexpr int AHEAD = 8, FEW = 4;
+    static constexpr int AHEAD = FETCHES ? 8 : 16, FEW = FETCHES ? 4 : 0;
     static constexpr int tiles(int) { return 1; }
 };
 
