@@ -328,6 +328,29 @@ def formats_table(result: dict) -> list[str]:
     return lines
 
 
+def shapes() -> str:
+    """Larger models' shapes in each format, with random weights and simulated acceptance."""
+    lines = head(
+        "shape", "weights", "MB a token", "plain tokens/s", "of the roofline", "rounds over plain", "predicted", "acceptance"
+    )
+    for path in record.newest_of_each("shape_*_cpu_*.json"):
+        result = json.loads(path.read_text())
+        card, told, plain = result["card"], result["configuration"], result["methods"]["ar"]
+        acceptance = result["methods"]["self-speculative"]["acceptance"]
+        lines.append(
+            line(
+                link(path, told["shape"]), told["quantize"] or card["dtype"], f"{card['bytes_per_token'] / 1e6:,.0f}",
+                f"{plain['decode_tokens_per_s']:.1f}", f"{100 * plain['roofline_share']:.0f}% of {card['bandwidth_gb_s']:.0f} GB/s",
+                ratio(result["speedup"]["self-speculative/ar"]), f"{result['predicted_speedup']:.2f} x", share(acceptance),
+            )
+        )  # fmt: skip
+    about = (
+        f"{card['threads']} threads of an {card['device']}, E 4, K 4, a draft vocabulary of {told['draft_vocab']:,}; the bandwidth is "
+        "that of one buffer, read in the same run. Predicted: by the cost model, from step times of the same run."
+    )
+    return "\n".join([*lines, "", about])
+
+
 def serving() -> str:
     """The server under load, beside itself without drafts and beside llama.cpp's, in each format measured."""
     return "\n\n".join(map(_served, record.newest_of_each("serving_*.json")))
@@ -396,6 +419,7 @@ PAGES = {
         "table: policies": policies,
         "table: lossless": lossless,
         "table: formats": formats,
+        "table: shapes": shapes,
         "table: serving": serving,
         "table: bench": bench,
         "table: overhead": overhead,

@@ -280,12 +280,12 @@ def drafted(stack, prefix, exit_layer):
 def test_many_rows_rest_between_looks_while_plain_steps_are_best():
     controller = Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),))
     assert not controller.rests(8)
-    looks = 0
-    for _ in range(12):
-        looks += not controller.rests(8)
-        assert not controller.rests(7)
+    looks = []
+    for turn in range(50):
+        looks += [turn] * (not controller.rests(8))
+        assert not controller.rests(3)
         controller.learn(controller.plain, 0.01, [Drafted(0, 0, 1, {})] * 8)
-    assert looks == 3
+    assert looks == [0, 4, 12, 28, 44]  # more seldom as long as nothing comes of it
     controller.learn(Choice(2, 3), 0.01, [Drafted(3, 1, 2, {})] * 8)
     assert not controller.rests(8)
     assert not Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),), timed=False).rests(8)

@@ -41,7 +41,8 @@ MARGIN = 1.03  # another way must look this much faster to be taken
 PROBE_SHARE = 0.005  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
 PLAIN_FIRST = 16  # the same while that is not known yet: 2% of the time at most goes into looking
-MANY, REST = 8, 4  # rows, and of how many rounds of so many one looks for drafts where plain steps were best
+MANY = 4  # rows, from which on one does not look for drafts every round where plain steps were best
+FIRST_REST, LONGEST_REST = 3, 15  # rounds until one looks again; more each time that plain steps are still best
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
 LONGEST = 16  # tokens drafted at most by a controller's own choice
@@ -227,7 +228,7 @@ class Controller:
         self._surplus = _Fading()
         self._books: dict[int, _Book] = defaultdict(_Book)
         self._current: Choice | None = None
-        self._since_plain = self._since_probe = self._num_probes = self._rested = 0
+        self._since_plain = self._since_probe = self._num_probes = self._rest = self._resting = 0
         self._plain_run, self._patience = 0, PATIENCE
 
     # -- what is known ---------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class Controller:
 
     def rests(self, num_rows: int) -> bool:
         """Whether the next round takes plain steps unseen: choosing for many rows takes 2% of a step's time."""
-        return self.timed and self.guard and num_rows >= MANY and self._rested > 0
+        return self.timed and self.guard and num_rows >= MANY and self._resting > 0
 
     def choose(self, chances: Sequence[Sequence[float]]) -> list[Choice]:
         """Choose for the next round of each row, given the chances of its copied tokens (`History.chances`).
@@ -329,7 +330,6 @@ class Controller:
         drafted = max(row.drafted for row in rows)
         price = self.prices.round(arm.exit_layer, drafted, num_rows)
         plain = arm == self.plain
-        self._rested = (self._rested + 1) % REST if plain and not choice.probes else 0
         if arm.source == LOOKUP and not plain:
             padded = self.copying is not None and self.copying.padded
             copied = num_rows * drafted if padded else sum(row.drafted for row in rows)
@@ -342,8 +342,15 @@ class Controller:
         if arm.source == LOOKUP and not plain:
             self._since_plain += 1
             self._since_probe += 1
+            self._rest = self._resting = 0
             return
         measured_only = plain and self._plain_is_due(len(rows))  # drafting goes on after it
+        if not plain:
+            self._rest = self._resting = 0
+        elif self._resting:
+            self._resting -= 1
+        elif not measured_only:
+            self._rest = self._resting = min(max(FIRST_REST, 2 * self._rest + 1), LONGEST_REST)
         if measured_only and book.extra:  # what copies took may have had a reason that is gone
             book.extra.popleft()
         self._current = self._current if measured_only else arm
