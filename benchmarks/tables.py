@@ -17,6 +17,7 @@ from pathlib import Path
 import record
 from builtin_tables import builtin, gain, price, sources
 from cells import away, head, line, link, machine, number, ratio, share
+from engine_tables import engines, harness, search
 
 from layerskip.train.job.curve import POINTS
 
@@ -421,6 +422,9 @@ PAGES = {
         "table: formats": formats,
         "table: shapes": shapes,
         "table: serving": serving,
+        "table: engines": engines,
+        "table: harness": harness,
+        "table: search": search,
         "table: bench": bench,
         "table: overhead": overhead,
     },

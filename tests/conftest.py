@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "external" in item.keywords and not os.environ.get("LAYERSKIP_ENGINES"):
+            item.add_marker(pytest.mark.skip(reason="LAYERSKIP_ENGINES names no folder with other engines"))
         if {"full", "slow"} & {*item.keywords} and not FULL:
             item.add_marker(
                 pytest.mark.skip(reason="LAYERSKIP_FULL=1 runs the whole matrix and what is slow")

@@ -27,9 +27,10 @@ struct Pairs {  // inputs [groups, GROUP / 2, R, 2]
 
 struct Bfloat {
     typedef Pairs Rows;
-    static constexpr int AT_ONCE = 12, AHEAD = NEXT_TILES, FEW = FETCHES ? 6 : 0;
+    static constexpr int AT_ONCE = 12;
     static constexpr int64_t BYTES = TILE * GROUP * sizeof(bf16);
-    static constexpr int tiles(int rows) { return rows > FEW ? 2 : 4; }
+    static constexpr int tiles(int rows) { return FETCHES && rows <= 6 ? 4 : 2; }
+    static constexpr int ahead(int rows) { return FETCHES && rows <= 6 ? NOT : NEXT_TILES; }
 
     template <int R, int N>
     INLINED void add(const uint8_t *weights, int64_t apart, const Pairs &x, Reals (*sums)[R]) {

@@ -3,8 +3,8 @@
 // Weights lie in tiles of TILE outputs, a tile's groups of GROUP inputs one behind the other. What stands behind the
 // last output and input is 0. A format says how long a group of a tile is (BYTES), what it makes of inputs (Rows), how
 // many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many groups ahead their weights are asked for
-// (AHEAD) by more than so many rows (FEW), how a group is added to the sums of R rows (`add`), and what is done with a sum at
-// last (`finished`).
+// (`ahead`, by rows), how a group is added to the sums of R rows (`add`), and what is done with a sum at last
+// (`finished`).
 //
 // Exact: a row is prepared alone, and each of its sums goes over the groups in order, so its bits do not depend on the
 // rows beside it, on the number of threads or on where a tile is.
@@ -16,7 +16,7 @@
 #include "team.h"
 
 constexpr int GROUP = 32;
-constexpr int NEXT_TILES = -1;  // as AHEAD: the same group of the tiles behind these, into the second cache
+constexpr int NOT = 0, NEXT_TILES = -1;  // as `ahead`: not at all; the same group of the tiles behind these, into the second cache
 // Whether the machine brings in time what few rows need: Zen 4 does, and asking costs it; Emerald Rapids does not.
 #if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
 constexpr bool FETCHES = true;
@@ -98,14 +98,15 @@ APART void some_tiles(const Product &p, typename W::Rows x, int64_t groups, int6
     for (int n = 0; n < N; ++n)
         UNROLLED
         for (int r = 0; r < R; ++r) sums[n][r] = every(0.f);
-    constexpr bool next = W::AHEAD == NEXT_TILES;
+    constexpr int ahead = W::ahead(R);
+    constexpr bool next = ahead == NEXT_TILES;
     const int64_t apart = groups * W::BYTES;
     const uint8_t *weights = p.weights + tile * apart;
     for (int64_t g = 0; g < groups; ++g, weights += W::BYTES, x = x.behind(R)) {
-        if constexpr (R > W::FEW)
+        if constexpr (ahead != NOT)
             for (int n = 0; n < N; ++n)
                 for (int64_t line = 0; line < W::BYTES; line += 64)
-                    __builtin_prefetch(weights + (next ? (N + n) * apart : n * apart + W::AHEAD * W::BYTES) + line, 0, next ? 2 : 3);
+                    __builtin_prefetch(weights + (next ? (N + n) * apart : n * apart + ahead * W::BYTES) + line, 0, next ? 2 : 3);
         W::template add<R, N>(weights, apart, x, sums);
     }
     float found[N][R][TILE];

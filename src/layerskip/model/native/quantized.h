@@ -86,8 +86,8 @@ struct FewBits {
 #else
     static constexpr int AT_ONCE = 2;
 #endif
-    static constexpr int AHEAD = FETCHES ? 8 : 16, FEW = FETCHES ? 4 : 0;
     static constexpr int tiles(int) { return 1; }
+    static constexpr int ahead(int rows) { return FETCHES ? (rows > 4 ? 8 : NOT) : rows > 3 ? NEXT_TILES : 16; }
 };
 
 struct Int4 : FewBits {
