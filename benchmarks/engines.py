@@ -72,7 +72,7 @@ def main() -> None:
         {
             "artefact": "the checkpoint", "engine": "layerskip", "acceptance": accepted / drafted,
             "equal": _equal(plain, [one.tokens for one in ours]),
-            "command": f"layerskip generate --exit-layer {exit_layer} --draft-length {arguments.draft_length} --drafter exit",
+            "command": f"layerskip generate --exit-layer {exit_layer} --draft-length {arguments.draft_length}",
         }
     ]  # fmt: skip
     print(json.dumps(rows[0]), flush=True)

@@ -1,10 +1,10 @@
-"""Two tasks in lm-eval, through its own Hugging Face model and through ours: at the last layer, and at an exit.
+"""Two tasks in lm-eval, through its own Hugging Face model and through ours, at the last layer and at an exit.
 
     python benchmarks/harness.py --data DATA --save       # gsm8k/test.jsonl.gz and wikitext-2/test.txt in it
 
-Everything is float32 and greedy. `gsm8k`: questions of its test part, answers of 128 tokens at most, the last number
-of an answer counts. `wikitext`: perplexity per word of pieces of running text. Ours drafts as the model's default
-does; at the last layer its numbers must be lm-eval's own.
+Everything is float32 and greedy. `gsm8k`: questions of its test part, answers of 128 tokens at most, the last
+number of an answer counts. `wikitext`: perplexity per word of pieces of running text. Ours drafts as the
+model's default does; at the last layer its numbers must be lm-eval's own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def written(data: Path, limit: int, place: Path) -> None:
     """Write the lines of both tasks, and what lm-eval reads of them."""
     with gzip.open(data / "gsm8k" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
         asked = [json.loads(line) for _, line in zip(range(limit), file, strict=False)]
-    questions = [{"prompt": one["prompt"], "target": one["response"].split("####")[-1].strip()} for one in asked]
+    questions = [
+        {"prompt": one["prompt"], "target": one["response"].split("####")[-1].strip()} for one in asked
+    ]
     text = (data / "wikitext-2" / "test.txt").read_text(encoding="utf-8")
     pieces = [{"text": text[at : at + PIECE]} for at in range(0, limit * PIECE, PIECE)]
     for name, lines in (("gsm8k", questions), ("wikitext", pieces)):
@@ -106,7 +108,10 @@ def main() -> None:
     ways = {
         "hf": ("hf", base),
         "layerskip": ("layerskip", base),
-        f"layerskip, layer {arguments.exit_layer}": ("layerskip", f"{base},likelihood_exit={arguments.exit_layer}"),
+        f"layerskip, layer {arguments.exit_layer}": (
+            "layerskip",
+            f"{base},likelihood_exit={arguments.exit_layer}",
+        ),
     }
     rows = {}
     with tempfile.TemporaryDirectory() as place:
@@ -116,7 +121,9 @@ def main() -> None:
         for name, (model, given) in ways.items():
             numbers, answers[name] = evaluated(Path(place), model, given)
             rows[name] = {"numbers": numbers}
-            rows[name]["same_answers"] = sum(a == b for a, b in zip(answers["hf"], answers[name], strict=True))
+            rows[name]["same_answers"] = sum(
+                a == b for a, b in zip(answers["hf"], answers[name], strict=True)
+            )
             print(name, json.dumps(rows[name]), flush=True)
     if arguments.save:
         result = {"rows": rows, "configuration": record.configuration(arguments, resolve_device("cpu"))}

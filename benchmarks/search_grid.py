@@ -1,13 +1,14 @@
-"""Is the search as good as a grid? A grid of 24 full runs, a search with the time of ten, both judged on other text.
+"""Is the search as good as a grid? A grid of 24 runs, a search with the time of ten, judged on other text.
 
     python benchmarks/search_grid.py --model BASE --data scratch --other OTHER.txt --work W --steps 60 --save
 
-BASE is a small model without exits that `layerskip train scratch-small p_max=0 e_scale=0` made of DATA (the folder
-that scripts/make_scratch.py wrote). Every run gives it exits: the recipe `scratch-small` from BASE on, with the
-settings of a cell. The grid is that of GRID; the search has the same keys as ranges and --trials, by default as many
-as its time allows. Both choose by the search's own value: predicted speed-up on held-out rows, less the penalty for
-what the whole model pays beyond 1%. The two runs chosen are judged on OTHER, window by window: predicted speed-up by
-the cost model in layers, and perplexity. Runs are resumed after a stop: the same command goes on.
+BASE is a small model without exits that `layerskip train scratch-small p_max=0 e_scale=0` made of DATA (the
+folder that scripts/make_scratch.py wrote). Every run gives it exits: the recipe `scratch-small` from BASE on,
+with the settings of a cell. The grid is that of GRID; the search has the same keys as ranges and --trials, by
+default as many as its time allows. Both choose by the search's own value: predicted speed-up on held-out rows,
+less the penalty for what the whole model pays beyond 1%. The two runs chosen are judged on OTHER, window by
+window: predicted speed-up by the cost model in layers, and perplexity. Runs are resumed after a stop: the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import AutoConfig
 from layerskip.measure.intervals import resampled
 from layerskip.measure.records import Records
 from layerskip.model.cost import Cost, expected_tokens
-from layerskip.search.runs import Figures, TrialRun
+from layerskip.search.runs import TrialRun
 from layerskip.search.space import read_space
 from layerskip.search.study import PENALTY, Search, _cost, speedup_of
 from layerskip.train.figures import DRAFT_LENGTHS
@@ -63,12 +64,18 @@ def main() -> None:
         f"eval_data={quoted(given.data / 'held.jsonl')}", f"steps={given.steps}",
     ]  # fmt: skip
     given.work.mkdir(parents=True, exist_ok=True)
-    search = Search(given.work / "search", RECIPE, read_space([*fixed, *RANGES], RECIPE), 1e9, MAX_COST, given.trials)
+    search = Search(
+        given.work / "search", RECIPE, read_space([*fixed, *RANGES], RECIPE), 1e9, MAX_COST, given.trials
+    )
     reference = search.reference()
     cells = [grid_cell(given.work / "grid", fixed, cell, reference[given.steps]) for cell in grid()]
     search.budget_s = RUNS * statistics.fmean(cell["seconds"] for cell in cells)
     for trial in search.run():
-        print(f"trial {trial.number}: {trial.params} {trial.state.name} {trial.value}", file=sys.stderr, flush=True)
+        print(
+            f"trial {trial.number}: {trial.params} {trial.state.name} {trial.value}",
+            file=sys.stderr,
+            flush=True,
+        )
     best = search.finished()[0]
     winner = max(cells, key=lambda cell: cell["value"])
     found = {
@@ -98,13 +105,15 @@ def grid_cell(place: Path, fixed: list[str], cell: list[str], reference: float) 
     """Train a cell to its end; its settings, value and seconds."""
     name = "_".join(cell).translate(str.maketrans("", "", "[], "))
     run = TrialRun(place / name, RECIPE, [*fixed, *cell, "best_by=none"])
-    last = Figures(None, None)
-    for _, last in run.follow():
-        pass
+    [*_, (_, last)] = run.follow()
     assert run.result is not None
     cost = _cost(last, reference)
     value = (last.speedup or 0.0) - PENALTY * max(0.0, cost - MAX_COST)
-    print(f"{name}: {last.speedup:.3f} x, cost {100 * cost:.2f}%, value {value:.3f}", file=sys.stderr, flush=True)
+    print(
+        f"{name}: {last.speedup:.3f} x, cost {100 * cost:.2f}%, value {value:.3f}",
+        file=sys.stderr,
+        flush=True,
+    )
     told = {"settings": cell, "value": value, "speedup": last.speedup, "cost": cost}
     return told | {"seconds": run.result["train_s"], "folder": str(run.folder)}
 
@@ -123,12 +132,17 @@ def compared(one: list[dict[str, Any]], other: list[dict[str, Any]], model: Path
     whole = price(config.num_hidden_layers, config)
     tokens = np.array([window["tokens"] for window in one], float)
     agreed = [
-        {e: np.array([window["exits"][e]["agreed"] for window in windows], float) for e in windows[0]["exits"]}
+        {
+            e: np.array([window["exits"][e]["agreed"] for window in windows], float)
+            for e in windows[0]["exits"]
+        }
         for windows in (one, other)
     ]
 
     def speedup(sums: dict[str, np.ndarray], n: np.ndarray) -> np.ndarray:
-        return np.max([whole(int(e), own / n) for e, own in sums.items() if int(e) < config.num_hidden_layers], axis=0)
+        return np.max(
+            [whole(int(e), own / n) for e, own in sums.items() if int(e) < config.num_hidden_layers], axis=0
+        )
 
     exits = list(agreed[0])
     both = [agreed[i][e] for i in (0, 1) for e in exits]

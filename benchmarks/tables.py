@@ -18,6 +18,7 @@ import record
 from builtin_tables import builtin, gain, price, sources
 from cells import away, head, line, link, machine, number, ratio, share
 from engine_tables import engines, harness, search
+from reference_table import reference
 
 from layerskip.train.job.curve import POINTS
 
@@ -332,7 +333,14 @@ def formats_table(result: dict) -> list[str]:
 def shapes() -> str:
     """Larger models' shapes in each format, with random weights and simulated acceptance."""
     lines = head(
-        "shape", "weights", "MB a token", "plain tokens/s", "of the roofline", "rounds over plain", "predicted", "acceptance"
+        "shape",
+        "weights",
+        "MB a token",
+        "plain tokens/s",
+        "of the roofline",
+        "rounds over plain",
+        "predicted",
+        "acceptance",
     )
     for path in record.newest_of_each("shape_*_cpu_*.json"):
         result = json.loads(path.read_text())
@@ -340,14 +348,20 @@ def shapes() -> str:
         acceptance = result["methods"]["self-speculative"]["acceptance"]
         lines.append(
             line(
-                link(path, told["shape"]), told["quantize"] or card["dtype"], f"{card['bytes_per_token'] / 1e6:,.0f}",
-                f"{plain['decode_tokens_per_s']:.1f}", f"{100 * plain['roofline_share']:.0f}% of {card['bandwidth_gb_s']:.0f} GB/s",
-                ratio(result["speedup"]["self-speculative/ar"]), f"{result['predicted_speedup']:.2f} x", share(acceptance),
+                link(path, told["shape"]),
+                told["quantize"] or card["dtype"],
+                f"{card['bytes_per_token'] / 1e6:,.0f}",
+                f"{plain['decode_tokens_per_s']:.1f}",
+                f"{100 * plain['roofline_share']:.0f}% of {card['bandwidth_gb_s']:.0f} GB/s",
+                ratio(result["speedup"]["self-speculative/ar"]),
+                f"{result['predicted_speedup']:.2f} x",
+                share(acceptance),
             )
-        )  # fmt: skip
+        )
     about = (
-        f"{card['threads']} threads of an {card['device']}, E 4, K 4, a draft vocabulary of {told['draft_vocab']:,}; the bandwidth is "
-        "that of one buffer, read in the same run. Predicted: by the cost model, from step times of the same run."
+        f"{card['threads']} threads of an {card['device']}, E 4, K 4, a draft vocabulary of "
+        f"{told['draft_vocab']:,}; the bandwidth is that of one buffer, read in the same run. Predicted: by "
+        "the cost model, from step times of the same run."
     )
     return "\n".join([*lines, "", about])
 
@@ -416,6 +430,7 @@ PAGES = {
     "docs/results.md": {
         "table: builtin": builtin,
         "table: topv2": topv2,
+        "table: reference": reference,
         "table: tuning": tuning,
         "table: policies": policies,
         "table: lossless": lossless,

@@ -21,8 +21,8 @@ def rows(tmp_path_factory):
     """By artefact: what engines.py prints of each engine that is there."""
     command = [
         sys.executable, ROOT / "benchmarks" / "engines.py", "--model", "smollm2-135m-base", "--exit-layer", "20",
-        "--draft-length", "3", "--limit", "3", "--max-new-tokens", "32", "--work", tmp_path_factory.mktemp("exports"),
-        "--llama-server", Path(ENGINES) / "llama",
+        "--draft-length", "3", "--limit", "3", "--max-new-tokens", "32",
+        "--work", tmp_path_factory.mktemp("exports"), "--llama-server", Path(ENGINES) / "llama",
     ]  # fmt: skip
     if (python := Path(ENGINES) / "vllm" / "bin" / "python").exists():
         command += ["--vllm", python]
