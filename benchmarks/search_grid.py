@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--other", type=Path, required=True, help="text that neither chose by")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=96, help="held-out rows that runs are judged by")
     parser.add_argument("--windows", type=int, default=200)
     parser.add_argument("--trials", type=int, help="of the search")
     parser.add_argument("--save", action="store_true", help="write a file into benchmarks/results")
@@ -62,6 +63,7 @@ def main() -> None:
     fixed = [
         "from_config=null", f"model={quoted(given.model)}", f"data={quoted(given.data / 'train.jsonl')}",
         f"eval_data={quoted(given.data / 'held.jsonl')}", f"steps={given.steps}",
+        f"eval_limit={given.rows}",
     ]  # fmt: skip
     given.work.mkdir(parents=True, exist_ok=True)
     search = Search(
