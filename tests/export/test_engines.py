@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.external, pytest.mark.model]
 def rows(tmp_path_factory):
     """By artefact: what engines.py prints of each engine that is there."""
     command = [
-        sys.executable, ROOT / "benchmarks" / "engines.py", "--model", "smollm2-135m-base", "--exit-layer", "20",
+        sys.executable, ROOT / "benchmarks" / "engines.py", "--model", "smollm2-135m-base", "--exit-layer", "29",
         "--draft-length", "3", "--limit", "3", "--max-new-tokens", "32",
         "--work", tmp_path_factory.mktemp("exports"), "--llama-server", Path(ENGINES) / "llama",
     ]  # fmt: skip
