@@ -8,6 +8,7 @@ from layerskip.option import options_of
 
 project = "layerskip"
 author = "The layerskip authors"
+copyright = author
 release = version = version_of("layerskip")
 extensions = ["myst_nb", "sphinx.ext.autodoc"]  # myst_nb brings myst_parser
 nb_execution_mode = "off"  # `make story` runs the notebook, and keeps its outputs
