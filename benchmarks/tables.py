@@ -405,7 +405,8 @@ def _served(path: Path) -> str:
     if memory := result.get("memory"):
         some = [memory[0], memory[len(memory) // 2], memory[-1]]
         told_memory = ", ".join(f"{one['mb']:,.0f} MB after {one['requests']:,} requests" for one in some)
-        about.append(f"The server's memory: {told_memory}.")
+        where = f", in a run of its own on an {result['memory_on']}" if "memory_on" in result else ""
+        about.append(f"The server's memory: {told_memory}{where}.")
     return "\n".join([*lines, "", f"{' '.join(about)} ({link(path)})"])
 
 
