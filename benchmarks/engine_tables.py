@@ -16,7 +16,7 @@ def engines() -> str:
         told = result["configuration"]
         lines = head("artefact", "engine", "opened", "equal outputs", "drafts kept", "command")
         for row in result["rows"]:
-            equal, command = row.get("equal"), row.get("command", "layerskip generate")
+            equal = row.get("equal")
             same = "" if equal is None else f"{equal['same']} of {equal['of']}"
             lines.append(
                 line(
@@ -25,7 +25,7 @@ def engines() -> str:
                     "no: " + row["failed"] if "failed" in row else "yes",
                     same,
                     share(row.get("acceptance")),
-                    f"`{command}`",
+                    f"`{row['command']}`" if "command" in row else "",
                 )
             )
         parts.append(

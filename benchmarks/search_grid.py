@@ -33,7 +33,7 @@ from layerskip.measure.records import Records
 from layerskip.model.cost import Cost, expected_tokens
 from layerskip.search.runs import TrialRun
 from layerskip.search.space import read_space
-from layerskip.search.study import PENALTY, Search, _cost, speedup_of
+from layerskip.search.study import Search, speedup_of, worth
 from layerskip.train.figures import DRAFT_LENGTHS
 
 RECIPE, MAX_COST, RUNS = "scratch-small", 0.01, 10
@@ -109,8 +109,7 @@ def grid_cell(place: Path, fixed: list[str], cell: list[str], reference: float) 
     run = TrialRun(place / name, RECIPE, [*fixed, *cell, "best_by=none"])
     [*_, (_, last)] = run.follow()
     assert run.result is not None
-    cost = _cost(last, reference)
-    value = (last.speedup or 0.0) - PENALTY * max(0.0, cost - MAX_COST)
+    value, cost = worth(last, reference, MAX_COST)
     print(
         f"{name}: {last.speedup:.3f} x, cost {100 * cost:.2f}%, value {value:.3f}",
         file=sys.stderr,

@@ -330,6 +330,8 @@ class Controller:
         drafted = max(row.drafted for row in rows)
         price = self.prices.round(arm.exit_layer, drafted, num_rows)
         plain = arm == self.plain
+        if not plain:
+            self._rest = self._resting = 0
         if arm.source == LOOKUP and not plain:
             padded = self.copying is not None and self.copying.padded
             copied = num_rows * drafted if padded else sum(row.drafted for row in rows)
@@ -342,14 +344,11 @@ class Controller:
         if arm.source == LOOKUP and not plain:
             self._since_plain += 1
             self._since_probe += 1
-            self._rest = self._resting = 0
             return
         measured_only = plain and self._plain_is_due(len(rows))  # drafting goes on after it
-        if not plain:
-            self._rest = self._resting = 0
-        elif self._resting:
+        if self._resting:
             self._resting -= 1
-        elif not measured_only:
+        elif plain and not measured_only:
             self._rest = self._resting = min(max(FIRST_REST, 2 * self._rest + 1), LONGEST_REST)
         if measured_only and book.extra:  # what copies took may have had a reason that is gone
             book.extra.popleft()

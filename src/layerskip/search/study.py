@@ -160,8 +160,7 @@ class Search:
         value, why = 0.0, None
         try:
             for step, figures in run.follow():
-                cost = _cost(figures, reference.get(step))
-                value = (figures.speedup or 0.0) - PENALTY * max(0.0, cost - self.max_cost)
+                value, cost = worth(figures, reference.get(step), self.max_cost)
                 trial.set_user_attr(COST, cost)
                 trial.set_user_attr(SPEEDUP, figures.speedup)
                 trial.set_user_attr(SECONDS, before + time.monotonic() - began)
@@ -263,11 +262,15 @@ def _descriptor(lock: FileLock) -> int | None:
     return lock._context.lock_file_fd
 
 
-def _cost(figures: Figures, reference: float | None) -> float:
-    """Compare perplexity with the reference's at the same step, as a share; less than nothing costs nothing."""
-    if reference is None or figures.loss is None:
-        return 0.0
-    return max(0.0, math.expm1(figures.loss - reference))
+def worth(figures: Figures, reference: float | None, max_cost: float) -> tuple[float, float]:
+    """The objective, and the cost in it: perplexity over that of the reference, as a share; less than none is none.
+
+    `reference` is its loss at the same step, None where the model is not trained.
+    """
+    cost = 0.0
+    if reference is not None and figures.loss is not None:
+        cost = max(0.0, math.expm1(figures.loss - reference))
+    return (figures.speedup or 0.0) - PENALTY * max(0.0, cost - max_cost), cost
 
 
 def speedup_of(trial: optuna.trial.FrozenTrial) -> float:
