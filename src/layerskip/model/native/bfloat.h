@@ -29,15 +29,18 @@ struct Bfloat {
     typedef Pairs Rows;
     static constexpr int AT_ONCE = 12;
     static constexpr int64_t BYTES = TILE * GROUP * sizeof(bf16);
-    static constexpr int tiles(int rows) { return FETCHES && rows <= 6 ? 4 : 2; }
-    static constexpr int ahead(int rows) { return FETCHES && rows <= 6 ? NOT : NEXT_TILES; }
+    static constexpr int tiles(int rows) { return rows <= 6 ? 4 : 2; }
+    static constexpr int ahead(int) { return FETCHES ? 0 : 1; }
+    static constexpr bool next(int rows) { return !FETCHES || rows > 6; }
 
-    template <int R, int N>
-    INLINED void add(const uint8_t *weights, int64_t apart, const Pairs &x, Reals (*sums)[R]) {
+    template <int R, int N, typename Ask>
+    INLINED void add(const uint8_t *weights, int64_t apart, const Pairs &x, Reals (*sums)[R], const Ask &ask) {
         for (int i = 0; i < GROUP / 2; ++i)
             UNROLLED
             for (int n = 0; n < N; ++n) {
-                const auto pairs = (__m512bh)_mm512_loadu_si512(weights + n * apart + 4 * TILE * i);
+                const uint8_t *line = weights + n * apart + 4 * TILE * i;
+                ask(line);
+                const auto pairs = (__m512bh)_mm512_loadu_si512(line);
                 UNROLLED
                 for (int r = 0; r < R; ++r)
                     sums[n][r] = _mm512_dpbf16_ps(sums[n][r], pairs, (__m512bh)_mm512_set1_epi32(int(x.pairs[R * i + r])));

@@ -2,9 +2,9 @@
 //
 // Weights lie in tiles of TILE outputs, a tile's groups of GROUP inputs one behind the other. What stands behind the
 // last output and input is 0. A format says how long a group of a tile is (BYTES), what it makes of inputs (Rows), how
-// many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many groups ahead their weights are asked for
-// (`ahead`, by rows), how a group is added to the sums of R rows (`add`), and what is done with a sum at last
-// (`finished`).
+// many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many groups ahead weights are asked for (`ahead`,
+// by rows), and whether those of the next tiles are (`next`), how a group is added to the sums of R rows (`add`), and what
+// is done with a sum at last (`finished`).
 //
 // Exact: a row is prepared alone, and each of its sums goes over the groups in order, so its bits do not depend on the
 // rows beside it, on the number of threads or on where a tile is.
@@ -16,7 +16,6 @@
 #include "team.h"
 
 constexpr int GROUP = 32;
-constexpr int NOT = 0, NEXT_TILES = -1;  // as `ahead`: not at all; the same group of the tiles behind these, into the second cache
 // Whether the machine brings in time what few rows need: Zen 4 does, and asking costs it; Emerald Rapids does not.
 #if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
 constexpr bool FETCHES = true;
@@ -90,6 +89,18 @@ APART void ended(const Product &p, float *found, int64_t row, int64_t first, T *
     else added_to<0>(found, bias, onto, y + at, int(live));
 }
 
+// Asks for weights behind the line at hand: so many groups on into the first cache, so many bytes on into the second one.
+// Between products, not before a group of them: what many requests at once keep waiting are those products' own loads.
+template <int AHEAD, bool NEXT>
+struct Asking {
+    int64_t group, next;  // bytes
+    // A call that only asks is dropped by GCC before it is inlined, unless it has to be.
+    __attribute__((always_inline)) void operator()(const uint8_t *line) const {
+        if constexpr (AHEAD > 0) __builtin_prefetch(line + AHEAD * group, 0, 3);
+        if constexpr (NEXT) __builtin_prefetch(line + next, 0, 2);
+    }
+};
+
 // N tiles from `tile` on, of R rows from `first_row` on.
 template <typename W, typename T, int R, int N>
 APART void some_tiles(const Product &p, typename W::Rows x, int64_t groups, int64_t first_row, int64_t tile, T *y) {
@@ -98,17 +109,11 @@ APART void some_tiles(const Product &p, typename W::Rows x, int64_t groups, int6
     for (int n = 0; n < N; ++n)
         UNROLLED
         for (int r = 0; r < R; ++r) sums[n][r] = every(0.f);
-    constexpr int ahead = W::ahead(R);
-    constexpr bool next = ahead == NEXT_TILES;
     const int64_t apart = groups * W::BYTES;
+    const Asking<W::ahead(R), W::next(R)> ask = {W::BYTES, N * apart};
     const uint8_t *weights = p.weights + tile * apart;
-    for (int64_t g = 0; g < groups; ++g, weights += W::BYTES, x = x.behind(R)) {
-        if constexpr (ahead != NOT)
-            for (int n = 0; n < N; ++n)
-                for (int64_t line = 0; line < W::BYTES; line += 64)
-                    __builtin_prefetch(weights + (next ? (N + n) * apart : n * apart + ahead * W::BYTES) + line, 0, next ? 2 : 3);
-        W::template add<R, N>(weights, apart, x, sums);
-    }
+    for (int64_t g = 0; g < groups; ++g, weights += W::BYTES, x = x.behind(R))
+        W::template add<R, N>(weights, apart, x, sums, ask);
     float found[N][R][TILE];
     UNROLLED
     for (int n = 0; n < N; ++n)

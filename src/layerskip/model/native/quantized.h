@@ -87,24 +87,27 @@ struct FewBits {
     static constexpr int AT_ONCE = 2;
 #endif
     static constexpr int tiles(int) { return 1; }
-    static constexpr int ahead(int rows) { return FETCHES ? (rows > 4 ? 8 : NOT) : rows > 3 ? NEXT_TILES : 16; }
+    static constexpr int ahead(int rows) { return FETCHES ? (rows > 4 ? 8 : 0) : rows > 3 ? 1 : 16; }
+    static constexpr bool next(int rows) { return !FETCHES && rows > 3; }
 };
 
 struct Int4 : FewBits {
     static constexpr int64_t BYTES = TILE * GROUP / 2 + 4 * TILE;
 
-    template <int R, int N>
-    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*all)[R]) {
+    template <int R, int N, typename Ask>
+    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*all)[R], const Ask &ask) {
         Reals *sums = all[0];
         Ints dots[R];
         UNROLLED
         for (int r = 0; r < R; ++r) dots[r] = every(0);
         UNROLLED
         for (int i = 0; i < GROUP / 8; ++i) {
+            ask(weights + 4 * TILE * i);
             const Bytes both = bytes(weights + 4 * TILE * i);
             dotted<R>(dots, low(both), x.bytes + 4 * R * i);
             dotted<R>(dots, high(both), x.bytes + 4 * R * (i + GROUP / 8));
         }
+        ask(weights + TILE * GROUP / 2);
         const Reals scale = halves(weights + TILE * GROUP / 2), least = halves(weights + TILE * GROUP / 2 + 2 * TILE);
         UNROLLED
         for (int r = 0; r < R; ++r) {
@@ -118,14 +121,17 @@ struct Int4 : FewBits {
 struct Int8 : FewBits {
     static constexpr int64_t BYTES = TILE * GROUP;
 
-    template <int R, int N>
-    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*all)[R]) {
+    template <int R, int N, typename Ask>
+    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*all)[R], const Ask &ask) {
         Reals *sums = all[0];
         Ints dots[R];
         UNROLLED
         for (int r = 0; r < R; ++r) dots[r] = every(x.sums[r]);
         UNROLLED
-        for (int i = 0; i < GROUP / 4; ++i) dotted<R>(dots, bytes(weights + 4 * TILE * i), x.bytes + 4 * R * i);
+        for (int i = 0; i < GROUP / 4; ++i) {
+            ask(weights + 4 * TILE * i);
+            dotted<R>(dots, bytes(weights + 4 * TILE * i), x.bytes + 4 * R * i);
+        }
         UNROLLED
         for (int r = 0; r < R; ++r) sums[r] = fused(every(x.scales[r]), as_reals(dots[r]), sums[r]);
     }
