@@ -32,7 +32,7 @@ def test_each_draft_is_the_best_of_the_head_behind_the_adapter(family, blocks):
     stack, head = made(family, blocks)
     chain = stack.chain(head)
     tokens, c = [5, 9, 33], known(stack, 3)
-    drafts = chain(tokens, c, STEPS)
+    drafts, chances = chain(tokens, c, STEPS)
     for step in range(STEPS):
         given = torch.tensor([[token] for token in tokens])
         h = stack.embed(given, Step.span([0, 1, 2], [9] * 3, [1] * 3, stack.device, spill=16))[:, 0]
@@ -42,6 +42,8 @@ def test_each_draft_is_the_best_of_the_head_behind_the_adapter(family, blocks):
         own = logits.gather(1, torch.searchsorted(head.ids, torch.tensor(tokens))[:, None])[:, 0]
         assert (own >= logits.max(-1).values - ROUNDING * logits.std(-1)).all()
         assert all(int(token) in head.ids for token in tokens)
+        found = torch.tensor([row[step] for row in chances])
+        torch.testing.assert_close(found, logits.softmax(-1).max(-1).values, rtol=0.15, atol=1e-3)
 
 
 @torch.inference_mode()
@@ -49,12 +51,16 @@ def test_each_draft_is_the_best_of_the_head_behind_the_adapter(family, blocks):
 def test_neither_company_nor_threads_change_a_draft(threads):
     stack, head = made(blocks=2)
     chain, tokens, c = stack.chain(head), [5, 9, 33, 7, 60], known(stack, 5)
-    alone = [chain([token], c[i : i + 1], STEPS)[0] for i, token in enumerate(tokens)]
+    alone = [[part[0] for part in chain([token], c[i : i + 1], STEPS)] for i, token in enumerate(tokens)]
+
+    def row_by_row(steps):
+        return [list(own) for own in zip(*chain(tokens, c, steps), strict=True)]
+
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert chain(tokens, c, STEPS) == alone
-        assert [row[:2] for row in alone] == chain(tokens, c, 2)
+        assert row_by_row(STEPS) == alone
+        assert row_by_row(2) == [[part[:2] for part in own] for own in alone]
     finally:
         torch.set_num_threads(before)
 

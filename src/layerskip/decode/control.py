@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 WINDOW = 96  # tokens after which an observation counts 1/e: a paragraph or two
 PRIOR = 4.0  # judged positions, or tokens, that a first guess weighs
-TRAINED, UNTRAINED = 0.5, 0.05  # agreement guessed before anything was seen
+FIRM = 32.0  # the same of the only exit, where it was trained: a bad start is no reason to give it up
+TRAINED, UNTRAINED = 0.42, 0.05  # agreement guessed before anything was seen
 MARGIN = 1.03  # another way must look this much faster to be taken
 PROBE_SHARE = 0.005  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
-PLAIN_FIRST = 16  # the same while that is not known yet: 2% of the time at most goes into looking
+PLAIN_FIRST = 32  # the same while that is not known yet: 1% of the time at most goes into looking
 MANY = 4  # rows, from which on one does not look for drafts every round where plain steps were best
 FIRST_REST, LONGEST_REST = 3, 15  # rounds until one looks again, more while plain steps stay best
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
 LONGEST = 16  # tokens drafted at most by a controller's own choice
 OVERDUE = 4  # copies may put a probe off until it is that late
-LEAST_EXTRA = 0.001  # of a plain step for each position, whatever the costs say
 CHEAPEST = 0.25  # of the modelled price: a clock that says less is wrong
 EXIT, LOOKUP = "exit", "lookup"  # the two drafters that a controller knows
 
@@ -61,6 +61,7 @@ class Choice:
     confidence: float = 0.0  # stop before drawing where the draft head's largest probability is below
     probes: tuple[int, ...] = ()  # exits whose agreement is looked at on the way
     drafter: str = EXIT  # a name in `drafters.DRAFTERS`
+    costs: RowCosts | None = None  # cut greedy drafts where one more costs more than it is likely to bring
 
     @property
     def source(self) -> str:
@@ -223,6 +224,7 @@ class Controller:
         self.copies = Choice(prices.layers, 1, drafter=LOOKUP)  # of all lengths: they are timed together
         self.exits = tuple(sorted({arm.exit_layer for arm in arms}))
         self.prior = TRAINED if trained else UNTRAINED
+        self._firmness = FIRM if trained and len(self.exits) == 1 else PRIOR
         self._agreement = {exit_layer: _Fading() for exit_layer in self.exits}
         # Tokens of rounds against those expected: drafts are not kept independently of each other.
         self._surplus = _Fading()
@@ -236,7 +238,7 @@ class Controller:
     def agreement(self, exit_layer: int) -> float:
         """Estimate how often the exit agrees with the full model, per token, lately."""
         seen = self._agreement[exit_layer]
-        return (seen.total + PRIOR * self.prior) / (seen.weight + PRIOR)
+        return (seen.total + self._firmness * self.prior) / (seen.weight + self._firmness)
 
     def tokens_per_s(self, arm: Choice, num_rows: int = 1) -> float:
         """Estimate an arm's tokens per second and row; in layers instead of seconds while nothing was timed."""
@@ -308,8 +310,7 @@ class Controller:
     def _more(self, num_rows: int, positions: int) -> float:
         """Price positions beside those of a plain step, in such steps."""
         assert self.copying is not None
-        costs = self.copying.costs
-        return max(costs(num_rows + positions) / costs(num_rows) - 1, LEAST_EXTRA * positions)
+        return self.copying.costs.more(num_rows, positions)
 
     def _price(self, num_rows: int, positions: int, spent: tuple[float, float]) -> float:
         """Price them as `_more`, in proportion to what copies have cost lately, see `_Book.added`."""
@@ -371,7 +372,7 @@ class Controller:
         self._plain_run = 0
         judged = sum(min(row.kept + 1, row.drafted) for row in rows)
         self._agreement[arm.exit_layer].add(sum(row.kept for row in rows), judged, WINDOW)
-        if arm.confidence:
+        if arm.confidence or arm.costs is not None:
             expected = num_rows * price * self._tokens_per_price(arm, num_rows)
         else:  # by what was drafted: a draft may have been cut by the end of the output
             agreement = self.agreement(arm.exit_layer)

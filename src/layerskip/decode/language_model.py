@@ -259,7 +259,7 @@ class LanguageModel:
             costs = self.row_costs(measured=plan.timed)
             return Controller(
                 control.Prices.of(self.stack, head, costs),
-                arms,
+                [replace(arm, costs=costs) for arm in arms],
                 copying=plan.copying and replace(plan.copying, costs=costs, padded=not self.stack.ragged),
                 trained=plan.exit_layer in self.facts.exits,
                 guard=plan.guard,

@@ -38,6 +38,9 @@ class Cost:
         return tokens_per_round * (self.layers + self.head) / self.round(draft_length)
 
 
+LEAST_EXTRA = 0.001  # of a plain step for each position, whatever the costs say
+
+
 @dataclass(frozen=True)
 class RowCosts:
     """What a pass over several positions costs, in passes over one: (positions, cost), both rising from (1, 1).
@@ -50,6 +53,10 @@ class RowCosts:
     def __call__(self, positions: int) -> float:
         """Price a pass over so many positions."""
         return _between(self.points, positions)
+
+    def more(self, rows: int, positions: int) -> float:
+        """Price positions beside those of a plain step of so many rows, in such steps."""
+        return max(self(rows + positions) / self(rows) - 1, LEAST_EXTRA * positions)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -126,7 +126,9 @@ class Stack(ABC):
         values, ids = logits.max(-1)
         return ids, values
 
-    def chain(self, head: Head | None) -> Callable[[Sequence[int], Tensor, int], list[list[int]]] | None:
+    def chain(
+        self, head: Head | None
+    ) -> Callable[[Sequence[int], Tensor, int], tuple[list[list[int]], list[list[float]]]] | None:
         """Greedy drafts of exit layer 0, all of a round in one call, see `native/chain.py`; None: step by step."""
         return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.decode import sampling
+from layerskip.decode.copies import best_lengths
 from layerskip.decode.drafters.drafter import Proposal
 from layerskip.decode.row import Draft, span
 from layerskip.decode.sampling import DRAFT
@@ -94,14 +95,21 @@ class ExitDrafter:
         return self.stack.finished(self.cache.finals_at([row.slot for row in rows], ends))
 
     def _chained(self, rows: Sequence[Row], limits: Sequence[int]) -> list[Draft]:
-        """Draft for every row in one call, as far as the longest draft goes; cut each at its limit or end."""
+        """Draft for every row in one call, as far as the longest draft goes; cut each at its limit or end.
+
+        Where the choice knows what positions cost, also where the head's own probabilities say that one more costs
+        more than it brings. It is safe to look at drafts first: greedy ones are not drawn.
+        """
         assert self._chain is not None
-        found = self._chain([row.tokens[-1] for row in rows], self._known(rows), max(limits))
-        drafts = []
+        found, chances = self._chain([row.tokens[-1] for row in rows], self._known(rows), max(limits))
+        ends = []
         for row, limit, tokens in zip(rows, limits, found, strict=True):
             end = next((i + 1 for i, token in enumerate(tokens) if token in row.request.eos), limit)
-            drafts.append(Draft(tokens[: min(end, limit)]))
-        return drafts
+            ends.append(min(end, limit))
+        if (costs := rows[0].choice.costs) is not None:
+            likely = [own[:end] for own, end in zip(chances, ends, strict=True)]
+            ends, _ = best_lengths(likely, lambda n: costs.more(len(rows), n), not self.stack.ragged)
+        return [Draft(tokens[:end]) for tokens, end in zip(found, ends, strict=True)]
 
     def _propose(
         self,

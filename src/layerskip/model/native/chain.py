@@ -1,7 +1,7 @@
 """Greedy drafts of an exit that runs no layer, several in one call, see `drafts.h`.
 
     chain = stack.chain(head)                   # None where part of it is not compiled
-    drafts = chain([7, 9], known, steps=3)      # [[.., .., ..], [.., .., ..]]
+    drafts, chances = chain([7, 9], known, steps=3)     # [[.., .., ..], [.., .., ..]] each
 
 A draft is four small products; called one by one they cost as much again in Python, allocations and threads.
 """
@@ -62,17 +62,18 @@ class Chain:
         alike = len({product.kernel for product in tiled}) == 1 and len(tiled) == len(products)
         return cls(head, tiled, table, scale or 1.0, finish, counters) if alike else None
 
-    def __call__(self, tokens: Sequence[int], known: Tensor, steps: int) -> list[list[int]]:
-        """Draft behind each row's last token: N lists of `steps`.
+    def __call__(
+        self, tokens: Sequence[int], known: Tensor, steps: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Draft behind each row's last token: N lists of `steps`, and the probability the head gives each draft.
 
         Shapes: known [N, D], what the head read at the position before.
         """
         rows = len(tokens)
-        found = torch.empty(steps + 1, rows, dtype=torch.long)
+        found, chances = torch.empty(steps + 1, rows, dtype=torch.long), torch.empty(steps, rows)
         found[0] = torch.tensor(tokens)
         self._laid.rows, self._laid.steps = rows, steps
         known = known.clone(memory_format=torch.contiguous_format)
-        self._kernels.drafts(self._kernel, self._laid, known, found)
+        self._kernels.drafts(self._kernel, self._laid, known, found, chances)
         self._counters.head_rows[self._head.size] += rows * steps
-        drafts: list[list[int]] = found[1:].T.tolist()
-        return drafts
+        return found[1:].T.tolist(), chances.T.tolist()

@@ -1,5 +1,6 @@
 // Drafts behind an adapter at exit layer 0, several in one call: what a token's embedding and the normed state of the position
-// before say goes through the adapter and the draft head, and the best token is the next one's embedding.
+// before say goes through the adapter and the draft head, and the best token is the next one's embedding. How likely the
+// head finds it says how far drafts are worth verifying.
 #pragma once
 #include "layers.h"
 
@@ -30,8 +31,18 @@ static int64_t best_of(const T *x, int64_t width, float &best) {
     return at;
 }
 
+// The probability of the largest; 0 where there is none.
+template <typename T>
+static float share_of(const T *x, int64_t width, float top) {
+    float all = 0.f;
+#pragma omp simd reduction(+ : all)
+    for (int64_t i = 0; i < width; ++i) all += exponential(load(x[i]) - top);
+    return all >= 1.f ? 1.f / all : 0.f;
+}
+
+// tokens [steps + 1, rows], of which the first are given; chances [steps, rows]
 template <typename W, typename T>
-static void draft(const Drafts &d, T *known, int64_t *tokens) {
+static void draft(const Drafts &d, T *known, int64_t *tokens, float *chances) {
     const int64_t rows = d.rows, width = d.width, hidden = d.blocks ? d.each[0].down.in : 0;
     const int64_t widest = std::max(2 * width, hidden);
     static thread_local Buffer<T> kept_z, kept_gate_up, kept_logits;
@@ -71,7 +82,9 @@ static void draft(const Drafts &d, T *known, int64_t *tokens) {
             multiplied_onto<W, T>(d.head, states, nullptr, logits);
             for (int64_t r = share.first; r < share.stop; ++r) {
                 float value;
-                tokens[(step + 1) * rows + r] = d.ids[best_of(logits + r * d.head.out, d.head.out, value)];
+                const T *own = logits + r * d.head.out;
+                tokens[(step + 1) * rows + r] = d.ids[best_of(own, d.head.out, value)];
+                chances[step * rows + r] = share_of(own, d.head.out, value);
             }
             together();
         }

@@ -91,7 +91,9 @@ extern "C" void best_f32(const float *x, int64_t *ids, float *values, int64_t ro
 #define EXPORT_PRODUCT(W, name)                                                                                 \
     extern "C" void name##_bf16(const Product *p, const bf16 *x, bf16 *y) { multiply<W>(*p, x, y); }           \
     extern "C" void layers_##name##_bf16(const Slice *slice, bf16 *h) { run_layers<W>(*slice, h); }             \
-    extern "C" void drafts_##name##_bf16(const Drafts *d, bf16 *known, int64_t *tokens) { draft<W>(*d, known, tokens); }
+    extern "C" void drafts_##name##_bf16(const Drafts *d, bf16 *known, int64_t *tokens, float *chances) {       \
+        draft<W>(*d, known, tokens, chances);                                                                   \
+    }
 
 EXPORT_PRODUCT(Int8, int8)
 EXPORT_PRODUCT(Int4, int4)

@@ -148,7 +148,7 @@ class Kernels:
             call.argtypes, call.restype = [ctypes.POINTER(Slice), pointer], None
             self._calls[f"layers {name}", torch.bfloat16] = call
             call = getattr(self.library, f"drafts_{name}_bf16")
-            call.argtypes, call.restype = [ctypes.POINTER(Drafts), pointer, pointer], None
+            call.argtypes, call.restype = [ctypes.POINTER(Drafts), *[pointer] * 3], None
             self._calls[f"drafts {name}", torch.bfloat16] = call
         self.library.best_f32.argtypes = [pointer, pointer, pointer, number, number]
         self.library.best_f32.restype = None
@@ -199,9 +199,13 @@ class Kernels:
         self.library.best_f32(x.data_ptr(), ids.data_ptr(), values.data_ptr(), *x.shape)
         return ids, values
 
-    def drafts(self, kernel: str, laid: Drafts, known: Tensor, tokens: Tensor) -> None:
-        """Write drafts behind `tokens[0]`. Shapes: known [N, D], changed in place; tokens int64 [steps + 1, N]."""
-        self._calls[f"drafts {kernel}", known.dtype](laid, known.data_ptr(), tokens.data_ptr())
+    def drafts(self, kernel: str, laid: Drafts, known: Tensor, tokens: Tensor, chances: Tensor) -> None:
+        """Write drafts behind `tokens[0]`, and how likely the head finds each.
+
+        Shapes: known [N, D], changed in place; tokens int64 [steps + 1, N]; chances float32 [steps, N].
+        """
+        call = self._calls[f"drafts {kernel}", known.dtype]
+        call(laid, known.data_ptr(), tokens.data_ptr(), chances.data_ptr())
 
     def attention(
         self,
