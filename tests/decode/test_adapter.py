@@ -158,8 +158,8 @@ class Probing:
     def __init__(self, choice):
         self.chosen, self.told = choice, []
 
-    def rests(self, num_rows):
-        return False
+    def rest(self, num_rows, reads=False):
+        return None
 
     def choose(self, chances):
         return [self.chosen] * len(chances)

@@ -1,10 +1,14 @@
 """Drafts of a round in one call: those of the adapter step by step, up to rounding, whatever stands in the call."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_adapter import head_of
 
 import tiny
+from layerskip.decode.control import Choice, Controller, Prices
+from layerskip.model.cost import RowCosts
 from layerskip.model.native import kernels as compiled
 from layerskip.model.native.stack import NativeStack
 from layerskip.model.step import Step
@@ -96,6 +100,25 @@ def test_rounds_draft_in_one_call_and_cut_at_budget_and_end():
         drafts = [round.draft for rounds in record.rounds for round in rounds if round.draft]
         assert max(map(len, drafts)) == 3
         assert not any(token in eos for draft in drafts for token in draft[:-1])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_drafts_are_cut_where_one_more_is_not_likely_enough(rows):
+    """The same text at any price. Small weights make all tokens as likely: two in a row are one of 2,500."""
+    stack, head = made()
+    prompts = [[5, 9, 20, 33], [7, 8], [40]]
+    plain = decode(stack, prompts, 12, rows=rows)
+    for price, sure, longest in ((0.5, False, 0), (0.0, False, 1), (0.5, True, 3)):
+        costs = RowCosts(((1, 1.0), (101, 1.0 + 100 * price)))
+        arms = [Choice(0, 3, costs=costs)]
+        controller = Controller(Prices(2, 1.0, 0.1), arms, trained=True, guard=False, timed=False)
+        rows_of_head = torch.randn(50, stack.width, generator=torch.Generator().manual_seed(2)).bfloat16()
+        own = stack.reduced_head(head.ids.tolist(), rows_of_head * (1000 if sure else 0.01))
+        own = replace(own, adapter=head.adapter)
+        record = decode(stack, prompts, 12, 0, 3, rows=rows, draft_head=own, controller=controller)
+        assert record.tokens == plain.tokens
+        drafts = [round.draft for rounds in record.rounds for round in rounds if round.source == "exit"]
+        assert max(map(len, drafts)) == longest, (price, sure)
 
 
 @pytest.mark.parametrize("width", [1, 7, 4096])

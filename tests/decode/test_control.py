@@ -226,8 +226,8 @@ class Restless:
     def __init__(self):
         self.turn, self.seen = 0, []
 
-    def rests(self, num_rows):
-        return False
+    def rest(self, num_rows, reads=False):
+        return None
 
     def choose(self, chances):
         kinds = [
@@ -279,13 +279,20 @@ def drafted(stack, prefix, exit_layer):
 
 def test_many_rows_rest_between_looks_while_plain_steps_are_best():
     controller = Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),))
-    assert not controller.rests(8)
-    looks = []
+    assert controller.rest(8) is None
+    looks, read = [], []
     for turn in range(50):
-        looks += [turn] * (not controller.rests(8))
-        assert not controller.rests(3)
-        controller.learn(controller.plain, 0.01, [Drafted(0, 0, 1, {})] * 8)
+        assert controller.rest(3) is None
+        if (rest := controller.rest(8)) is None:
+            looks.append(turn)
+            controller.learn(controller.plain, 0.01, [Drafted(0, 0, 1, {})] * 8)
+        else:
+            assert (rest.exit_layer, rest.draft_length, rest.unseen) == (L, 0, True)
+            assert not controller.rest(8, reads=True).unread
+            read += [turn] * (not rest.unread)
+            controller.learn(rest, 0.01, [Drafted(0, 0, 1, {})] * 8)
     assert looks == [0, 4, 12, 28, 44]  # more seldom as long as nothing comes of it
+    assert read == [turn - 1 for turn in looks[1:]], "what a draft would begin with"
     controller.learn(Choice(2, 3), 0.01, [Drafted(3, 1, 2, {})] * 8)
-    assert not controller.rests(8)
-    assert not Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),), timed=False).rests(8)
+    assert controller.rest(8) is None
+    assert Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),), timed=False).rest(8) is None

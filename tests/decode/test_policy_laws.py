@@ -28,8 +28,8 @@ class Superstitious:
     def __init__(self):
         self.long = True
 
-    def rests(self, num_rows):
-        return False
+    def rest(self, num_rows, reads=False):
+        return None
 
     def choose(self, chances):
         return [Choice(2, 3, SURE) if self.long else Choice(3, 0)] * len(chances)

@@ -62,6 +62,8 @@ class Choice:
     probes: tuple[int, ...] = ()  # exits whose agreement is looked at on the way
     drafter: str = EXIT  # a name in `drafters.DRAFTERS`
     costs: RowCosts | None = None  # cut greedy drafts where one more costs more than it is likely to bring
+    unseen: bool = False  # a plain step at rest, of which nothing is learnt but that it was
+    unread: bool = False  # no drafter will read what the last layer says in this round
 
     @property
     def source(self) -> str:
@@ -254,9 +256,20 @@ class Controller:
 
     # -- choosing --------------------------------------------------------------------------------------------
 
-    def rests(self, num_rows: int) -> bool:
-        """Whether the next round takes plain steps unseen: choosing for many rows takes 2% of a step's time."""
-        return self.timed and self.guard and num_rows >= MANY and self._resting > 0
+    def rest(self, num_rows: int, reads: bool = False) -> Choice | None:
+        """Plain steps unseen, where the next round takes them: looking takes 3% of a step's time of many rows.
+
+        `reads`: somebody else reads what the last layer says.
+        """
+        if not (self.timed and self.guard and num_rows >= MANY and self._resting > 0):
+            return None
+        return replace(self.plain, unseen=True, unread=self._resting > 1 and not reads)
+
+    def _rested(self) -> None:
+        self._resting = max(0, self._resting - 1)
+        self._since_probe += 1
+        self._plain_run += 1
+        self._surplus.fade(1.0, WINDOW / 4)
 
     def choose(self, chances: Sequence[Sequence[float]]) -> list[Choice]:
         """Choose for the next round of each row, given the chances of its copied tokens (`History.chances`).
@@ -327,6 +340,9 @@ class Controller:
 
     def learn(self, choice: Choice, seconds: float, rows: Sequence[Drafted]) -> None:
         """Take in what a round gave and how long it took; of rows that copy, the choice of the longest copy."""
+        if choice.unseen:
+            self._rested()
+            return
         arm, book, num_rows = replace(choice, probes=()), self._books[_bucket(len(rows))], len(rows)
         drafted = max(row.drafted for row in rows)
         price = self.prices.round(arm.exit_layer, drafted, num_rows)
@@ -347,9 +363,7 @@ class Controller:
             self._since_probe += 1
             return
         measured_only = plain and self._plain_is_due(len(rows))  # drafting goes on after it
-        if self._resting:
-            self._resting -= 1
-        elif plain and not measured_only:
+        if plain and not measured_only:
             self._rest = self._resting = min(max(FIRST_REST, 2 * self._rest + 1), LONGEST_REST)
         if measured_only and book.extra:  # what copies took may have had a reason that is gone
             book.extra.popleft()

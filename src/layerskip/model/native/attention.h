@@ -46,24 +46,25 @@ struct Buffer {
 struct Seen {  // slots of a block
     int first, stop;
     bool any() const { return first < stop; }
+    int lanes() const { return (stop + LANES - 1) / LANES * LANES; }  // that hold all of them
     bool operator==(const Seen &other) const { return first == other.first && stop == other.stop; }
 };
 
-// The largest score of a block; those that are not seen become -inf.
+// The largest score of a block; those of its lanes that are not seen become -inf.
 static inline float largest_of(float *scores, Seen seen) {
     std::fill(scores, scores + seen.first, -INFINITY);
-    std::fill(scores + seen.stop, scores + SLOTS, -INFINITY);
+    std::fill(scores + seen.stop, scores + seen.lanes(), -INFINITY);
     auto larger = [](auto a, auto b) { return a > b ? a : b; };  // b where either is a NaN
     Floats most = Floats{} - FLT_MAX;
-    for (int j = 0; j < SLOTS; j += LANES) most = larger(loaded<Floats>(scores + j), most);
+    for (int j = 0; j < seen.lanes(); j += LANES) most = larger(loaded<Floats>(scores + j), most);
     return over_lanes<LANES>(most, larger);
 }
 
-// Turn scores of a block into weights, and add them to `total`, lane by lane.
+// Turn scores of so many lanes of a block into weights, and add them to `total`, lane by lane.
 template <typename T>
-static inline void weigh(const float *scores, float largest, float scale, T *weights, float *total) {
+static inline void weigh(const float *scores, int lanes, float largest, float scale, T *weights, float *total) {
     Floats sum = loaded<Floats>(total);
-    for (int j = 0; j < SLOTS; j += LANES)
+    for (int j = 0; j < lanes; j += LANES)
         sum += rounded_to(weights + j, exponential<Floats, Words>((loaded<Floats>(scores + j) - largest) * scale));
     kept(total, sum);
 }
@@ -122,11 +123,12 @@ class Attention {
             __builtin_prefetch(reinterpret_cast<const char *>(from) + i, 0, 2);
     }
 
-    // Keys [SLOTS, d] to words [words, SLOTS], 0 where no position sees the slot.
+    // Keys [SLOTS, d] to words [words, SLOTS], 0 where no position sees the slot before those that one does.
     void lay_keys(const T *keys, Seen any, const T *next, uint32_t *to) const {
         const char *from = reinterpret_cast<const char *>(keys);
         for (int j = 0; j < SLOTS; j += EDGE) {
             ask_for(next + j * size(), EDGE);
+            if (j >= any.stop) continue;  // what is there counts for nothing
             int64_t w = 0;
             if (j >= any.first && j + EDGE <= any.stop)
                 for (; w + EDGE <= bytes() / 4; w += EDGE)
@@ -175,7 +177,7 @@ class Attention {
             lay_keys(keys, any, later, own.laid);
             for (int64_t q = 0; q < queries; q += QUERIES)
                 product<T>(std::min<int64_t>(QUERIES, queries - q), asked + q * words(), words(), own.laid, SLOTS,
-                           0, words() * IN_WORD<T>, {own.scores + q * SLOTS, SLOTS, false});
+                           any.lanes(), 0, words() * IN_WORD<T>, {own.scores + q * SLOTS, SLOTS, false});
             for (int64_t q = 0; q < queries; ++q) {
                 if (!sees(q).any()) continue;
                 float most = largest_of(own.scores + q * SLOTS, sees(q)), *sum = sums + q * stride();
@@ -186,14 +188,14 @@ class Attention {
             }
             for (int64_t q = 0; q < queries; ++q)
                 if (sees(q).any())
-                    weigh(own.scores + q * SLOTS, largest[q], s.scale, own.weights + q * SLOTS,
+                    weigh(own.scores + q * SLOTS, sees(q).lanes(), largest[q], s.scale, own.weights + q * SLOTS,
                           sums + q * stride() + width());
             lay_values(values, any, later + apart, own.laid);
             for (int64_t q = 0, same; q < queries; q += same) {
                 for (same = 1; same < QUERIES && q + same < queries && sees(q + same) == sees(q);) ++same;
                 if (sees(q).any())
-                    product<T>(same, own.weights + q * SLOTS, SLOTS / IN_WORD<T>, own.laid, width(), sees(q).first,
-                               sees(q).stop, {sums + q * stride(), stride(), true});
+                    product<T>(same, own.weights + q * SLOTS, SLOTS / IN_WORD<T>, own.laid, width(), width(),
+                               sees(q).first, sees(q).stop, {sums + q * stride(), stride(), true});
             }
         }
     }

@@ -183,16 +183,16 @@ static void multiplied(const char *rows, int64_t stride, const uint32_t *vectors
         for (int v = 0; v < N; ++v) kept(at[q] + v * LANES, sum[q][v]);
 }
 
-// Up to QUERIES rows times vectors of any width that is a multiple of LANES.
+// Up to QUERIES rows times the first lanes of vectors, any multiple of LANES.
 template <typename T, int Q = QUERIES>
-static void product(int count, const void *rows, int64_t stride, const uint32_t *vectors, int64_t width,
+static void product(int count, const void *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t lanes,
                     int64_t first, int64_t stop, const Sums &to) {
     if constexpr (Q > 1)
-        if (count < Q) return product<T, Q - 1>(count, rows, stride, vectors, width, first, stop, to);
+        if (count < Q) return product<T, Q - 1>(count, rows, stride, vectors, width, lanes, first, stop, to);
     const char *from = static_cast<const char *>(rows);
     int64_t at = 0;
-    for (; at + VECTORS * LANES <= width; at += VECTORS * LANES)
+    for (; at + VECTORS * LANES <= lanes; at += VECTORS * LANES)
         multiplied<T, Q, VECTORS>(from, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
-    for (; at < width; at += LANES)
+    for (; at < lanes; at += LANES)
         multiplied<T, Q, 1>(from, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
 }
