@@ -43,6 +43,9 @@ PROBE_SHARE = 0.005  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
 PLAIN_FIRST = 32  # the same while that is not known yet: 1% of the time at most goes into looking
 MANY = 4  # rows, from which on one does not look for drafts every round where plain steps were best
+MANY_MARGIN = (
+    1.1  # by which they must seem to gain by copies: the best of many guesses is one that was too high
+)
 FIRST_REST, LONGEST_REST = 3, 15  # rounds until one looks again, more while plain steps stay best
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
@@ -285,7 +288,7 @@ class Controller:
         bar = self.tokens_per_s(replace(choice, probes=()), num_rows) / self.tokens_per_s(
             self.plain, num_rows
         )
-        if not any(lengths) or gain <= bar:
+        if not any(lengths) or gain <= bar * (MANY_MARGIN if self.timed and num_rows >= MANY else 1.0):
             return [choice] * num_rows
         return [Choice(self.prices.layers, k, drafter=LOOKUP) if k else self.plain for k in lengths]
 
@@ -332,9 +335,9 @@ class Controller:
         return more * max(CHEAPEST, (took + prior) / (should + prior)) if more else 0.0
 
     def _probe_every(self, arm: Choice, num_rows: int) -> int:
-        """Rounds between probes: each reads the draft head once."""
+        """Rounds between probes: each reads the draft head once, and sees as many positions as there are rows."""
         price = self.prices.round(arm.exit_layer, arm.draft_length, num_rows)
-        return math.ceil(self.prices.draft_head / (PROBE_SHARE * price))
+        return math.ceil(num_rows * self.prices.draft_head / (PROBE_SHARE * price))
 
     # -- learning --------------------------------------------------------------------------------------------
 
