@@ -158,7 +158,7 @@ class Probing:
     def __init__(self, choice):
         self.chosen, self.told = choice, []
 
-    def rest(self, num_rows, reads=False):
+    def rest(self, num_rows):
         return None
 
     def choose(self, chances):

@@ -28,7 +28,7 @@ class Superstitious:
     def __init__(self):
         self.long = True
 
-    def rest(self, num_rows, reads=False):
+    def rest(self, num_rows):
         return None
 
     def choose(self, chances):

@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 WINDOW = 96  # tokens after which an observation counts 1/e: a paragraph or two
 PRIOR = 4.0  # judged positions, or tokens, that a first guess weighs
-FIRM = 32.0  # the same of the only exit, where it was trained: a bad start is no reason to give it up
-TRAINED, UNTRAINED = 0.42, 0.05  # agreement guessed before anything was seen
+# The same of a trained adapter that runs no layer: drafts cost so little there that a bad start is no reason to give
+# it up (docs/notebook.md, 2026-11-30). It keeps a quarter of the weight, since no more than WINDOW observations count.
+FIRM = 32.0
+TRAINED, UNTRAINED = 0.5, 0.05  # agreement guessed before anything was seen
 MARGIN = 1.03  # another way must look this much faster to be taken
 PROBE_SHARE = 0.005  # of the time may go into probes
 PLAIN_EVERY = 64  # rounds between plain steps that measure what plain decoding would take
 PLAIN_FIRST = 32  # the same while that is not known yet: 1% of the time at most goes into looking
 MANY = 4  # rows, from which on one does not look for drafts every round where plain steps were best
-MANY_MARGIN = (
-    1.1  # by which they must seem to gain by copies: the best of many guesses is one that was too high
-)
+MANY_MARGIN = 1.1  # copies of many rows must seem to gain this much: the best of many guesses is too high
 FIRST_REST, LONGEST_REST = 3, 15  # rounds until one looks again, more while plain steps stay best
 FEWEST = 2  # timed rounds to know a pace; the very first of a kind warms up and is not counted
 PATIENCE = 128  # plain steps after which it is forgotten how slow drafting was; doubles while it stays slow
@@ -66,7 +66,6 @@ class Choice:
     drafter: str = EXIT  # a name in `drafters.DRAFTERS`
     costs: RowCosts | None = None  # cut greedy drafts where one more costs more than it is likely to bring
     unseen: bool = False  # a plain step at rest, of which nothing is learnt but that it was
-    unread: bool = False  # no drafter will read what the last layer says in this round
 
     @property
     def source(self) -> str:
@@ -229,7 +228,7 @@ class Controller:
         self.copies = Choice(prices.layers, 1, drafter=LOOKUP)  # of all lengths: they are timed together
         self.exits = tuple(sorted({arm.exit_layer for arm in arms}))
         self.prior = TRAINED if trained else UNTRAINED
-        self._firmness = FIRM if trained and len(self.exits) == 1 else PRIOR
+        self._firmness = FIRM if trained and self.exits == (0,) else PRIOR
         self._agreement = {exit_layer: _Fading() for exit_layer in self.exits}
         # Tokens of rounds against those expected: drafts are not kept independently of each other.
         self._surplus = _Fading()
@@ -259,16 +258,15 @@ class Controller:
 
     # -- choosing --------------------------------------------------------------------------------------------
 
-    def rest(self, num_rows: int, reads: bool = False) -> Choice | None:
-        """Plain steps unseen, where the next round takes them: looking takes 3% of a step's time of many rows.
+    def rest(self, num_rows: int) -> Choice | None:
+        """The choice for a round at rest, or None.
 
-        `reads`: somebody else reads what the last layer says.
+        At rest many rows take plain steps that are neither chosen nor learnt from, which saves 3% of a step.
         """
-        if not (self.timed and self.guard and num_rows >= MANY and self._resting > 0):
-            return None
-        return replace(self.plain, unseen=True, unread=self._resting > 1 and not reads)
+        resting = self.timed and self.guard and num_rows >= MANY and self._resting > 0
+        return replace(self.plain, unseen=True) if resting else None
 
-    def _rested(self) -> None:
+    def _count_rest(self) -> None:
         self._resting = max(0, self._resting - 1)
         self._since_probe += 1
         self._plain_run += 1
@@ -344,7 +342,7 @@ class Controller:
     def learn(self, choice: Choice, seconds: float, rows: Sequence[Drafted]) -> None:
         """Take in what a round gave and how long it took; of rows that copy, the choice of the longest copy."""
         if choice.unseen:
-            self._rested()
+            self._count_rest()
             return
         arm, book, num_rows = replace(choice, probes=()), self._books[_bucket(len(rows))], len(rows)
         drafted = max(row.drafted for row in rows)
@@ -366,7 +364,7 @@ class Controller:
             self._since_probe += 1
             return
         measured_only = plain and self._plain_is_due(len(rows))  # drafting goes on after it
-        if plain and not measured_only:
+        if plain and not measured_only and num_rows >= MANY:
             self._rest = self._resting = min(max(FIRST_REST, 2 * self._rest + 1), LONGEST_REST)
         if measured_only and book.extra:  # what copies took may have had a reason that is gone
             book.extra.popleft()
@@ -387,6 +385,7 @@ class Controller:
         if self._since_plain >= PLAIN_EVERY // 2:
             self._patience = PATIENCE
         self._plain_run = 0
+        # Of drafts that were cut only the likely ones are judged: too high an agreement, which surplus corrects.
         judged = sum(min(row.kept + 1, row.drafted) for row in rows)
         self._agreement[arm.exit_layer].add(sum(row.kept for row in rows), judged, WINDOW)
         if arm.confidence or arm.costs is not None:

@@ -254,9 +254,9 @@ class Engine:
         for group in groups.values():
             controller = group[0].request.controller
             assert controller is not None
-            rest = controller.rest(len(group), any(row.request.states for row in group))
-            chances = [self._chances(row, controller) for row in group] if rest is None else []
-            choices = controller.choose(chances) if rest is None else [rest] * len(group)
+            rest = controller.rest(len(group))
+            chances = [] if rest else [self._chances(row, controller) for row in group]
+            choices = [rest] * len(group) if rest else controller.choose(chances)
             for row, choice in zip(group, choices, strict=True):
                 row.choice = choice
 

@@ -257,9 +257,11 @@ class LanguageModel:
 
         def made() -> Controller:
             costs = self.row_costs(measured=plan.timed)
+            # By what positions cost beside others: what is not timed must not depend on those.
+            own = [replace(arm, costs=costs) if plan.timed and arm.exit_layer == 0 else arm for arm in arms]
             return Controller(
                 control.Prices.of(self.stack, head, costs),
-                [replace(arm, costs=costs) for arm in arms],
+                own,
                 copying=plan.copying and replace(plan.copying, costs=costs, padded=not self.stack.ragged),
                 trained=plan.exit_layer in self.facts.exits,
                 guard=plan.guard,

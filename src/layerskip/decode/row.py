@@ -89,9 +89,7 @@ def span(
     rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], stack: Stack, cache: Cache
 ) -> Step:
     """Lay out consecutive tokens of rows: row b brings `counts[b]` of them from position `starts[b]` on."""
-    step = Step.span([row.slot for row in rows], starts, counts, stack.device, spill=cache.capacity)
-    step.unread = all(row.choice.unread for row in rows)
-    return step
+    return Step.span([row.slot for row in rows], starts, counts, stack.device, spill=cache.capacity)
 
 
 @dataclass

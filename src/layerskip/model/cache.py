@@ -107,8 +107,8 @@ class Cache:
         )
 
     def write_finals(self, h: Tensor, step: Step) -> None:
-        """Put the last layer's states h [B, T, D] at the step's slots, where they are kept and will be read."""
-        if self.finals is not None and not step.unread:
+        """Put the last layer's states h [B, T, D] at the step's slots, where they are kept."""
+        if self.finals is not None:
             _put(self.finals, h[:, None].to(self.finals.device), step)
 
     def finals_at(self, rows: Sequence[int] | Tensor, slots: Sequence[int] | Tensor) -> Tensor:

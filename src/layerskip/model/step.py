@@ -34,7 +34,6 @@ class Step:
     slots: Tensor  # [B, T]
     kv_len: int  # slots [0, kv_len) are read
     index: Tensor | None = None  # int64 [B], the cache rows of a step made by `on_device`
-    unread: bool = False  # nobody will read what the last layer says here, so it need not be kept
     shared: dict[Any, Any] = field(default_factory=dict)  # what stacks compute once per step (rotary, masks)
 
     @classmethod

@@ -1,7 +1,8 @@
 """The contract of a drafter: tokens, the law of each, and the states it has computed on the way.
 
 Acceptance is exact for any law (see `sampling.accept`), so a drafter owes the law it really drew from and nothing
-else. What it decides it decides from committed tokens and its own laws, never from the clock.
+else. What it decides it decides from committed tokens and its own laws. Greedy drafts may also be cut by measured
+costs and by the rows beside them, sampled ones never.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Proposal:
 class Drafter(Protocol):
     """Propose up to `limits[b]` tokens for each row; commit nothing and leave the rows as they are.
 
-    Drafting twice gives the same twice: a round that failed for one row is done again for the others. Random
+    Drafting twice gives the same twice, up to where greedy drafts are cut: a round that failed for one row is done
+    again for the others. Random
     numbers are those of `row.numbers` under the purpose DRAFT.
     """
 

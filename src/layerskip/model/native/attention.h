@@ -123,7 +123,8 @@ class Attention {
             __builtin_prefetch(reinterpret_cast<const char *>(from) + i, 0, 2);
     }
 
-    // Keys [SLOTS, d] to words [words, SLOTS], 0 where no position sees the slot before those that one does.
+    // Keys [SLOTS, d] to words [words, SLOTS]. Slots before `any.first` become 0; those of lanes behind `any.stop` keep what was
+    // there, and their scores are never used.
     void lay_keys(const T *keys, Seen any, const T *next, uint32_t *to) const {
         const char *from = reinterpret_cast<const char *>(keys);
         for (int j = 0; j < SLOTS; j += EDGE) {

@@ -70,7 +70,10 @@ class Chain:
         Shapes: known [N, D], what the head read at the position before.
         """
         rows = len(tokens)
-        found, chances = torch.empty(steps + 1, rows, dtype=torch.long), torch.empty(steps, rows)
+        found, chances = (
+            torch.empty(steps + 1, rows, dtype=torch.long),
+            torch.empty(steps, rows, dtype=torch.float32),
+        )
         found[0] = torch.tensor(tokens)
         self._laid.rows, self._laid.steps = rows, steps
         known = known.clone(memory_format=torch.contiguous_format)

@@ -195,7 +195,7 @@ class Kernels:
         Shapes: float32 [N, V] -> [N] each.
         """
         x = x.contiguous()
-        ids, values = torch.empty(len(x), dtype=torch.long), torch.empty(len(x))
+        ids, values = torch.empty(len(x), dtype=torch.long), torch.empty(len(x), dtype=torch.float32)
         self.library.best_f32(x.data_ptr(), ids.data_ptr(), values.data_ptr(), *x.shape)
         return ids, values
 

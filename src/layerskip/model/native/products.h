@@ -2,9 +2,9 @@
 //
 // Weights lie in tiles of TILE outputs, a tile's groups of GROUP inputs one behind the other. What stands behind the
 // last output and input is 0. A format says how long a group of a tile is (BYTES), what it makes of inputs (Rows), how
-// many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many groups ahead weights are asked for (`ahead`,
-// by rows), and whether those of the next tiles are (`next`), how a group is added to the sums of R rows (`add`), and what
-// is done with a sum at last (`finished`).
+// many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many groups ahead weights are asked for (`ahead`, by
+// rows), whether the next tiles' are too (`next`), how a group is added to the sums of R rows (`add`), and what is done with a
+// sum at last (`finished`).
 //
 // Exact: a row is prepared alone, and each of its sums goes over the groups in order, so its bits do not depend on the
 // rows beside it, on the number of threads or on where a tile is.
