@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 WINDOW = 96  # tokens after which an observation counts 1/e: a paragraph or two
 PRIOR = 4.0  # judged positions, or tokens, that a first guess weighs
-# The same of a trained adapter that runs no layer: drafts cost so little there that a bad start is no reason to give
-# it up (docs/notebook.md, 2026-11-30). It keeps a quarter of the weight, since no more than WINDOW observations count.
+# The same of a trained adapter that runs no layer: its drafts cost so little that a bad start is no reason to give
+# it up (docs/notebook.md, 2026-11-30). It keeps a quarter of the weight: WINDOW observations count at most.
 FIRM = 32.0
 TRAINED, UNTRAINED = 0.5, 0.05  # agreement guessed before anything was seen
 MARGIN = 1.03  # another way must look this much faster to be taken
