@@ -111,11 +111,12 @@ static void chains(int64_t rows, int64_t steps, int64_t width, int64_t mlp, int6
     const Four<W> products(sizes);
     auto table = reals<bf16>(size * width), gain = reals<bf16>(width), known = reals<bf16>(rows * width);
     std::unique_ptr<int64_t[]> ids(new int64_t[size]), tokens(new int64_t[(steps + 1) * rows]);
+    std::unique_ptr<float[]> chances(new float[steps * rows]);
     for (int64_t i = 0; i < size; ++i) ids[i] = i;
     for (int64_t r = 0; r < rows; ++r) tokens[r] = draw() % size;
     const Block each[] = {{products[2], products[3]}, {products[2], products[3]}};
     draft<W>(Drafts{rows, steps, width, blocks, products[0], products[1], each, table.get(), gain.get(), 1.5f, 1e-5f, 1e-6f,
-                    ids.get()}, known.get(), tokens.get());
+                    ids.get()}, known.get(), tokens.get(), chances.get());
     auto x = reals<float>(rows * size);
     std::unique_ptr<float[]> values(new float[rows]);
     x[0] = NAN;
