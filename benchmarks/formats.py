@@ -4,9 +4,10 @@
     python benchmarks/formats.py --text DATA/wikitext-2/test.txt --llama-cpp build/llama-cpp --threads 2 --save
 
 All formats of one model are loaded and take turns: at every width of a pass, on every prompt and every window of
-the text; before that each is loaded by processes of its own, which tell seconds and memory. Decoding is greedy
-and goes on past ends of sequence, so that everybody makes as many tokens. A ratio is of seconds of the prompts
-together, with a 95% interval over prompts; bandwidth is measured in the same run.
+the text; before that each is loaded by processes of its own, which tell seconds and memory. How fast the vector
+unit multiplies at most is measured between passes (arithmetic.py): none can be shorter than its products. Decoding
+is greedy and goes on past ends of sequence, so that everybody makes as many tokens. A ratio is of seconds of the
+prompts together, with a 95% interval over prompts; bandwidth is measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import record
 import torch
+from arithmetic import Peak
 from tables import formats_table
 
 import layerskip
@@ -46,6 +48,7 @@ FULL = "bfloat16"
 WIDTHS = (1, 2, 4, 6, 9, 12, 16)
 CONTEXT = 128
 WINDOW = 512
+WARM = 10  # passes after which a model's weights are where decoding has them
 PROCESSES = 3  # of each format
 OWN_PROCESS = """
 import resource, sys, time
@@ -86,11 +89,17 @@ def processes(model: str, threads: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def steps(models: Mapping[str, LanguageModel], repeats: int) -> dict[str, Any]:
-    """Seconds of a pass over so many positions, medians of turns; and over one position, with an interval."""
+def steps(models: Mapping[str, LanguageModel], repeats: int, threads: int) -> dict[str, Any]:
+    """Seconds of a pass over one position, of so many over those, and what multiplications alone take at the least.
+
+    Twice: as decoding has it, a model's weights kept in the last cache as far as they fit, and from memory, another
+    model's weights read in between. Medians of turns; the peak of the vector unit is measured in every one.
+    """
     tokens = torch.arange(CONTEXT + max(WIDTHS))[None] % 40_000
     caches = {name: lm.stack.new_cache(1, CONTEXT + max(WIDTHS)) for name, lm in models.items()}
-    seconds: dict[tuple[str, int], list[float]] = {}
+    peak, rates = Peak(), {name: list[float]() for name in models}
+    kept: dict[tuple[str, int], list[float]] = {}
+    fresh: dict[tuple[str, int], list[float]] = {}
 
     def run(name: str, start: int, count: int) -> float:
         stack, began = models[name].stack, time.perf_counter()
@@ -104,20 +113,35 @@ def steps(models: Mapping[str, LanguageModel], repeats: int) -> dict[str, Any]:
     for name in models:
         run(name, 0, CONTEXT)
     for turn in range(repeats + 2):
-        for name in models:  # all widths of a model in a row: its weights stay where decoding has them
-            for width in (*WIDTHS, *WIDTHS[:1]):
-                taken = run(name, CONTEXT, width)
+        for width in WIDTHS:
+            for name in models:
                 if turn >= 2:
-                    seconds.setdefault((name, width), []).append(taken)
-    return {
-        name: {
-            "step_s": statistics.median(seconds[name, 1]),
-            "over_one": {
-                w: statistics.median(seconds[name, w]) / statistics.median(seconds[name, 1]) for w in WIDTHS
-            },
+                    fresh.setdefault((name, width), []).append(run(name, CONTEXT, width))
+        for name in models:
+            if (rate := peak(name, threads)) is not None:
+                rates[name].append(rate)
+            for _ in range(WARM):
+                run(name, CONTEXT, 1)
+            for width in WIDTHS:
+                if turn >= 2:
+                    kept.setdefault((name, width), []).append(run(name, CONTEXT, width))
+    weights = step_bytes(models[FULL]) / 2
+    told: dict[str, Any] = {}
+    for name in models:
+        rate = statistics.median(rates[name]) if rates[name] else None
+        least = None if rate is None else weights / rate
+        told[name] = _rows(name, kept, least) | {
+            "from_memory": _rows(name, fresh, least),
+            "products_per_s": rate,
         }
-        for name in models
-    }
+    return told
+
+
+def _rows(name: str, seconds: Mapping[tuple[str, int], list[float]], least: float | None) -> dict[str, Any]:
+    """A pass over one position, and how many of it others take; `least` are the seconds of one's products."""
+    one = statistics.median(seconds[name, 1])
+    told = {"step_s": one, "over_one": {w: statistics.median(seconds[name, w]) / one for w in WIDTHS}}
+    return told if least is None else told | {"least_over_one": {w: w * least / one for w in WIDTHS}}
 
 
 def decoding(
@@ -196,11 +220,11 @@ def main() -> None:
     }
     speed = bandwidth(device, BUFFER_BYTES)
     result: dict[str, Any] = {"bandwidth_gb_s": speed, "processes": loaded}
-    result["steps"] = steps(models, arguments.repeats)
+    result["steps"] = steps(models, arguments.repeats, arguments.threads)
     for name, lm in models.items():
         own = result["steps"][name]
         own["bytes"] = step_bytes(lm)
-        own["bandwidth_share"] = own["bytes"] / own["step_s"] / (1e9 * speed)
+        own["bandwidth_share"] = own["bytes"] / own["from_memory"]["step_s"] / (1e9 * speed)
         own["faster"] = result["steps"][FULL]["step_s"] / own["step_s"]
     lm = models[FULL]
     lines = read_prompts(arguments.prompts, None)[: arguments.limit]

@@ -31,7 +31,7 @@ import numpy as np
 import record
 import torch
 from builtin_tables import builtin_table, sources_table
-from kinds import KINDS, chosen
+from kinds import KINDS, Kind, chosen
 from policies import fresh
 
 import layerskip
@@ -287,14 +287,10 @@ def drafts(runs: Sequence[Record]) -> dict[str, Any]:
     return told
 
 
-def main() -> None:
-    arguments = parsed()
-    torch.set_num_threads(arguments.threads)
-    kinds = chosen(arguments.tasks)
-    names = list(dict.fromkeys([AR, *arguments.methods.split(",")]))
-    device = resolve_device(arguments.device)
-    lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=device)
-    dtype = dtype_name(lm.stack.dtype)
+def measured_kinds(
+    arguments: argparse.Namespace, lm: LanguageModel, kinds: Mapping[str, Kind], names: Sequence[str]
+) -> dict[str, list[Record]]:
+    """Decode the prompts of every kind by all methods, or read what was decoded before."""
     by_kind = {}
     for name, kind in kinds.items():
         stops = STOPS if name == "humaneval" else ()
@@ -302,13 +298,11 @@ def main() -> None:
             "data": hashlib.sha256((arguments.data / kind.file).read_bytes()).hexdigest()[:16],
             "model": fingerprint(lm.path, "*.safetensors", "config.json", "draft_vocab.json"),
             "places": PLACES,
-            "dtype": dtype,
-            "device": device.type,
+            "dtype": dtype_name(lm.stack.dtype),
+            "device": lm.stack.device.type,
             "stops": stops,
-            **{
-                key: getattr(arguments, key)
-                for key in ("max_new_tokens", "methods", "temperature", "threads")
-            },
+            "methods": ",".join(names),
+            **{key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "threads")},
         }
         prompts = [
             lm.encode(text, chat=kind.chat and lm.has_template)
@@ -319,6 +313,18 @@ def main() -> None:
         by_kind[name] = measured(
             lm, methods, prompts, records, arguments.max_new_tokens, arguments.trials, name
         )
+    return by_kind
+
+
+def main() -> None:
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    kinds = chosen(arguments.tasks)
+    names = list(dict.fromkeys([AR, *arguments.methods.split(",")]))
+    device = resolve_device(arguments.device)
+    lm = layerskip.load(arguments.model, dtype=arguments.dtype, device=device)
+    dtype = dtype_name(lm.stack.dtype)
+    by_kind = measured_kinds(arguments, lm, kinds, names)
     result = report(by_kind, names, arguments.temperature)
     result["row_costs"] = lm.row_costs().points
     result["configuration"] = record.configuration(arguments, device)

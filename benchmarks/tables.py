@@ -290,8 +290,11 @@ def formats() -> str:
         f"`{told['model']}`, {told['threads']} threads of an {told['device_name']}, greedy, {decoded['prompts']} "
         f"prompts, {decoded['new_tokens']} tokens each, with the model's defaults for drafts; the formats and "
         "llama.cpp take turns. Faster: a plain step against bfloat16's. Rows: a pass over so many positions "
-        "against one. llama.cpp (node-llama-cpp 3.22.1) has the Q4_1 file that the model was made of and its "
-        f"better number of threads. Perplexity: of WikiText-2's test text, {result['text']['tokens']:,} tokens in "
+        "against one, in brackets what its multiplications alone take at the vector unit's peak, measured in "
+        "between; weights as decoding has them, kept in the last cache where they fit, and from memory, with "
+        "another model's weights read between two passes. Bandwidth: of steps from memory. llama.cpp "
+        "(node-llama-cpp 3.22.1) has the Q4_1 file that the model was made of and its better number of threads. "
+        f"Perplexity: of WikiText-2's test text, {result['text']['tokens']:,} tokens in "
         "windows of 512, against bfloat16, paired. Memory: the peak of a process that loads it and writes 128 "
         f"tokens ({result['processes']['bfloat16']['imports_mb']:.0f} MB of it are imports), and its share of "
         "bfloat16's. Load: after the first time, imports done. 95% intervals "
@@ -304,13 +307,14 @@ def formats_table(result: dict) -> list[str]:
     """A row per weight format, and llama.cpp's where it was measured."""
     decoded, text = result["decoding"], result.get("text", {})
     lines = head(
-        "weights", "MB a step", "faster", "of the bandwidth", "4 rows", "9 rows", "plain decoding", "with drafts",
+        "weights", "MB a step", "faster", "of the bandwidth", "4 rows", "9 rows", "4 from memory", "9 from memory",
+        "plain decoding", "with drafts",
         "plain over llama.cpp", "with drafts", "first token", "perplexity", "drafts equal to plain",
         "memory", "load",
     )  # fmt: skip
     for name, own in result["steps"].items():
         plain, drafts = decoded[f"{name} plain"], decoded[f"{name} drafts"]
-        rows = {int(width): ratio for width, ratio in own["over_one"].items()}
+        over = [_rows(told, width) for told in (own, own.get("from_memory", {})) for width in (4, 9)]
         cost = text.get(name, {}).get("cost")
         steps = (
             f"{own['bytes'] / 1e6:.0f}",
@@ -320,15 +324,27 @@ def formats_table(result: dict) -> list[str]:
         ratios = (ratio(plain.get("over_full")) or "1", ratio(drafts["over_full"]))
         ratios += (ratio(plain.get("over_llama_cpp")), ratio(drafts.get("over_llama_cpp")))
         first, equal = f"{1000 * plain['first_token_s']:.0f} ms", f"{drafts['equal']} of {decoded['prompts']}"
-        cells = (name, *steps, f"{rows[4]:.2f}", f"{rows[9]:.2f}", *ratios, first, away(cost, "%"), equal)
+        cells = (name, *steps, *over, *ratios, first, away(cost, "%"), equal)
         process = result["processes"][name]
         cells += (f"{process['peak_mb']:.0f} MB ({process['of_full']:.2f})", f"{process['load_s']:.2f} s")
         lines.append(line(*cells))
     if (best := decoded["best_llama_cpp"]) is not None:
         over = 1 / decoded["bfloat16 plain"]["over_llama_cpp"]["ratio"]
         first = f"{1000 * decoded[best]['first_token_s']:.0f} ms"
-        lines.append(line(best, "", "", "", "", "", f"{over:.2f} x", "", "1", "", first, "", "", "", ""))
+        lines.append(
+            line(best, "", "", "", "", "", "", "", f"{over:.2f} x", "", "1", "", first, "", "", "", "")
+        )
     return lines
+
+
+def _rows(told: dict, width: int) -> str:
+    """What so many rows take of one, and the least that multiplications allow."""
+    over, least = (
+        {int(w): found for w, found in told.get(key, {}).items()} for key in ("over_one", "least_over_one")
+    )
+    return " ".join(
+        [*([f"{over[width]:.2f}"] if over else []), *([f"({least[width]:.2f})"] if least else [])]
+    )
 
 
 def curve() -> str:

@@ -1,0 +1,37 @@
+"""What the vector unit can do at most, so that formats.py can tell what several rows must cost at least.
+
+    peak = Peak()
+    peak("int8", threads=2)      # multiplications of weights a second, all threads together; None where unknown
+
+`arithmetic.cpp` is compiled by the machine's own compiler; its threads are those of the kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+CALLS = {
+    "bfloat16": ("pairs", 32),
+    "int8": ("integers", 64),
+    "int4": ("integers", 64),
+}  # products of one operation
+
+
+class Peak:
+    def __init__(self, compiler: str = "c++") -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder) / "arithmetic.so"
+            flags = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"]
+            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(built)], check=True, timeout=120)
+            self._library = ctypes.CDLL(str(built))
+
+    def __call__(self, weights: str, threads: int) -> float | None:
+        """Measured anew at every call, a few milliseconds."""
+        name, products = CALLS[weights]
+        call = getattr(self._library, name)
+        call.argtypes, call.restype = [ctypes.c_int], ctypes.c_double
+        return products * call(threads) or None
