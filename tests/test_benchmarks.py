@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from layerskip.errors import UserError
+from layerskip.model.native.kernels import kernels
 
 
 def test_attention_compares_bits_before_it_times_passes(script, folder, capsys, monkeypatch):
@@ -30,6 +31,27 @@ def test_attention_compares_bits_before_it_times_passes(script, folder, capsys, 
     monkeypatch.setattr("torch.equal", lambda *_: False)
     with pytest.raises(SystemExit, match="1 positions behind 70 differ"):
         script("attention", *given)
+
+
+def test_rows_are_told_over_one_position_beside_what_their_products_take(benchmark):
+    formats = benchmark("formats")
+    seconds = {("int8", width): [0.002 + 0.001 * width] * 3 for width in formats.WIDTHS}
+    told = formats._rows("int8", seconds, 0.0006)
+    assert (told["step_s"], told["over_one"][4]) == (pytest.approx(0.003), pytest.approx(2))
+    assert told["least_over_one"][9] == pytest.approx(1.8)
+    assert "least_over_one" not in formats._rows("int8", seconds, None)
+    tables = benchmark("tables")
+    assert tables._rows(json.loads(json.dumps(told)), 9) == "3.67 (1.80)"
+    assert tables._rows({"over_one": {"9": 3.6}}, 9) == "3.60"
+    assert tables._rows({}, 9) == ""
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs a C++ compiler")
+def test_the_peak_of_the_vector_unit_is_measured_where_there_is_one(benchmark):
+    peak = benchmark("arithmetic").Peak()
+    found = peak("int8", 1)
+    assert found is None or found > 1e8
+    assert (peak("int4", 1) is None) == (found is None)
 
 
 def test_the_adapters_gate_trains_judges_and_prices_each_cell_once(script, folder, tmp_path, capsys):
