@@ -204,8 +204,9 @@ def test_every_cell_of_the_ablation_gets_the_steps_that_fit_into_the_time(
         }
 
     monkeypatch.setattr(benchmark("ablation"), "run", run)
-    given = ("--train", tmp_path, "--held", tmp_path, "--data", data, "--work", tmp_path / "work", "--save", "--tasks",
-             "chat,qa", "--limit", 2, "--max-new-tokens", 8, "--dtype", "float32", "--threads", 1)  # fmt: skip
+    given = ("--train", tmp_path, "--held", tmp_path, "--data", data, "--work", tmp_path / "work", "--save",
+             "--tasks", "chat,qa", "--limit", 2, "--max-new-tokens", 8, "--dtype", "float32",
+             "--threads", 1)  # fmt: skip
     script("ablation", *given, "--cells", "map,exit 0", "--seconds", 3, "--model", folder)
     (file,) = results.glob("ablation_tiny_float32_cpu_*.json")
     cells = json.loads(file.read_text())["cells"]

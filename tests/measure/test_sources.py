@@ -9,6 +9,7 @@ import pytest
 import tiny
 from layerskip.checkpoint.facts import Facts
 from layerskip.decode.control import Choice, Controller, Copying, Prices
+from layerskip.decode.copies import best_lengths
 from layerskip.decode.generation import by_source
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.options import Options
@@ -152,3 +153,36 @@ def test_the_guard_gives_up_an_exit_that_never_agrees_and_looks_at_it_again():
     several = Controller(prices, (Choice(2, 2),), trained=True, guard=True)
     replay_sources(found, several, said, seconds, length + 1, frozenset(), num_rows=3)
     assert set(several._books) == {4}, "three rows are timed as up to four"
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("dear", [0.2, 0.6, 2.0])
+def test_drafts_are_cut_where_a_position_costs_more_than_it_brings(dear, num_rows):
+    costs, draws = RowCosts(((1, 1.0), (64, 1.0 + 63 * dear))), np.random.default_rng(0)
+    tokens = list(range(30))
+    said = Said(draws.random((4, 29)) < 0.7, draws.random((4, 29)))
+    found = Continuation([50, 51], tokens, ended=False)
+    prices = Prices(4, 0.1, 0.1, costs)
+    arm = Choice(0, 4, costs=costs)
+    cut, whole = (
+        replay_sources(
+            found,
+            Controller(prices, [one], trained=True, guard=False),
+            {0: said},
+            lambda *round: 1.0,
+            30,
+            frozenset(),
+            num_rows,
+        )
+        for one in (arm, Choice(0, 4))
+    )
+    assert whole.drafted.max() == 4
+    place = 0
+    for drafted, committed in zip(cut.drafted, cut.tokens, strict=True):
+        limit = min(4, 29 - place - 1)
+        likely = [said.confidence[i, place + i] for i in range(limit)]
+        wanted, _ = best_lengths([likely] * num_rows, lambda n: costs.more(num_rows, n))
+        assert drafted == wanted[0]
+        place += committed
+    assert place == 29
+    assert cut.drafted.sum() < whole.drafted.sum()

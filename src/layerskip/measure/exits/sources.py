@@ -7,17 +7,20 @@ Greedy output is the plain continuation whatever is drafted, so a round is worke
 controller chooses, a real `History` gives the copy, the exit drafts what one pass has shown it to say.
 
 Exact: rounds and accepted drafts, by source, are the engine's own where the controller is not timed
-(tests/measure/test_sources.py), with the limits that `replay` names.
+(tests/measure/test_sources.py), with the limits that `replay` names. Where drafts are cut by what positions cost,
+those behind a wrong one are taken to be as likely as they would be behind the right one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from layerskip.decode.control import EXIT, Drafted
+from layerskip.decode.copies import best_lengths
 from layerskip.decode.drafters.lookup import copied
 from layerskip.decode.history import History
 from layerskip.decode.request import Request
@@ -66,9 +69,17 @@ def replay_sources(
         row.choice = choice = controller.choose([chances] * num_rows)[0]
         drafted = limit = row.drafts_allowed(capacity)
         if choice.source == EXIT:
+            sure = said[choice.exit_layer].confidence
             if choice.confidence:
-                sure = runs(said[choice.exit_layer].confidence[..., at - 1 :] >= choice.confidence)
-                drafted = min(limit, int(sure[0]))
+                drafted = min(limit, int(runs(sure[..., at - 1 :] >= choice.confidence)[0]))
+            elif choice.costs is not None:
+                likely = [
+                    sure[min(i, len(sure) - 1), at - 1 + i] for i in range(min(limit, sure.shape[1] - at + 1))
+                ]
+                more = partial(choice.costs.more, num_rows)
+                drafted = best_lengths([likely] * num_rows, more, copying is not None and copying.padded)[0][
+                    0
+                ]
             kept = min(drafted, int(right[choice.exit_layer][at - 1]))
         else:
             copy = copied(row, limit)
