@@ -1,6 +1,7 @@
 """The gate before a long run of the exit adapter: what each setting learns from the same tokens, and its worth.
 
     python benchmarks/adapter_gate.py --train OWN.jsonl --held HELD.jsonl --work WORK --threads 2 --save
+    python benchmarks/adapter_gate.py ... --seconds 60 --cells 0 1 2 3 6 --save     # after the same time
 
 Lines are what `distill-data` wrote: prompts and the model's own greedy answers. One pass of the model gives the
 states of all exits; every cell then trains an adapter on them with the same tokens and passes, and is judged on the
@@ -191,9 +192,17 @@ def text_middle(text: Text) -> int:
 
 
 def train(
-    cell: Cell, text: Text, lm: LanguageModel, gain: Tensor, head: Tensor, ids: Tensor, epochs: int
-) -> Any:
-    """Train one cell; every cell sees the same tokens in the same order."""
+    cell: Cell,
+    text: Text,
+    lm: LanguageModel,
+    gain: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    epochs: int,
+    seconds: float | None = None,
+) -> tuple[Any, int]:
+    """Train one cell and count its steps: so many passes, or seconds, over the same tokens in the same order."""
+    began = time.perf_counter()
     # Sequences lie by length: a share of them is drawn.
     parts = list(_parts([*text.starts, len(text.wanted)]))
     parts = [parts[i] for i in np.random.default_rng(0).permutation(len(parts))]
@@ -212,13 +221,21 @@ def train(
             p, lr=cell.rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
         ),
     }[cell.optimizer](model.parameters())
+
+    def done(step: int) -> float:
+        return step / total if seconds is None else (time.perf_counter() - began) / seconds
+
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min(1.0, (t + 1) / 20) * 0.5 * (1 + np.cos(np.pi * min(1.0, t / total)))
+        optimizer, lambda t: min(1.0, (t + 1) / 20) * 0.5 * (1 + np.cos(np.pi * min(1.0, done(t))))
     )
     weights = {cell.steps - i: STEP_WEIGHT**i for i in range(cell.steps)}
     weights = {key: weight / sum(weights.values()) for key, weight in weights.items()}
-    for epoch in range(epochs):
+    step = 0
+    for epoch in itertools.count():
         for which in np.random.default_rng(epoch).permutation(len(parts)):
+            if done(step) >= 1:
+                return model, step
+            step += 1
             part = text.part(*parts[which])
             placed = torch.where(part.wanted >= 0, place_of[part.wanted.clamp(min=0)], -1)
             places = places_of((placed >= 0)[None, :-1], part.positions, max(cell.steps, DRAFTS))
@@ -234,7 +251,7 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    return model
+    raise AssertionError("time ends")
 
 
 @torch.no_grad()
@@ -327,6 +344,7 @@ def main() -> None:
     parser.add_argument("--held-limit", type=int, default=30, help="lines of each held-out file")
     parser.add_argument("--length", type=int, default=768, help="of a sequence; the rest is left out")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="of training, for every cell, in place of epochs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cells", type=int, nargs="*", help="numbers of the cells to run; default: all")
     parser.add_argument("--work", type=Path, required=True, help="folder of finished cells")
@@ -370,14 +388,14 @@ def main() -> None:
                 sorted(most_frequent(labels, cell.vocabulary, lm.eos_ids(layerskip.decode.options.Options())))
             )
             began = time.perf_counter()
-            model = train(cell, text, lm, gain, head, ids, given.epochs)
+            model, steps = train(cell, text, lm, gain, head, ids, given.epochs, given.seconds)
             seconds = time.perf_counter() - began
             told = {kind: judged(model, cell, part, gain, head, ids) for kind, part in held.items()}
             told["mean"] = {
                 key: np.mean([one[key] for one in told.values()], 0).tolist()
                 for key in ("agreement", "tokens_per_round")
             }
-            file.write_text(json.dumps({"kinds": told, "train_s": seconds}))
+            file.write_text(json.dumps({"kinds": told, "train_s": seconds, "train_steps": steps}))
         result["cells"][cell.name] = {**asdict(cell), **json.loads(file.read_text())}
         print(f"{cell.name}: {_quality(result['cells'][cell.name])}", flush=True)
     turns = [(_plain(lm), [draft_seconds(lm, cell) for cell in cells]) for _ in range(TURNS)]
@@ -389,7 +407,8 @@ def main() -> None:
         print(f"{cell.name}: {_quality(told)}; {_price(told)}", flush=True)
     result["configuration"] = record.configuration(given, torch.device("cpu"))
     if given.save:
-        record.save(result, "adapter-gate", named(given.model))
+        kind = "adapter-gate" if given.seconds is None else "adapter-ablation"
+        record.save(result, kind, named(given.model))
 
 
 def _plain(lm: LanguageModel) -> float:

@@ -190,42 +190,6 @@ def _worded(figures: Sequence[float | None]) -> list[str]:
     ]  # fmt: skip
 
 
-def ablation() -> str:
-    """What each part of the adapter is worth after the same time of training."""
-    path = record.newest("ablation_*.json")
-    assert path is not None, "no ablation_*.json among the results"
-    result = json.loads(path.read_text())
-    told = result["configuration"]
-    note = (
-        f"`{told['model']}`, each row with one part more than the one above, trained for {told['seconds']:.0f} "
-        f"seconds by the recipe `exit-adapter` and raced on {told['limit']} prompts of each of "
-        f"{len(told['tasks'].split(','))} kinds, up to {told['max_new_tokens']} tokens, greedy, {machine(told)}. "
-        "Positions: prompts and answers learnt from in that time. First draft right, tokens per round: of the "
-        f"adapter alone, the mean over kinds. The last column adds copies ({link(path)})."
-    )
-    return "\n".join([*ablation_table(result), "", note])
-
-
-def ablation_table(result: dict) -> list[str]:
-    """A row per cell: what it saw, how good its drafts are in the engine, what it gains alone and with copies."""
-    lines = head(
-        "adapter", "steps", "positions", "first draft right", "tokens per round", "alone", "with copies"
-    )
-    for name, told in result["cells"].items():
-        alone = [by_name["exit"] for by_name in told["kinds"].values()]
-        right = _mean([one["agreement"][0] if one.get("agreement") else None for one in alone])
-        per_round = _mean([one["tokens_per_round"] for one in alone])
-        pair = [ratio(told["mean"][way]) for way in ("exit", "default")]
-        lines.append(
-            line(name, str(told["steps"]), _thousands(told["tokens"]), share(right), number(per_round), *pair)
-        )
-    return lines
-
-
-def _thousands(count: float | None) -> str:
-    return "" if count is None else f"{count / 1000:.0f} k"
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     """Count each kind alike; a mean of some of them would be of other text."""
     return None if None in values else sum(values) / len(values)

@@ -187,40 +187,6 @@ def test_sampled_sources_and_peers_are_files_of_their_own(sources):
     assert list(peers["mean"]) == ["default", "hf", "hf-lookup-3"]
 
 
-def test_every_cell_of_the_ablation_gets_the_steps_that_fit_into_the_time(
-    script, folder, data, results, benchmark, monkeypatch, tmp_path, capsys
-):
-    asked = []
-
-    def run(place, settings):
-        asked.append((place, settings))
-        steps = int(settings[-1].removeprefix("steps="))
-        if place.name == "whole" and not (place / "run").exists():
-            shutil.copytree(folder, place / "run")
-        return {
-            "steps": steps,
-            "train_s": 5 + steps * (0.01 if place.parent.name == "map" else 0.02),
-            "tokens": 9000,
-        }
-
-    monkeypatch.setattr(benchmark("ablation"), "run", run)
-    given = ("--train", tmp_path, "--held", tmp_path, "--data", data, "--work", tmp_path / "work", "--save",
-             "--tasks", "chat,qa", "--limit", 2, "--max-new-tokens", 8, "--dtype", "float32",
-             "--threads", 1)  # fmt: skip
-    script("ablation", *given, "--cells", "map,exit 0", "--seconds", 3, "--model", folder)
-    (file,) = results.glob("ablation_tiny_float32_cpu_*.json")
-    cells = json.loads(file.read_text())["cells"]
-    assert {name: told["steps"] for name, told in cells.items()} == {"map": 300, "exit 0": 150}
-    assert [place.name for place, _ in asked] == ["short-20", "short-60", "whole"] * 2
-    assert "exit_map=true" in asked[0][1]
-    assert "exit_map=true" not in asked[3][1]
-    assert all(told["equal"] and {*told["mean"]} == {"exit", "default"} for told in cells.values())
-    assert "| exit 0 | 150 | 9 k | " in capsys.readouterr().out
-    assert "trained for 3 seconds" in benchmark("builtin_tables").ablation()
-    with pytest.raises(UserError, match="maps"):
-        script("ablation", *given, "--cells", "maps")
-
-
 def test_the_worst_prompts_are_those_with_fewest_tokens_per_round(sources, capsys):
     result = sources("worst", saved="worst")
     assert result["tokens_per_round"] == sorted(result["tokens_per_round"])

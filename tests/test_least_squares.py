@@ -11,7 +11,7 @@ from layerskip.errors import UserError
 from layerskip.model.adapter import scaled
 from layerskip.train.objective.exit_adapter import adapter_of, places_of
 from layerskip.train.objective.exits import ExitTraining
-from layerskip.train.objective.least_squares import RIDGE, affine, solved
+from layerskip.train.objective.least_squares import RIDGE, STRENGTH, affine, calm, solved
 from layerskip.train.objective.objective import Objective
 from layerskip.train.objective.schedule import Schedule
 from training_ranks import ADAPTER
@@ -86,3 +86,22 @@ def test_muon_steps_an_adapter_and_refuses_a_whole_model(tmp_path):
     assert type(run.optimizer.optimizer) is torch.optim.Muon
     with pytest.raises(UserError, match="Muon steps matrices"):
         training.trainer(tmp_path / "model", max_steps=1, optimizer="muon").train()
+
+
+@pytest.mark.parametrize("gain", [0.01, 1.0, 30.0])
+def test_a_strong_head_is_taught_in_smaller_steps(gain):
+    """Steps of a rate are felt alike: logits move apart by no more than before the head the rate suits."""
+    model = tiny.random_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, gain)
+    schedule = Schedule(tiny.NUM_LAYERS, exits=(0,), curriculum="fixed", weighting="uniform", p_max=0.0)
+    exits = ExitTraining(model, schedule, Objective(exit_adapter=True, freeze="model", exit_loss="kl"))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    with exits:
+        calm(exits, optimizer)
+    rate = optimizer.param_groups[0]["lr"] / 2
+    moved = model.lm_head.weight.detach() * gain
+    felt = float((moved - moved.mean(0)).norm(dim=1).square().mean().sqrt())
+    assert rate == pytest.approx(min(1, STRENGTH / felt), rel=1e-3)
+    assert (rate < 1) == (felt > STRENGTH)
+    calm(ExitTraining(tiny.random_model("llama"), Schedule(tiny.NUM_LAYERS), Objective()), optimizer)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * rate)

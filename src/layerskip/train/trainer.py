@@ -34,7 +34,7 @@ from layerskip.train.objective.binding import base_model_of, bound
 from layerskip.train.objective.exit_adapter import NAME, adapter_of
 from layerskip.train.objective.exit_map import as_checkpoint, map_of
 from layerskip.train.objective.exits import ExitTraining
-from layerskip.train.objective.least_squares import solved
+from layerskip.train.objective.least_squares import calm, solved
 from layerskip.train.objective.objective import Objective
 from layerskip.train.supported import (
     refuse_missing_trackers,
@@ -260,7 +260,11 @@ class LayerSkipMixin:
             adapter.join.weight.data.copy_(weight)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, or Muon. Raises: UserError where that has more to step than matrices."""
+        """As Trainer's, or Muon; calmer for an adapter before a strong head, see `least_squares.calm`.
+
+        Raises: UserError where Muon has more to step than matrices.
+        """
+        made = self.optimizer is None
         learnt = [p for p in self.exits.hf.parameters() if p.requires_grad]
         if self.optimizer is None and self.args.optimizer == "muon":
             if self.exits.bound.objective.freeze != "model" or any(p.ndim != 2 for p in learnt):
@@ -271,7 +275,10 @@ class LayerSkipMixin:
             self.optimizer = torch.optim.Muon(
                 learnt, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
             )
-        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if made:
+            calm(self.exits, self.optimizer)
+        return optimizer
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._saving is not None:
