@@ -1,6 +1,4 @@
 // How many products of the vector unit a second some threads do together, when nothing but the first cache is read.
-#include <omp.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdint>

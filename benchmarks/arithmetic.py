@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from layerskip.model.native.kernels import FLAGS
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 CALLS = {
     "bfloat16": ("pairs", 32),
@@ -25,8 +27,9 @@ class Peak:
     def __init__(self, compiler: str = "c++") -> None:
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "arithmetic.so"
-            flags = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"]
-            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(built)], check=True, timeout=120)
+            subprocess.run(
+                [compiler, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(built)], check=True, timeout=120
+            )
             self._library = ctypes.CDLL(str(built))
 
     def __call__(self, weights: str, threads: int) -> float | None:

@@ -342,9 +342,8 @@ def _rows(told: dict, width: int) -> str:
     over, least = (
         {int(w): found for w, found in told.get(key, {}).items()} for key in ("over_one", "least_over_one")
     )
-    return " ".join(
-        [*([f"{over[width]:.2f}"] if over else []), *([f"({least[width]:.2f})"] if least else [])]
-    )
+    cells = [f"{over[width]:.2f}"] if over else []
+    return " ".join([*cells, f"({least[width]:.2f})"] if least else cells)
 
 
 def curve() -> str:

@@ -266,7 +266,7 @@ class LayerSkipMixin:
         """
         made = self.optimizer is None
         learnt = [p for p in self.exits.hf.parameters() if p.requires_grad]
-        if self.optimizer is None and self.args.optimizer == "muon":
+        if made and self.args.optimizer == "muon":
             if self.exits.bound.objective.freeze != "model" or any(p.ndim != 2 for p in learnt):
                 raise UserError(
                     "Muon steps matrices between layers alone, and more is learnt here", "optimizer=adamw"

@@ -84,9 +84,10 @@ def calm(exits: Taught, optimizer: Any) -> None:
     The strength of a head is how far its logits move apart, in nats, for a state that is moved by its own size. A
     step of the same size is felt ten times as much behind Gemma's final norm, whose gains are large.
     """
-    adapter, head = adapter_of(exits.hf), exits.head.weight[:ROWS].float()
+    adapter, head = adapter_of(exits.hf), exits.head.weight
     if adapter is None or head.shape[1] != adapter.join.weight.shape[0]:
         return
+    head = head[:ROWS].float()
     rows = head * affine(exits.read, head)[0]
     strength = float((rows - rows.mean(0)).square().sum(1).mean().sqrt())
     for group in optimizer.param_groups:
