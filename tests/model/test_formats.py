@@ -4,6 +4,8 @@ import copy
 import ctypes
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +197,18 @@ def test_every_vector_unit_gives_the_same_bits(tmp_path, monkeypatch):
         for linear, x, y in zip(linears, inputs, wanted, strict=True):
             monkeypatch.setattr(linear, "kernels", other)
             assert torch.equal(linear(x), y), (form, linear.kernel, linear.out_features)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_bfloat16_in_pairs_is_as_exact_as_by_floats():
+    """What this machine does not choose: Intel's processors take floats, Zen pairs."""
+    files = (str(Path(__file__).with_name(name)) for name in ("test_attention.py", "test_formats.py"))
+    compiler = f"{compiled.os.environ.get('CXX', 'c++')} -DLAYERSKIP_PAIRS"
+    command = [sys.executable, "-m", "pytest", "-n1", *files, "-m", "not slow", "-k", "bfloat16"]
+    environment = compiled.os.environ | {"CXX": compiler}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 # -- stacks --------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@
 // position gets depends on what it sees alone, neither on its company nor on the number of threads. A slot adds
 // nothing to a position that may not see it, a NaN in it included; a slot that no position sees is not read.
 //
-// bfloat16 is multiplied in pairs and summed in float32. So weights are rounded to bfloat16, as FlashAttention
-// does, and it is the rounded ones that sum to one; the error is of the size of the result's own rounding.
+// Sums are in float32. Where bfloat16 is multiplied in pairs, weights are rounded to it, as FlashAttention does, and
+// it is the rounded ones that sum to one; the error is of the size of the result's own rounding.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -85,7 +85,7 @@ template <typename T, int D>  // D is the head size where it is a common one, 0 
 class Attention {
     struct Row { int64_t task, first, stop; };  // its first task; the blocks that any of its positions sees
     struct Task { int64_t row, head, first, blocks, before; };  // its blocks; how many all tasks before it have
-    struct Scratch { uint32_t *laid; float *scores; T *weights; };  // of one thread
+    struct Scratch { uint32_t *laid; float *scores; Factor<T> *weights; };  // of one thread
 
     const Shape s;
     const int64_t *cache_rows, *positions;
@@ -97,6 +97,7 @@ class Attention {
     int64_t size() const { return D ? D : s.size; }
     int64_t bytes() const { return size() * sizeof(T); }
     int64_t words() const { return (bytes() + 3) / 4; }
+    int64_t asks() const { return words() * IN_WORD<T>; }  // numbers of a query, in whole words
     int64_t width() const { return (size() + LANES - 1) / LANES * LANES; }
     int64_t stride() const { return width() + LANES; }  // of sums: weighted values; sum of weights, lane by lane
 
@@ -160,13 +161,11 @@ class Attention {
         }
     }
 
-    // One chunk: asked, the words of its queries, to sums [queries, stride] and largest [queries]. `next`: the keys
+    // One chunk: asked [queries, asks] to sums [queries, stride] and largest [queries]. `next`: the keys
     // of the one behind it.
-    void run(const Task &task, const T *first, const T *next, const uint32_t *asked, float *sums, float *largest,
+    void run(const Task &task, const T *first, const T *next, const Factor<T> *asked, float *sums, float *largest,
              const Scratch &own) const {
         const int64_t *position = positions + task.row * s.width, apart = s.kv_heads * s.cache_head;
-        std::fill(sums, sums + queries * stride(), 0.f);
-        std::fill(largest, largest + queries, -FLT_MAX);  // finite: scores that are all -inf must not make a NaN
         for (int64_t i = 0; i < task.blocks; ++i) {
             auto sees = [&](int64_t q) { return seen(position[q / group], task.first + i); };
             Seen any = {SLOTS, 0};
@@ -177,14 +176,21 @@ class Attention {
             const T *later = i + 1 < task.blocks ? keys + SLOTS * size() : next;
             lay_keys(keys, any, later, own.laid);
             for (int64_t q = 0; q < queries; q += QUERIES)
-                product<T>(std::min<int64_t>(QUERIES, queries - q), asked + q * words(), words(), own.laid, SLOTS,
-                           any.lanes(), 0, words() * IN_WORD<T>, {own.scores + q * SLOTS, SLOTS, false});
+                product<T>(std::min<int64_t>(QUERIES, queries - q), asked + q * asks(), asks(), own.laid, SLOTS,
+                           any.lanes(), 0, asks(), {own.scores + q * SLOTS, SLOTS, false});
             for (int64_t q = 0; q < queries; ++q) {
+                float *sum = sums + q * stride();
+                if (i == 0) {
+                    largest[q] = -FLT_MAX;  // finite: scores that are all -inf must not make a NaN
+                    std::fill(sum + (sees(q).any() ? width() : 0), sum + stride(), 0.f);
+                }
                 if (!sees(q).any()) continue;
-                float most = largest_of(own.scores + q * SLOTS, sees(q)), *sum = sums + q * stride();
+                float most = largest_of(own.scores + q * SLOTS, sees(q));
                 if (most <= largest[q]) continue;
-                float factor = exponential((largest[q] - most) * s.scale);
-                for (int64_t j = 0; j < stride(); ++j) sum[j] *= factor;
+                if (i > 0) {
+                    float factor = exponential((largest[q] - most) * s.scale);
+                    for (int64_t j = 0; j < stride(); ++j) sum[j] *= factor;
+                }
                 largest[q] = most;
             }
             for (int64_t q = 0; q < queries; ++q)
@@ -195,8 +201,8 @@ class Attention {
             for (int64_t q = 0, same; q < queries; q += same) {
                 for (same = 1; same < QUERIES && q + same < queries && sees(q + same) == sees(q);) ++same;
                 if (sees(q).any())
-                    product<T>(same, own.weights + q * SLOTS, SLOTS / IN_WORD<T>, own.laid, width(), width(),
-                               sees(q).first, sees(q).stop, {sums + q * stride(), stride(), true});
+                    product<T>(same, own.weights + q * SLOTS, SLOTS, own.laid, width(), width(),
+                               sees(q).first, sees(q).stop, {sums + q * stride(), stride(), i > 0});
             }
         }
     }
@@ -208,7 +214,7 @@ class Attention {
         int64_t first = chunk_of(first_seen(position) / SLOTS), count = chunk_of(position / SLOTS) - first + 1;
         int64_t before = chunk_of(rows[b].first), chunks = chunk_of(rows[b].stop - 1) - before + 1;
         int64_t at = (rows[b].task + head * chunks + first - before) * queries + query;
-        float most = -FLT_MAX, each[LANES];
+        float most = -FLT_MAX;
         for (int64_t i = 0; i < count; ++i) most = std::max(most, largest[at + i * queries]);
         for (int64_t i = 0; i < count; ++i) factors[i] = exponential((largest[at + i * queries] - most) * s.scale);
         auto added_up = [&](int64_t from) {
@@ -217,13 +223,11 @@ class Attention {
                 sum += factors[i] * loaded<Floats>(sums + (at + i * queries) * stride() + from);
             return sum;
         };
-        float total = over_lanes<LANES>(added_up(width()), [](auto a, auto b) { return a + b; });
+        const float share = 1.f / over_lanes<LANES>(added_up(width()), [](auto a, auto b) { return a + b; });
         int64_t place = (b * s.width + query / group) * group + query % group;
-        for (int64_t from = 0; from < width(); from += LANES) {
-            kept(each, added_up(from) / total);
-            for (int64_t i = from; i < std::min(from + LANES, size()); ++i)
-                store(out[(place * s.kv_heads + head) * size() + i], each[i - from]);
-        }
+        T *to = out + (place * s.kv_heads + head) * size();
+        for (int64_t from = 0; from < width(); from += LANES)
+            rounded_to(to + from, added_up(from) * share, size() - from);
     }
 
 public:
@@ -243,26 +247,25 @@ public:
         }
     }
 
-    struct Room { float *sums, *largest; uint32_t *asked; };  // of a team
+    struct Room { float *sums, *largest; Factor<T> *asked; };  // of a team
 
     int64_t chunks() const { return tasks.size(); }
 
     // Room for as many chunks as this or another one of the same shape has; the thread's that asks for it.
     Room room(int64_t count) const {
         static thread_local Buffer<float> sums, largest;
-        static thread_local Buffer<uint32_t> asked;
+        static thread_local Buffer<Factor<T>> asked;
         return {sums.sized(count * queries * stride()), largest.sized(count * queries),
-                asked.sized(s.rows * s.kv_heads * queries * words())};
+                asked.sized(s.rows * s.kv_heads * queries * asks())};
     }
 
-    // Put the queries of a position beside those that share their key head, in whole words: asked [B, H, queries,
-    // words].
+    // Put the queries of a position beside those that share their key head: asked [B, H, queries, asks].
     void gather(int64_t b, int64_t t, const T *token, const Room &room) const {
         for (int64_t head = 0; head < s.heads; ++head) {
             int64_t at = (b * s.kv_heads + head / group) * queries + t * group + head % group;
-            uint32_t *to = room.asked + at * words();
-            to[words() - 1] = 0;  // an odd size fills half of it
-            std::memcpy(to, token + head * size(), bytes());
+            Factor<T> *to = room.asked + at * asks();
+            to[asks() - 1] = Factor<T>{};  // an odd size fills half a word
+            for (int64_t i = 0; i < size(); ++i) put(to[i], token[head * size() + i]);
         }
     }
 
@@ -271,7 +274,7 @@ public:
     void operator()(const T *cache, const Room &room, T *out) const {
         static thread_local Buffer<float> kept_scores, kept_factors;
         static thread_local Buffer<uint32_t> kept_laid;
-        static thread_local Buffer<T> kept_weights;
+        static thread_local Buffer<Factor<T>> kept_weights;
         const int64_t count = chunks(), thread = own_number(), threads = team_size();
         float *factors = kept_factors.sized(count / s.kv_heads);
         Scratch own = {kept_laid.sized(std::max(words() * SLOTS, SLOTS / IN_WORD<T> * width())),
@@ -280,7 +283,7 @@ public:
             const Task &task = tasks[i], &next = tasks[std::min(i + 1, count - 1)];
             if ((2 * task.before + task.blocks) * threads / (2 * num_blocks) == thread)
                 run(task, keys_of(cache, task), keys_of(cache, next),
-                    room.asked + (task.row * s.kv_heads + task.head) * queries * words(),
+                    room.asked + (task.row * s.kv_heads + task.head) * queries * asks(),
                     room.sums + i * queries * stride(), room.largest + i * queries, own);
         }
         together();

@@ -31,9 +31,10 @@ typedef __m512i Bytes;  // of TILE outputs and four inputs, unsigned
 INLINED Bytes bytes(const uint8_t *from) { return _mm512_loadu_si512(from); }
 INLINED Bytes low(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINED Bytes high(Bytes x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
-// sum + weights [TILE, 4] times four inputs, of which `four` holds the signed bytes.
-INLINED Ints dotted(Ints sum, Bytes weights, int32_t four) {
-    return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(four));
+// sum + weights [TILE, 4] times four inputs, signed bytes. (GCC would load them in an operation of its own.)
+INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*(const int8_t(*)[4])four));
+    return sum;
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(LAYERSKIP_PLAIN)
@@ -78,8 +79,8 @@ INLINED __m256i dotted(__m256i sum, __m256i weights, __m256i inputs) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(first, ones));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(second, ones));
 }
-INLINED Ints dotted(Ints sum, Bytes weights, int32_t four) {
-    const __m256i inputs = _mm256_set1_epi32(four);
+INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
+    const __m256i inputs = _mm256_set1_epi32(loaded<int32_t>(four));
     return {dotted(sum.a, weights.a, inputs), dotted(sum.b, weights.b, inputs)};
 }
 
@@ -105,10 +106,8 @@ struct Bytes { uint8_t at[4 * TILE]; };
 INLINED Bytes bytes(const uint8_t *from) { return loaded<Bytes>(from); }
 INLINED Bytes low(Bytes x) { for (auto &one : x.at) one &= 15; return x; }
 INLINED Bytes high(Bytes x) { for (auto &one : x.at) one >>= 4; return x; }
-INLINED Ints dotted(Ints sum, Bytes weights, int32_t four) {
-    int8_t inputs[4];
-    std::memcpy(inputs, &four, 4);
-    EACH for (int k = 0; k < 4; ++k) sum.at[i] += int32_t(weights.at[4 * i + k]) * inputs[k];
+INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
+    EACH for (int k = 0; k < 4; ++k) sum.at[i] += int32_t(weights.at[4 * i + k]) * four[k];
     return sum;
 }
 #undef EACH

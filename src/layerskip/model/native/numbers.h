@@ -32,6 +32,10 @@ static inline void store(bf16 &to, float x) {  // round to nearest even; a NaN k
 }
 
 template <typename T>
+static inline void put(T &to, T x) { to = x; }
+static inline void put(float &to, bf16 x) { to = load(x); }
+
+template <typename T>
 static inline T rounded(float x) {
     T y;
     store(y, x);

@@ -16,12 +16,7 @@
 #include "team.h"
 
 constexpr int GROUP = 32;
-// Whether the machine brings in time what few rows need: Zen 4 does, and asking costs it; Emerald Rapids does not.
-#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
-constexpr bool FETCHES = true;
-#else
-constexpr bool FETCHES = false;
-#endif
+constexpr bool FETCHES = ZEN;  // whether the machine brings in time what few rows need, and asking costs it
 #define UNROLLED _Pragma("GCC unroll 16")
 
 static int64_t groups_of(int64_t width) { return (width + GROUP - 1) / GROUP; }

@@ -76,7 +76,7 @@ struct Quantised {  // inputs
 template <int R>
 INLINED void dotted(Ints *dots, Bytes weights, const int8_t *inputs) {
     UNROLLED
-    for (int r = 0; r < R; ++r) dots[r] = dotted(dots[r], weights, loaded<int32_t>(inputs + 4 * r));
+    for (int r = 0; r < R; ++r) dots[r] = dotted(dots[r], weights, inputs + 4 * r);
 }
 
 struct FewBits {

@@ -2,31 +2,32 @@
 #pragma once
 #include <algorithm>
 
-#include "numbers.h"
+#include "vectors.h"
 
 // RMS norm in float32, rounded once; y may be x, and there may be no gain.
 template <typename T>
 static void normed(const T *x, const T *gain, T *y, int64_t width, float eps) {
-    float squares = 0.f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < width; ++i) squares += load(x[i]) * load(x[i]);
-    float inverse = 1.f / std::sqrt(squares / float(width) + eps);
-    if (!gain) {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) store(y[i], load(x[i]) * inverse);
-        return;
+    Floats squares[2] = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Floats own = wide(x + i, width - i);
+        squares[i / LANES % 2] += own * own;
     }
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) store(y[i], load(x[i]) * inverse * load(gain[i]));
+    const float all = over_lanes<LANES>(squares[0] + squares[1], [](auto a, auto b) { return a + b; });
+    const float inverse = 1.f / std::sqrt(all / float(width) + eps);
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Floats own = wide(x + i, width - i) * inverse;
+        rounded_to(y + i, gain ? own * wide(gain + i, width - i) : own, width - i);
+    }
 }
 
 // silu(gate) * up
 template <typename T>
 static void gated(const T *gate, const T *up, T *y, int64_t width) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-        float g = load(gate[i]);
-        store(y[i], g / (1.f + exponential(std::min(-g, 88.f))) * load(up[i]));
+    const Floats most = Floats{} + 88.f;
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Floats g = wide(gate + i, width - i), less = -g > most ? most : -g;  // a NaN stays
+        const Floats share = g / (1.f + exponential<Floats, Words>(less));
+        rounded_to(y + i, share * wide(up + i, width - i), width - i);
     }
 }
 

@@ -9,6 +9,21 @@
 
 #include "numbers.h"
 
+// Zen's cores have their own ways with memory, and multiply pairs of bfloat16 as fast as floats. Intel's need two cycles and
+// more for pairs, in which they do four fused operations on floats: half as many numbers each, so twice as many in all.
+#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+constexpr bool ZEN = true;
+#else
+constexpr bool ZEN = false;
+#endif
+#if defined(__AVX512BF16__) && defined(LAYERSKIP_PAIRS)
+constexpr bool PAIRS = true;
+#elif defined(__AVX512BF16__)
+constexpr bool PAIRS = ZEN;
+#else
+constexpr bool PAIRS = false;
+#endif
+
 // Of a product QUERIES rows times VECTORS vectors are summed at once, in registers.
 constexpr int QUERIES = 6;
 #if defined(__AVX512F__)
@@ -111,7 +126,11 @@ static inline auto over_lanes(From x, Join join) {
     else return over_lanes<N / 2>(joined, join);
 }
 
-// Store floats in their dtype; returns what they became.
+// Numbers in memory as floats, and floats in their dtype; `rounded_to` returns what they became. A NaN stays one.
+static inline Floats wide(const float *from) { return loaded<Floats>(from); }
+static inline Floats wide(const bf16 *from) {
+    return (Floats)(__builtin_convertvector(loaded<Vector<uint16_t, LANES>::type>(from), Words) << 16);
+}
 static inline Floats rounded_to(float *to, Floats x) {
     kept(to, x);
     return x;
@@ -119,29 +138,50 @@ static inline Floats rounded_to(float *to, Floats x) {
 static inline Floats rounded_to(bf16 *to, Floats x) {
 #ifdef __AVX512BF16__
     __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
-    Words wide = (Words)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
+    Words whole = (Words)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
 #else
-    Words bits = loaded<Words>(&x), wide = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    auto narrow = __builtin_convertvector(wide >> 16, Vector<uint16_t, LANES>::type);
+    Words bits = loaded<Words>(&x), near = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    Words whole = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : near;
+    auto narrow = __builtin_convertvector(whole >> 16, Vector<uint16_t, LANES>::type);
 #endif
     kept(to, narrow);
-    return (Floats)wide;
+    return (Floats)whole;
+}
+// The first `live` of them; behind these is 0.
+template <typename T>
+static inline Floats wide(const T *from, int64_t live) {
+    if (live >= LANES) return wide(from);
+    T some[LANES] = {};
+    for (int64_t i = 0; i < live; ++i) some[i] = from[i];
+    return wide(some);
+}
+template <typename T>
+static inline void rounded_to(T *to, Floats x, int64_t live) {
+    if (live >= LANES) return void(rounded_to(to, x));
+    T some[LANES];
+    rounded_to(some, x);
+    for (int64_t i = 0; i < live; ++i) to[i] = some[i];
 }
 
-// Products are over words of 32 bits, one float or a pair of bfloat16 each.
+// Vectors of a product are words of 32 bits, one float or a pair of bfloat16 each; its rows are of numbers of the same
+// kind where pairs are multiplied, else of floats.
 template <typename T>
 constexpr int IN_WORD = 4 / sizeof(T);
-
 template <typename T>
-static inline Floats added(Floats sum, Words a, uint32_t b) {
-    if constexpr (IN_WORD<T> == 1) return sum + (Floats)a * loaded<float>(&b);
+using Factor = std::conditional_t<PAIRS, T, float>;
+
+// sum + a times what of a row stands there
+template <typename T>
+static inline Floats added(Floats sum, Words a, const Factor<T> *row) {
+    if constexpr (IN_WORD<T> == 1) return sum + (Floats)a * loaded<float>(row);
 #ifdef __AVX512BF16__
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(int(b)));
-#else
-    uint32_t low = b << 16, high = b & 0xffff0000u;
-    sum += (Floats)(a << 16) * loaded<float>(&low);
-    return sum + (Floats)(a & 0xffff0000u) * loaded<float>(&high);
+    else if constexpr (PAIRS)
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(loaded<int32_t>(row)));
 #endif
+    else {
+        sum += (Floats)(a << 16) * loaded<float>(row);
+        return sum + (Floats)(a & 0xffff0000u) * loaded<float>(row + 1);
+    }
 }
 
 struct Sums {  // where the sums of a product go, and whether to those that are there
@@ -150,11 +190,11 @@ struct Sums {  // where the sums of a product go, and whether to those that are 
     bool onto;
 };
 
-// Q rows times N vectors: rows [Q, stride] and vectors [words, width] of words, elements [first, stop) of them. Of
+// Q rows times N vectors: rows [Q, stride] of numbers and vectors [words, width] of words, elements [first, stop) of them. Of
 // a pair that is half outside, the element outside counts as 0 whatever it is. (GCC keeps the sums in registers only
 // where it is told to unroll.)
 template <typename T, int Q, int N>
-static void multiplied(const char *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t first,
+static void multiplied(const Factor<T> *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t first,
                        int64_t stop, const Sums &to) {
     Floats sum[Q][N];
     float *at[Q];
@@ -170,7 +210,7 @@ static void multiplied(const char *rows, int64_t stride, const uint32_t *vectors
             Words vector = loaded<Words>(vectors + w * width + v * LANES) & mask;
 #pragma GCC unroll 8
             for (int q = 0; q < Q; ++q)
-                sum[q][v] = added<T>(sum[q][v], vector, loaded<uint32_t>(rows + 4 * (q * stride + w)));
+                sum[q][v] = added<T>(sum[q][v], vector, rows + q * stride + w * IN_WORD<T>);
         }
     };
     constexpr int64_t in = IN_WORD<T>;
@@ -185,14 +225,13 @@ static void multiplied(const char *rows, int64_t stride, const uint32_t *vectors
 
 // Up to QUERIES rows times the first lanes of vectors, any multiple of LANES.
 template <typename T, int Q = QUERIES>
-static void product(int count, const void *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t lanes,
+static void product(int count, const Factor<T> *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t lanes,
                     int64_t first, int64_t stop, const Sums &to) {
     if constexpr (Q > 1)
         if (count < Q) return product<T, Q - 1>(count, rows, stride, vectors, width, lanes, first, stop, to);
-    const char *from = static_cast<const char *>(rows);
     int64_t at = 0;
     for (; at + VECTORS * LANES <= lanes; at += VECTORS * LANES)
-        multiplied<T, Q, VECTORS>(from, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
+        multiplied<T, Q, VECTORS>(rows, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
     for (; at < lanes; at += LANES)
-        multiplied<T, Q, 1>(from, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
+        multiplied<T, Q, 1>(rows, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
 }
