@@ -1,4 +1,4 @@
-"""Weights in bfloat16 on the compiled product, where the processor multiplies pairs of them (AVX512-BF16).
+"""Weights in bfloat16 on the compiled product, where the processor has AVX-512 with integer products.
 
 oneDNN reads them at half of what memory gives, and its products are calls that cannot stand in one with what is
 between them; it stays where there is no compiler or no such instruction.
@@ -22,7 +22,7 @@ TWO = 2
 
 
 class Bfloat16(Tiled):
-    """Weights as they are, in the layout of `bfloat.h`: one chain of pairs an output, whatever stands beside it."""
+    """Weights as they are, in the layout of `bfloat.h`: one chain an output, whatever stands beside it."""
 
     kernel = "bfloat16"
 
