@@ -9,11 +9,10 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import tempfile
 from pathlib import Path
 
-from layerskip.model.native.kernels import FLAGS
+from layerskip.model.native.kernels import compile_to, compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 CALLS = {
@@ -24,12 +23,10 @@ CALLS = {
 
 
 class Peak:
-    def __init__(self, compiler: str = "c++") -> None:
+    def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "arithmetic.so"
-            subprocess.run(
-                [compiler, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(built)], check=True, timeout=120
-            )
+            compile_to(built, SOURCE, compiler())
             self._library = ctypes.CDLL(str(built))
 
     def __call__(self, weights: str, threads: int) -> float | None:

@@ -297,15 +297,10 @@ def kernels() -> Kernels | None:
     if os.environ.get("LAYERSKIP_KERNELS", "on") == "off":
         _absent.append("LAYERSKIP_KERNELS is off")
         return None
-    given = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if given is None:
-        _absent.append("no C++ compiler was found")
-        warnings.warn(f"{_absent[0]}: decoding on the CPU is slower without", stacklevel=2)
-        return None
     began = time.perf_counter()
     try:
-        compiler = shlex.split(given)  # it may be "ccache g++"
-        library, ready = _library(compiler, _fingerprint(compiler))
+        command = compiler()
+        library, ready = _library(command, _fingerprint(command))
     except (OSError, ValueError, UserError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
         lines = said.decode(errors="replace").splitlines() or [reason(error)]
@@ -320,7 +315,25 @@ def kernels_reason() -> str | None:
     return None if kernels() is not None else _absent[0]
 
 
-def _library(compiler: list[str], fingerprint: str) -> tuple[Any, bool]:
+def compiler() -> list[str]:
+    """What `CXX` names, or the machine's own. Raises: UserError when there is none, ValueError for odd quotes."""
+    given = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if given is None:
+        raise UserError("no C++ compiler was found")
+    return shlex.split(given)  # it may be "ccache g++"
+
+
+def compile_to(built: Path, source: Path, command: list[str]) -> None:
+    """Make a library of one file. Raises: CalledProcessError with what the compiler said."""
+    for openmp in ("-fopenmp", "-fopenmp-simd"):  # Apple's clang has no OpenMP threads
+        line = [*command, *FLAGS, openmp, str(source), "-o", str(built)]
+        done = subprocess.run(line, capture_output=True, timeout=120, check=False)
+        if done.returncode == 0:
+            return
+    done.check_returncode()
+
+
+def _library(command: list[str], fingerprint: str) -> tuple[Any, bool]:
     """Load the library from the cache, else compile it; say whether it was ready."""
     folder = None
     try:
@@ -334,7 +347,7 @@ def _library(compiler: list[str], fingerprint: str) -> tuple[Any, bool]:
             if (library := _loaded(path)) is not None:
                 return library, True
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = _compiled(compiler, Path(scratch))
+            built = _compiled(command, Path(scratch))
             path = folder / f"{fingerprint}-{_digest(built.read_bytes())}.so"
             built.replace(path)
         if (library := _loaded(path)) is not None:
@@ -348,7 +361,7 @@ def _library(compiler: list[str], fingerprint: str) -> tuple[Any, bool]:
         stacklevel=4,
     )
     with tempfile.TemporaryDirectory() as scratch:  # of mode 700
-        return ctypes.CDLL(str(_compiled(compiler, Path(scratch)))), False
+        return ctypes.CDLL(str(_compiled(command, Path(scratch)))), False
 
 
 def _loaded(path: Path) -> Any:
@@ -383,27 +396,22 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _compiled(compiler: list[str], folder: Path) -> Path:
+def _compiled(command: list[str], folder: Path) -> Path:
     built = folder / "kernels.so"
-    for openmp in ("-fopenmp", "-fopenmp-simd"):  # Apple's clang has no OpenMP threads
-        command = [*compiler, *FLAGS, openmp, str(SOURCE), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
-        if done.returncode == 0:
-            break
-    done.check_returncode()
+    compile_to(built, SOURCE, command)
     built.chmod(0o700)  # whatever the umask
     return built
 
 
-def _fingerprint(compiler: list[str]) -> str:
+def _fingerprint(command: list[str]) -> str:
     """Name a build by all it depends on: source, flags, compiler, processor (the folder may be shared)."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=20, check=True).stdout
+    version = subprocess.run([*command, "--version"], capture_output=True, timeout=20, check=True).stdout
     processor = platform.processor().encode() + platform.machine().encode()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += "".join(
             sorted({x for x in lines if x.startswith(("flags", "model name", "Features", "CPU "))})
         ).encode()
-    how = str([*compiler, *FLAGS]).encode()
+    how = str([*command, *FLAGS]).encode()
     everything = [*(source.read_bytes() for source in SOURCES), how, version, processor]
     return hashlib.sha256(b"\0".join(everything)).hexdigest()[:16]
