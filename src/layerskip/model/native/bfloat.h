@@ -25,7 +25,7 @@ struct Paired {  // inputs [groups, GROUP / 2, R, 2]
 
 struct Bfloat {
     typedef Paired Rows;
-    static constexpr int AT_ONCE = PAIRS ? 12 : 16;
+    static constexpr int AT_ONCE = PAIRS ? 12 : 24;
     static constexpr int64_t BYTES = TILE * GROUP * sizeof(bf16);
     static constexpr int tiles(int rows) { return rows <= 6 ? 4 : PAIRS || rows <= 8 ? 2 : 1; }
     static constexpr int ahead(int) { return FETCHES ? 0 : 1; }
