@@ -8,6 +8,7 @@ those requests it can serve. Nothing is committed here, so a round may be done a
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,7 +115,7 @@ class HostRounds:
         """
         best, largest = self.stack.best(logits)
         counts = [len(draft.tokens) + 1 for draft in drafts]
-        targets, sound = best.tolist(), largest.isfinite().tolist()
+        targets, sound = best.tolist(), [math.isfinite(x) for x in largest.tolist()]
         verdicts, first = [], 0
         for row, draft, count, row_logits in zip(
             rows, drafts, counts, torch.split(logits, counts), strict=True

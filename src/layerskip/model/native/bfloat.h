@@ -19,7 +19,10 @@ struct Paired {  // inputs [groups, GROUP / 2, R, 2]
     }
     Paired behind(int64_t count) const { return {values + count * GROUP}; }
     void put(const bf16 *x, int64_t live, int64_t r, int64_t count) const {
-        for (int i = 0; i < GROUP; ++i) ::put(values[2 * (i / 2 * count + r) + i % 2], i < live ? x[i] : bf16{});
+        Factor<bf16> own[GROUP] = {};
+        if (live >= GROUP) for (int i = 0; i < GROUP; ++i) ::put(own[i], x[i]);
+        else for (int i = 0; i < live; ++i) ::put(own[i], x[i]);
+        for (int i = 0; i < GROUP; i += 2) std::memcpy(values + i * count + 2 * r, own + i, 2 * sizeof *own);
     }
 };
 
