@@ -8,7 +8,9 @@
 economize (Apache-2.0, from PyPI) is no dependency of ours: `pip install economize==0.3.2`. Drafters are trained
 by its own `fit` with its own losses and rates, one pass over the lines. Settings are those of its card, in the same
 share of the depth: a jump over two thirds of it with a linear predictor, and an exit after an eighth, all layers
-frozen. PEERS/data.jsonl are the lines that were read, PEERS/NAME the drafters, PEERS/told.json seconds and sizes.
+frozen. The jump's training rolls drafts out and takes hours on two cores; the command goes on from its last
+checkpoint. PEERS/data.jsonl are the lines that were read, PEERS/NAME the drafters, PEERS/told.json sizes and seconds (of the
+last sitting).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def configurations(layers: int) -> dict[str, Any]:
     jump = economize.JumpConfig(
         target_layer=middle, source_layer=middle + 1, exit_layer=middle + 1, predictor="linear"
     )
-    return {"jump": jump, "early_exit": EarlyExitConfig(exit_layer=max(1, layers // 8))}
+    return {"early_exit": EarlyExitConfig(exit_layer=max(1, layers // 8)), "jump": jump}
 
 
 def main() -> None:
@@ -80,7 +82,11 @@ def main() -> None:
         hf = transformers.AutoModelForCausalLM.from_pretrained(resolve(given.model), dtype=torch.bfloat16)
         model = economize.apply(hf, configurations(hf.config.num_hidden_layers)[name])
         began = time.perf_counter()
-        fit(model, rows, steps=len(rows) // given.batch, batch_size=given.batch, log_every=20)
+        fit(
+            model, rows, steps=len(rows) // given.batch, batch_size=given.batch, log_every=10, seed=0,
+            output_dir=given.output / f"{name}.run", save_every=20, keep_checkpoints=1, resume=True,
+            callbacks=[lambda record: print(name, record, flush=True)],
+        )  # fmt: skip
         size = sum(parameter.numel() for parameter in model.technique_parameters())
         told[name] = {"train_s": time.perf_counter() - began, "parameters": size}
         model.save_pretrained(str(given.output / name))
