@@ -9,13 +9,14 @@ economize (Apache-2.0, from PyPI) is no dependency of ours: `pip install economi
 by its own `fit` with its own losses and rates, one pass over the lines. Settings are those of its card, in the same
 share of the depth: a jump over two thirds of it with a linear predictor, and an exit after an eighth, all layers
 frozen. The jump's training rolls drafts out and takes hours on two cores; the command goes on from its last
-checkpoint. PEERS/data.jsonl are the lines that were read, PEERS/NAME the drafters, PEERS/told.json sizes and seconds (of the
-last sitting).
+checkpoint. PEERS/data.jsonl are the lines that were read, PEERS/NAME the drafters, PEERS/told.json sizes and the
+seconds of the last sitting.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -85,7 +86,7 @@ def main() -> None:
         fit(
             model, rows, steps=len(rows) // given.batch, batch_size=given.batch, log_every=10, seed=0,
             output_dir=given.output / f"{name}.run", save_every=20, keep_checkpoints=1, resume=True,
-            callbacks=[lambda record: print(name, record, flush=True)],
+            callbacks=[functools.partial(print, name, flush=True)],
         )  # fmt: skip
         size = sum(parameter.numel() for parameter in model.technique_parameters())
         told[name] = {"train_s": time.perf_counter() - began, "parameters": size}

@@ -15,8 +15,8 @@ own, all prompts of a kind together, behind the first token; with --temperature,
 token. Peers are compared by whole calls. The mean is over kinds, each counting alike. Agreement: of the
 rounds in which the exit reached draft i, all before it kept, the share that kept it; `exit-4` drafts four a round.
 
-Every finished prompt is a line in the work folder: the same command goes on where it was stopped, unless the package has
-changed since.
+Every finished prompt is a line in the work folder: the same command goes on where it was stopped,
+unless the package has changed since.
 """
 
 from __future__ import annotations
