@@ -61,11 +61,9 @@ def test_doctor_prints_one_object_with_all_that_was_asked(run, folder, prompts):
 def test_doctor_gives_the_verdict_first_then_equality_then_the_curve(run, checkpoint, prompts):
     code, printed, _ = run("doctor", checkpoint, *prompts, *QUICK, "--no-chat", "--threads", 1)
     assert code == 0
-    places = [
-        printed.index(text)
-        for text in ("x [", "equality:", "plain rounds", "agrees with", "accepted", "memory: weights")
-    ]
-    assert places == sorted(places)
+    place = 0  # the verdict's own words depend on what was measured
+    for text in ("x [", "equality:", "plain rounds", "agrees with", "accepted", "memory: weights"):
+        place = printed.index(text, place)
     assert printed.count("trained") >= 2
     assert "as plain text" in printed
     assert (
