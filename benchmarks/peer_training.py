@@ -76,7 +76,9 @@ def main() -> None:
         for row in rows
         if any(row["completion_mask"][: given.length])
     ]
-    told: dict[str, Any] = {"tokens": count, "rows": len(rows), "economize": economize.__version__}
+    kept = given.output / "told.json"
+    told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    told |= {"tokens": count, "rows": len(rows), "economize": economize.__version__}
     for name in configurations(24):
         if (given.output / name).is_dir():
             continue
@@ -91,7 +93,7 @@ def main() -> None:
         size = sum(parameter.numel() for parameter in model.technique_parameters())
         told[name] = {"train_s": time.perf_counter() - began, "parameters": size}
         model.save_pretrained(str(given.output / name))
-        (given.output / "told.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
+        kept.write_text(json.dumps(told) + "\n", encoding="utf-8")
         print(name, told[name], flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The command line, in process, on a tiny checkpoint folder: what it prints, where, and how it fails."""
+"""The command line, in process, on a tiny checkpoint folder: what it prints, and where."""
 
 import json
 

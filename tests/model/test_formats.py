@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import os
 import shlex
 import subprocess
 import sys
@@ -180,19 +181,9 @@ def test_every_vector_unit_gives_the_same_bits(tmp_path, monkeypatch):
     linears = [linear_of(name, *sizes) for name in KINDS for sizes in SIZES]
     inputs = [numbers(13, linear.in_features).bfloat16() for linear in linears]
     wanted = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
-    compiler = shlex.split(compiled.os.environ.get("CXX", "c++"))
     for form in ("AVX2", "PLAIN"):
         built = tmp_path / f"{form}.so"
-        command = [
-            *compiler,
-            *compiled.FLAGS,
-            "-fopenmp",
-            f"-DLAYERSKIP_{form}",
-            compiled.SOURCE,
-            "-o",
-            built,
-        ]
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        compiled.compile_to(built, compiled.SOURCE, [*compiled.compiler(), f"-DLAYERSKIP_{form}"])
         other = compiled.Kernels(ctypes.CDLL(str(built)), 0.0)
         for linear, x, y in zip(linears, inputs, wanted, strict=True):
             monkeypatch.setattr(linear, "kernels", other)
@@ -204,9 +195,8 @@ def test_every_vector_unit_gives_the_same_bits(tmp_path, monkeypatch):
 def test_bfloat16_in_pairs_is_as_exact_as_by_floats():
     """What this machine does not choose: Intel's processors take floats, Zen pairs."""
     files = (str(Path(__file__).with_name(name)) for name in ("test_attention.py", "test_formats.py"))
-    compiler = f"{compiled.os.environ.get('CXX', 'c++')} -DLAYERSKIP_PAIRS"
     command = [sys.executable, "-m", "pytest", "-n1", *files, "-m", "not slow", "-k", "bfloat16"]
-    environment = compiled.os.environ | {"CXX": compiler}
+    environment = os.environ | {"CXX": shlex.join([*compiled.compiler(), "-DLAYERSKIP_PAIRS"])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
 

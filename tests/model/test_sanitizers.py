@@ -1,7 +1,5 @@
 """The compiled regions read and write what is theirs, and do nothing that C++ leaves undefined."""
 
-import os
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -15,12 +13,20 @@ PROGRAM = Path(__file__).with_name("sanitized.cpp")
 @pytest.mark.slow
 @pytest.mark.skipif(compiled.kernels() is None, reason="no C++ compiler")
 def test_the_sanitizers_find_nothing(tmp_path):
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = [flag for flag in compiled.FLAGS if flag not in ("-O3", "-shared", "-fPIC")]
     checks = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
     include = f"-I{compiled.SOURCE.parent}"
     built = tmp_path / "sanitized"
-    command = [*compiler, *flags, *checks, "-fopenmp-simd", include, str(PROGRAM), "-o", str(built)]
+    command = [
+        *compiled.compiler(),
+        *flags,
+        *checks,
+        "-fopenmp-simd",
+        include,
+        str(PROGRAM),
+        "-o",
+        str(built),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in done.stderr:
         pytest.skip("the compiler has no sanitizers")

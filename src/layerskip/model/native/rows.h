@@ -1,7 +1,5 @@
 // What a layer does to one row between its products and its attention.
 #pragma once
-#include <algorithm>
-
 #include "vectors.h"
 
 // RMS norm in float32, rounded once; y may be x, and there may be no gain.

@@ -9,19 +9,20 @@
 
 #include "numbers.h"
 
-// Zen's cores have their own ways with memory, and multiply pairs of bfloat16 as fast as floats. Intel's need two cycles and
-// more for pairs, in which they do four fused operations on floats: half as many numbers each, so twice as many in all.
+// Zen's cores have their own ways with memory, and multiply pairs of bfloat16 as fast as floats. Intel's need two
+// cycles and more for pairs, in which they do four fused operations on floats: half as many numbers each, so twice as
+// many in all.
 #if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
 constexpr bool ZEN = true;
 #else
 constexpr bool ZEN = false;
 #endif
-#if defined(__AVX512BF16__) && defined(LAYERSKIP_PAIRS)
-constexpr bool PAIRS = true;
-#elif defined(__AVX512BF16__)
-constexpr bool PAIRS = ZEN;
-#else
+#if !defined(__AVX512BF16__)
 constexpr bool PAIRS = false;
+#elif defined(LAYERSKIP_PAIRS)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = ZEN;
 #endif
 
 // Of a product QUERIES rows times VECTORS vectors are summed at once, in registers.
@@ -190,9 +191,9 @@ struct Sums {  // where the sums of a product go, and whether to those that are 
     bool onto;
 };
 
-// Q rows times N vectors: rows [Q, stride] of numbers and vectors [words, width] of words, elements [first, stop) of them. Of
-// a pair that is half outside, the element outside counts as 0 whatever it is. (GCC keeps the sums in registers only
-// where it is told to unroll.)
+// Q rows times N vectors: rows [Q, stride] of numbers and vectors [words, width] of words, elements [first, stop) of
+// them. Of a pair that is half outside, the element outside counts as 0 whatever it is. (GCC keeps the sums in
+// registers only where it is told to unroll.)
 template <typename T, int Q, int N>
 static void multiplied(const Factor<T> *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t first,
                        int64_t stop, const Sums &to) {
@@ -225,8 +226,8 @@ static void multiplied(const Factor<T> *rows, int64_t stride, const uint32_t *ve
 
 // Up to QUERIES rows times the first lanes of vectors, any multiple of LANES.
 template <typename T, int Q = QUERIES>
-static void product(int count, const Factor<T> *rows, int64_t stride, const uint32_t *vectors, int64_t width, int64_t lanes,
-                    int64_t first, int64_t stop, const Sums &to) {
+static void product(int count, const Factor<T> *rows, int64_t stride, const uint32_t *vectors, int64_t width,
+                    int64_t lanes, int64_t first, int64_t stop, const Sums &to) {
     if constexpr (Q > 1)
         if (count < Q) return product<T, Q - 1>(count, rows, stride, vectors, width, lanes, first, stop, to);
     int64_t at = 0;
