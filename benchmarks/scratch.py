@@ -8,8 +8,9 @@ A cell is the recipe `scratch-small` with some keys changed: baseline (neither),
 a time. One that is done is passed over, one that was interrupted goes on from its checkpoint: the command may be
 killed at any moment and given again. Then `layerskip eval` judges every exit on held-out text (agreement,
 perplexity), and `layerskip bench` measures acceptance and the speed-up of self-speculation at --exits, equality
-first. The last layer's perplexity is compared with the baseline's of the same seed, window by window. Intervals are
-95% by Student's t over seeds; of a single seed there is none.
+first; with --train-only that waits for a call without it, on a machine that does nothing else. The last layer's
+perplexity is compared with the baseline's of the same seed, window by window. Intervals are 95% by Student's t over
+seeds; of a single seed there is none.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of eval and bench")
+    parser.add_argument("--train-only", action="store_true", help="leave the measuring to a later call")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/scratch_*.json")
     given = parser.parse_args()
     cells, seeds = given.cells.split(","), [int(seed) for seed in given.seeds.split(",")]
@@ -81,14 +83,18 @@ def main() -> None:
     told = {
         name: value
         for name, value in vars(given).items()
-        if name not in ("data", "work", "cells", "seeds", "save")
+        if name not in ("data", "work", "cells", "seeds", "train_only", "save")
     }
     work_folder(given.work.absolute().parent, given.work.name, {**told, "made": made, "recipe": recipe})
     found: dict[str, dict[int, dict[str, Any]]] = {cell: {} for cell in cells}
     with locked(given.work / "lock") as lock:
         for seed in seeds:
             for cell in cells:
-                found[cell][seed] = one(given, cell, seed, lock)
+                run = trained(given, cell, seed, lock)
+                if not given.train_only:
+                    found[cell][seed] = measured(given, run)
+    if given.train_only:
+        return
     result: dict[str, Any] = {
         "cells": {cell: summed(by_seed, found[BASELINE]) for cell, by_seed in found.items()},
         "recipe": recipe,
@@ -119,11 +125,10 @@ def locked(path: Path) -> Iterator[int]:
 # -- one cell of one seed --------------------------------------------------------------------------------------
 
 
-def one(given: argparse.Namespace, cell: str, seed: int, lock: int) -> dict[str, Any]:
-    """Train and measure what is left of it; returns its figures by exit, and the last layer's by window."""
-    folder = given.work / f"{cell}-{seed}"
-    trained = TrialRun(
-        folder,
+def trained(given: argparse.Namespace, cell: str, seed: int, lock: int) -> TrialRun:
+    """Train what is left of it. Raises: UserError where it was stopped or failed."""
+    run = TrialRun(
+        given.work / f"{cell}-{seed}",
         RECIPE,
         [
             *given.set, *CELLS[cell], f"seed={seed}", f"from_config={quoted(given.data / 'model')}",
@@ -131,15 +136,21 @@ def one(given: argparse.Namespace, cell: str, seed: int, lock: int) -> dict[str,
         ],
         lock,
     )  # fmt: skip
-    if trained.result is None:
+    if run.result is None:
         print(f"{cell}, seed {seed}: training", flush=True)
     try:
-        for _ in trained.follow():
+        for _ in run.follow():
             pass
     except StoppedError as error:
         raise UserError(str(error), "the same command goes on") from error
+    return run
+
+
+def measured(given: argparse.Namespace, run: TrialRun) -> dict[str, Any]:
+    """Measure what is left of it; returns its figures by exit, and the last layer's by window."""
+    folder = run.output.parent
     judged = kept(
-        folder / "eval.json", "eval", trained.output, "--text", given.data / "held.txt", "--limit", given.windows,
+        folder / "eval.json", "eval", run.output, "--text", given.data / "held.txt", "--limit", given.windows,
         "--work", folder / "judged", "--dtype", given.dtype,
     )  # fmt: skip
     exits: dict[str, dict[str, float]] = {
@@ -147,7 +158,7 @@ def one(given: argparse.Namespace, cell: str, seed: int, lock: int) -> dict[str,
     }
     for exit_layer in map(str.strip, given.exits.split(",")):
         raced = kept(
-            folder / f"bench-{exit_layer}.json", "bench", trained.output, "--exit-layer", exit_layer,
+            folder / f"bench-{exit_layer}.json", "bench", run.output, "--exit-layer", exit_layer,
             "--draft-length", given.draft_length, "--draft-vocab", "off", "--drafter", "exit",
             "--methods", "self-speculative", "--prompts", given.data / "prompts.jsonl", "--limit", given.prompts,
             "--max-new-tokens", given.max_new_tokens, "--trials", given.trials, "--dtype", given.dtype,
@@ -162,7 +173,7 @@ def one(given: argparse.Namespace, cell: str, seed: int, lock: int) -> dict[str,
         "exits": exits,
         "nll": [windows[i]["text"]["exits"][last]["nll"] for i in sorted(windows)],
         "tokens": [windows[i]["text"]["tokens"] for i in sorted(windows)],
-        "train_s": (trained.result or {})["train_s"],
+        "train_s": (run.result or {})["train_s"],
     }
 
 

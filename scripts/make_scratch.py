@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--split-at", help="what stands between documents of one file")
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row, and the model's context")
     parser.add_argument(

@@ -65,13 +65,14 @@ def _prepared(recipe: Recipe, resume: bool, console: Console, first: bool, plann
         from transformers.utils import logging
 
         from layerskip.cli.show.training import print_plan, print_recipe
-        from layerskip.model.threads import chosen_threads
+        from layerskip.model.threads import chosen_threads, keep_memory
         from layerskip.train.job.run import prepare
 
         logging.disable_progress_bar()
         if not loudness.verbose:
             logging.set_verbosity_error()  # what matters of its warnings, we raise
         torch.set_num_threads(chosen_threads())
+        keep_memory()
         if first:
             print_recipe(console, recipe)
         run = prepare(recipe, resume, watch, planning)

@@ -6,6 +6,7 @@ for its slowest thread, so one busy neighbour can cost a factor of ten.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import time
@@ -15,6 +16,9 @@ from layerskip.errors import UserError
 
 BUSY = 0.5  # cores in use by others from which a warning is worth its line
 
+
+_NO_MAPPINGS, _NEVER_TRIM = (-4, 0), (-1, (1 << 31) - 1)
+"""Arguments of glibc's mallopt: M_MMAP_MAX, M_TRIM_THRESHOLD."""
 
 MOST_PER_CORE = 2  # threads; thousands of them on a few cores spin against each other and never end
 
@@ -38,6 +42,18 @@ def chosen_threads(given: int | None = None) -> int:
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     cores = {_text(siblings.format(cpu)) or str(cpu) for cpu in allowed}
     return max(1, min(len(cores), _quota()))
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for the next step: training on a CPU takes a fifth less time.
+
+    glibc gives large blocks back at once, and the system clears the pages of those that follow. Other C libraries
+    are left as they are. The peak of memory is higher by some fifth.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(*_NO_MAPPINGS)
+        mallopt(*_NEVER_TRIM)
 
 
 def _allowed_cores() -> list[int]:
