@@ -1,7 +1,7 @@
 // Attention of few positions on the CPU that reads every key and value of the cache once.
 //
-// A block is SLOTS slots of one key head. Its keys and its values are laid out for the vector unit once and used
-// for all queries: the query heads that share the key head, at every position of the call. A chunk is a few blocks
+// A block is SLOTS slots of one key head. Its keys, and its values where pairs are multiplied, are laid out for the vector
+// unit once and used for all queries: the query heads that share the key head, at every position of the call. A chunk is a few blocks
 // that one thread takes in order; it leaves for each query the largest score, the weighted values and the sum of
 // weights (relative to that score). At the end the chunks of a query are added up.
 //
@@ -83,9 +83,13 @@ static void turned_and_stored(const Shape &s, int64_t b, int64_t t, T *token, co
 
 template <typename T, int D>  // D is the head size where it is a common one, 0 for any
 class Attention {
+public:
+    struct Room { float *sums, *largest; Factor<T> *asked; };  // of a team
+
+private:
     struct Row { int64_t task, first, stop; };  // its first task; the blocks that any of its positions sees
     struct Task { int64_t row, head, first, blocks, before; };  // its blocks; how many all tasks before it have
-    struct Scratch { uint32_t *laid; float *scores; Factor<T> *weights; };  // of one thread
+    struct Scratch { uint32_t *laid; float *scores; Factor<T> *weights; Seen *seen; };  // of one thread
 
     const Shape s;
     const int64_t *cache_rows, *positions;
@@ -98,7 +102,10 @@ class Attention {
     int64_t bytes() const { return size() * sizeof(T); }
     int64_t words() const { return (bytes() + 3) / 4; }
     int64_t asks() const { return words() * IN_WORD<T>; }  // numbers of a query, in whole words
-    int64_t width() const { return (size() + LANES - 1) / LANES * LANES; }
+    // Values are read where they stand if their rows fill whole vectors, unless pairs of slots are multiplied.
+    static constexpr bool PAIRED = PAIRS && IN_WORD<T> == 2;
+    int64_t value_words() const { return (words() + LANES - 1) / LANES * LANES; }
+    int64_t width() const { return PAIRED ? (size() + LANES - 1) / LANES * LANES : value_words() * IN_WORD<T>; }
     int64_t stride() const { return width() + LANES; }  // of sums: weighted values; sum of weights, lane by lane
 
     // Four chunks of one block, so that a short context occupies several threads, then chunks of four.
@@ -118,47 +125,72 @@ class Attention {
     }
 
     // Ask for rows of the block that comes next while one is laid out: for the second cache, since the first one
-    // waits for few lines at once.
+    // waits for few lines at once. Other machines than Zen bring them in time by themselves.
     void ask_for(const T *from, int count) const {
+        if constexpr (!ZEN) return;
         for (int64_t i = 0; i < count * bytes(); i += 64)
             __builtin_prefetch(reinterpret_cast<const char *>(from) + i, 0, 2);
     }
 
-    // Keys [SLOTS, d] to words [words, SLOTS]. Slots before `any.first` become 0; those of lanes behind `any.stop` keep what was
-    // there, and their scores are never used.
+    // Keys [SLOTS, d] to words [words, SLOTS]. In lanes of slots that nobody sees stands what another slot has, or what
+    // was there: their scores are never used.
     void lay_keys(const T *keys, Seen any, const T *next, uint32_t *to) const {
         const char *from = reinterpret_cast<const char *>(keys);
         for (int j = 0; j < SLOTS; j += EDGE) {
             ask_for(next + j * size(), EDGE);
-            if (j >= any.stop) continue;  // what is there counts for nothing
+            if (j >= any.stop) continue;
+            const bool whole = j >= any.first && j + EDGE <= any.stop;
+            auto slot = [&](int i) { return std::min(std::max(j + i, any.first), any.stop - 1); };
             int64_t w = 0;
-            if (j >= any.first && j + EDGE <= any.stop)
-                for (; w + EDGE <= bytes() / 4; w += EDGE)
-                    transposed(from + j * bytes() + 4 * w, bytes(), to + w * SLOTS + j, SLOTS);
+            for (; w + EDGE <= bytes() / 4; w += EDGE) {
+                uint32_t *place = to + w * SLOTS + j;
+                if (whole) transposed([&](int i) { return from + (j + i) * bytes() + 4 * w; }, place, SLOTS);
+                else transposed([&](int i) { return from + slot(i) * bytes() + 4 * w; }, place, SLOTS);
+            }
             for (; w < words(); ++w)
-                for (int i = j; i < j + EDGE; ++i) {
+                for (int i = 0; i < EDGE; ++i) {
                     uint32_t word = 0;
-                    if (i >= any.first && i < any.stop)
-                        std::memcpy(&word, from + i * bytes() + 4 * w, std::min<int64_t>(4, bytes() - 4 * w));
-                    to[w * SLOTS + i] = word;
+                    std::memcpy(&word, from + slot(i) * bytes() + 4 * w, std::min<int64_t>(4, bytes() - 4 * w));
+                    to[w * SLOTS + j + i] = word;
                 }
         }
     }
 
-    // Values [SLOTS, d] to words [SLOTS / IN_WORD, width] that hold one dimension of neighbouring slots.
-    void lay_values(const float *values, Seen any, const float *next, uint32_t *to) const {
-        for (int j = any.first; j < any.stop; ++j) {
-            ask_for(next + j * size(), 1);
-            std::memcpy(to + j * width(), values + j * size(), bytes());
+    // Add the values of slots [first, stop), times weights, to the sums of so many queries.
+    void add_values(const T *values, const uint32_t *laid, int count, const Factor<T> *weights, Seen seen,
+                    const Sums &to) const {
+        if constexpr (PAIRED)
+            product<T>(count, weights, SLOTS, laid, width(), width(), seen.first, seen.stop, to);
+        else {
+            const bool whole = words() % LANES == 0 && bytes() % 4 == 0;
+            weighted_sum<T>(count, weights, SLOTS, whole ? reinterpret_cast<const uint32_t *>(values) : laid,
+                            whole ? words() : value_words(), value_words(), seen.first, seen.stop, to);
         }
     }
-    void lay_values(const bf16 *values, Seen any, const bf16 *next, uint32_t *to) const {
-        for (int j = any.first / 2 * 2; j < any.stop; j += 2) {  // a slot outside is not read: its pair stands in
-            const bf16 *first = values + std::max(j, any.first) * size();
-            const bf16 *second = values + std::min(j + 1, any.stop - 1) * size();
+    // What `add_values` needs laid out: words [SLOTS / 2, width] that hold one dimension of neighbouring slots; else
+    // rows [SLOTS, value_words], where they do not fill these.
+    void lay_values(const T *values, Seen any, const T *next, uint32_t *to) const {
+        for (int j = any.first / 2 * 2; j < any.stop; j += 2) {
             ask_for(next + j * size(), 2);
-            interleaved(first, second, size(), to + j / 2 * width());
+            if constexpr (PAIRED)  // a slot outside is not read: its pair stands in
+                interleaved(values + std::max(j, any.first) * size(), values + std::min(j + 1, any.stop - 1) * size(),
+                            size(), to + j / 2 * width());
+            else if (value_words() * 4 != bytes())
+                for (int i = std::max(j, any.first); i < std::min(j + 2, any.stop); ++i) {
+                    std::memset(to + i * value_words(), 0, 4 * value_words());
+                    std::memcpy(to + i * value_words(), values + i * size(), bytes());
+                }
         }
+    }
+
+    // Raise the largest score of a query's chunk to that of its next block, and scale what is summed up already.
+    void raise(float most, bool begins, float *sum, float &largest) const {
+        if (begins) std::fill(sum + width(), sum + stride(), 0.f);
+        else if (most > largest) {
+            const float factor = exponential((largest - most) * s.scale);
+            for (int64_t j = 0; j < stride(); ++j) sum[j] *= factor;
+        }
+        if (begins || most > largest) largest = most;
     }
 
     // One chunk: asked [queries, asks] to sums [queries, stride] and largest [queries]. `next`: the keys
@@ -167,10 +199,9 @@ class Attention {
              const Scratch &own) const {
         const int64_t *position = positions + task.row * s.width, apart = s.kv_heads * s.cache_head;
         for (int64_t i = 0; i < task.blocks; ++i) {
-            auto sees = [&](int64_t q) { return seen(position[q / group], task.first + i); };
             Seen any = {SLOTS, 0};
-            for (int64_t q = 0; q < queries; q += group)
-                if (Seen one = sees(q); one.any())
+            for (int64_t t = 0; t < s.width; ++t)
+                if (Seen one = own.seen[t] = seen(position[t], task.first + i); one.any())
                     any = {std::min(any.first, one.first), std::max(any.stop, one.stop)};
             const T *keys = first + i * SLOTS * size(), *values = keys + apart;
             const T *later = i + 1 < task.blocks ? keys + SLOTS * size() : next;
@@ -178,56 +209,67 @@ class Attention {
             for (int64_t q = 0; q < queries; q += QUERIES)
                 product<T>(std::min<int64_t>(QUERIES, queries - q), asked + q * asks(), asks(), own.laid, SLOTS,
                            any.lanes(), 0, asks(), {own.scores + q * SLOTS, SLOTS, false});
-            for (int64_t q = 0; q < queries; ++q) {
-                float *sum = sums + q * stride();
-                if (i == 0) {
-                    largest[q] = -FLT_MAX;  // finite: scores that are all -inf must not make a NaN
-                    std::fill(sum + (sees(q).any() ? width() : 0), sum + stride(), 0.f);
+            for (int64_t t = 0, q = 0; t < s.width; ++t)
+                for (int64_t stop = q + group; q < stop; ++q) {
+                    float *sum = sums + q * stride();
+                    if (own.seen[t].any())
+                        raise(largest_of(own.scores + q * SLOTS, own.seen[t]), i == 0, sum, largest[q]);
+                    else if (i == 0) {
+                        largest[q] = -FLT_MAX;
+                        std::fill(sum, sum + stride(), 0.f);
+                    }
                 }
-                if (!sees(q).any()) continue;
-                float most = largest_of(own.scores + q * SLOTS, sees(q));
-                if (most <= largest[q]) continue;
-                if (i > 0) {
-                    float factor = exponential((largest[q] - most) * s.scale);
-                    for (int64_t j = 0; j < stride(); ++j) sum[j] *= factor;
-                }
-                largest[q] = most;
-            }
-            for (int64_t q = 0; q < queries; ++q)
-                if (sees(q).any())
-                    weigh(own.scores + q * SLOTS, sees(q).lanes(), largest[q], s.scale, own.weights + q * SLOTS,
-                          sums + q * stride() + width());
+            for (int64_t t = 0, q = 0; t < s.width; ++t)
+                for (int64_t stop = q + group; q < stop; ++q)
+                    if (own.seen[t].any())
+                        weigh(own.scores + q * SLOTS, own.seen[t].lanes(), largest[q], s.scale,
+                              own.weights + q * SLOTS, sums + q * stride() + width());
             lay_values(values, any, later + apart, own.laid);
-            for (int64_t q = 0, same; q < queries; q += same) {
-                for (same = 1; same < QUERIES && q + same < queries && sees(q + same) == sees(q);) ++same;
-                if (sees(q).any())
-                    product<T>(same, own.weights + q * SLOTS, SLOTS, own.laid, width(), width(),
-                               sees(q).first, sees(q).stop, {sums + q * stride(), stride(), i > 0});
+            for (int64_t t = 0, same; t < s.width; t += same) {  // positions that see the same slots
+                for (same = 1; t + same < s.width && own.seen[t + same] == own.seen[t];) ++same;
+                if (own.seen[t].any())
+                    for (int64_t q = t * group; q < (t + same) * group; q += QUERIES)
+                        add_values(values, own.laid, std::min<int64_t>(QUERIES, (t + same) * group - q),
+                                   own.weights + q * SLOTS, own.seen[t], {sums + q * stride(), stride(), i > 0});
             }
         }
     }
 
-    // Add the chunks of one query up; `factors` has room for them.
-    void combine(int64_t b, int64_t head, int64_t query, const float *sums, const float *largest, float *factors,
-                 T *out) const {
-        int64_t position = positions[b * s.width + query / group];
-        int64_t first = chunk_of(first_seen(position) / SLOTS), count = chunk_of(position / SLOTS) - first + 1;
-        int64_t before = chunk_of(rows[b].first), chunks = chunk_of(rows[b].stop - 1) - before + 1;
-        int64_t at = (rows[b].task + head * chunks + first - before) * queries + query;
-        float most = -FLT_MAX;
-        for (int64_t i = 0; i < count; ++i) most = std::max(most, largest[at + i * queries]);
-        for (int64_t i = 0; i < count; ++i) factors[i] = exponential((largest[at + i * queries] - most) * s.scale);
-        auto added_up = [&](int64_t from) {
+    // Add the chunks of queries [first, stop) of a row and key head up; `factors` has room for theirs. A chunk that a
+    // query does not see adds nothing.
+    void combine(int64_t b, int64_t head, int64_t first, int64_t stop, const Room &room, float *factors, T *out) const {
+        const int64_t before = chunk_of(rows[b].first), chunks = chunk_of(rows[b].stop - 1) - before + 1;
+        const int64_t at = (rows[b].task + head * chunks) * queries;
+        auto larger = [](auto a, auto b) { return a > b ? a : b; };  // b where either is a NaN
+        int64_t t = first / group, place = first % group;
+        for (int64_t q = first; q < stop; q += LANES) {
+            Floats most = Floats{} - FLT_MAX;
+            for (int64_t i = 0; i < chunks; ++i) most = larger(loaded<Floats>(room.largest + at + i * queries + q), most);
+            for (int64_t i = 0; i < chunks; ++i)
+                kept(factors + i * LANES,
+                     exponential<Floats, Words>((loaded<Floats>(room.largest + at + i * queries + q) - most) * s.scale));
+            for (int64_t lane = 0; lane < std::min<int64_t>(LANES, stop - q); ++lane) {
+                added_up(room.sums + (at + q + lane) * stride(), chunks, factors + lane,
+                         out + (((b * s.width + t) * group + place) * s.kv_heads + head) * size());
+                if (++place == group) place = 0, ++t;
+            }
+        }
+    }
+    // The same of one query.
+    void added_up(const float *sums, int64_t chunks, const float *factors, T *to) const {
+        auto all = [&](int64_t from) {
             Floats sum = {};
-            for (int64_t i = 0; i < count; ++i)
-                sum += factors[i] * loaded<Floats>(sums + (at + i * queries) * stride() + from);
+            for (int64_t i = 0; i < chunks; ++i)
+                sum += factors[i * LANES] * loaded<Floats>(sums + i * queries * stride() + from);
             return sum;
         };
-        const float share = 1.f / over_lanes<LANES>(added_up(width()), [](auto a, auto b) { return a + b; });
-        int64_t place = (b * s.width + query / group) * group + query % group;
-        T *to = out + (place * s.kv_heads + head) * size();
-        for (int64_t from = 0; from < width(); from += LANES)
-            rounded_to(to + from, added_up(from) * share, size() - from);
+        const float share = 1.f / over_lanes<LANES>(all(width()), [](auto a, auto b) { return a + b; });
+        if constexpr (IN_WORD<T> == 2 && !PAIRED)
+            for (int64_t from = 0; from < width(); from += 2 * LANES)
+                rounded_words(to + from, all(from) * share, all(from + LANES) * share, size() - from);
+        else
+            for (int64_t from = 0; from < width(); from += LANES)
+                rounded_to(to + from, all(from) * share, size() - from);
     }
 
 public:
@@ -247,15 +289,13 @@ public:
         }
     }
 
-    struct Room { float *sums, *largest; Factor<T> *asked; };  // of a team
-
     int64_t chunks() const { return tasks.size(); }
 
     // Room for as many chunks as this or another one of the same shape has; the thread's that asks for it.
     Room room(int64_t count) const {
         static thread_local Buffer<float> sums, largest;
         static thread_local Buffer<Factor<T>> asked;
-        return {sums.sized(count * queries * stride()), largest.sized(count * queries),
+        return {sums.sized(count * queries * stride()), largest.sized(count * queries + LANES),
                 asked.sized(s.rows * s.kv_heads * queries * asks())};
     }
 
@@ -275,10 +315,11 @@ public:
         static thread_local Buffer<float> kept_scores, kept_factors;
         static thread_local Buffer<uint32_t> kept_laid;
         static thread_local Buffer<Factor<T>> kept_weights;
+        static thread_local Buffer<Seen> kept_seen;
         const int64_t count = chunks(), thread = own_number(), threads = team_size();
-        float *factors = kept_factors.sized(count / s.kv_heads);
-        Scratch own = {kept_laid.sized(std::max(words() * SLOTS, SLOTS / IN_WORD<T> * width())),
-                       kept_scores.sized(queries * SLOTS), kept_weights.sized(queries * SLOTS)};
+        float *factors = kept_factors.sized(count / s.kv_heads * LANES);
+        Scratch own = {kept_laid.sized(std::max(words(), value_words()) * SLOTS), kept_scores.sized(queries * SLOTS),
+                       kept_weights.sized(queries * SLOTS), kept_seen.sized(s.width)};
         for (int64_t i = 0; i < count; ++i) {
             const Task &task = tasks[i], &next = tasks[std::min(i + 1, count - 1)];
             if ((2 * task.before + task.blocks) * threads / (2 * num_blocks) == thread)
@@ -288,9 +329,11 @@ public:
         }
         together();
         const Share share = own_share(s.rows * s.kv_heads * queries);
-        for (int64_t i = share.first; i < share.stop; ++i)
-            combine(i / queries / s.kv_heads, i / queries % s.kv_heads, i % queries, room.sums, room.largest, factors,
-                    out);
+        for (int64_t i = share.first, stop; i < share.stop; i = stop) {  // the queries of a row and a key head
+            const int64_t pair = i / queries, zero = pair * queries;
+            stop = std::min(zero + queries, share.stop);
+            combine(pair / s.kv_heads, pair % s.kv_heads, i - zero, stop - zero, room, factors, out);
+        }
         together();
     }
 };

@@ -1,9 +1,10 @@
-// What attention needs of the vector unit, in GCC's and clang's vector types; intrinsics only where there are none.
+// What the kernels need of the vector unit, in GCC's and clang's vector types; intrinsics only where there are none.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#ifdef __AVX512BF16__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -63,27 +64,28 @@ static inline void kept(void *to, From x) { std::memcpy(to, &x, sizeof x); }
 #define APART __attribute__((noinline, noclone)) static  // compiled once, however many call it
 #endif
 
-// Transpose EDGE rows of EDGE words (`stride` in bytes, `to_stride` in words). Interleave two rows of bfloat16: word
-// i holds first[i] in its low half and second[i] in its high one. GCC is slow with vectors that the machine has not.
+// Transpose EDGE rows of EDGE words, which begin where `at` says (`stride` in words). Interleave two rows of bfloat16:
+// word i holds first[i] in its low half and second[i] in its high one. GCC is slow with vectors that the machine has not.
 #ifdef __AVX__
 constexpr int EDGE = 8;
-INLINED void transposed(const char *from, int64_t stride, uint32_t *to, int64_t to_stride) {
+template <typename At>
+INLINED void transposed(const At &at, uint32_t *to, int64_t stride) {
     typedef Vector<uint32_t, 8>::type Eight;
     typedef Vector<uint64_t, 4>::type Pairs;
-    Pairs a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        Eight one = loaded<Eight>(from + i * stride), two = loaded<Eight>(from + (i + 1) * stride);
-        a[i] = (Pairs)PICKED(one, two, 0, 8, 1, 9, 4, 12, 5, 13);
-        a[i + 1] = (Pairs)PICKED(one, two, 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    for (int i = 0; i < 8; i += 4)
+    for (int w = 0; w < 8; w += 4) {  // four words of rows i and i + 4 stand in one vector
+        Eight rows[4];
+        for (int i = 0; i < 4; ++i)
+            rows[i] = (Eight)_mm256_insertf128_ps(
+                _mm256_castps128_ps256(_mm_loadu_ps(reinterpret_cast<const float *>(at(i)) + w)),
+                _mm_loadu_ps(reinterpret_cast<const float *>(at(i + 4)) + w), 1);
         for (int k = 0; k < 2; ++k) {
-            b[i + 2 * k] = PICKED(a[i + k], a[i + k + 2], 0, 4, 2, 6);
-            b[i + 2 * k + 1] = PICKED(a[i + k], a[i + k + 2], 1, 5, 3, 7);
+            const Pairs first = k ? (Pairs)PICKED(rows[0], rows[1], 2, 10, 3, 11, 6, 14, 7, 15)
+                                  : (Pairs)PICKED(rows[0], rows[1], 0, 8, 1, 9, 4, 12, 5, 13);
+            const Pairs second = k ? (Pairs)PICKED(rows[2], rows[3], 2, 10, 3, 11, 6, 14, 7, 15)
+                                   : (Pairs)PICKED(rows[2], rows[3], 0, 8, 1, 9, 4, 12, 5, 13);
+            kept(to + (w + 2 * k) * stride, PICKED(first, second, 0, 4, 2, 6));
+            kept(to + (w + 2 * k + 1) * stride, PICKED(first, second, 1, 5, 3, 7));
         }
-    for (int i = 0; i < 4; ++i) {
-        kept(to + i * to_stride, PICKED(b[i], b[i + 4], 0, 1, 4, 5));
-        kept(to + (i + 4) * to_stride, PICKED(b[i], b[i + 4], 2, 3, 6, 7));
     }
 }
 INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, uint32_t *to) {
@@ -98,18 +100,19 @@ INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, ui
 }
 #else
 constexpr int EDGE = 4;
-INLINED void transposed(const char *from, int64_t stride, uint32_t *to, int64_t to_stride) {
+template <typename At>
+INLINED void transposed(const At &at, uint32_t *to, int64_t stride) {
     typedef Vector<uint32_t, 4>::type Four;
     typedef Vector<uint64_t, 2>::type Pairs;
     Pairs a[4];
     for (int i = 0; i < 4; i += 2) {
-        Four one = loaded<Four>(from + i * stride), two = loaded<Four>(from + (i + 1) * stride);
+        Four one = loaded<Four>(at(i)), two = loaded<Four>(at(i + 1));
         a[i] = (Pairs)PICKED(one, two, 0, 4, 1, 5);
         a[i + 1] = (Pairs)PICKED(one, two, 2, 6, 3, 7);
     }
     for (int k = 0; k < 2; ++k) {
-        kept(to + 2 * k * to_stride, PICKED(a[k], a[k + 2], 0, 2));
-        kept(to + (2 * k + 1) * to_stride, PICKED(a[k], a[k + 2], 1, 3));
+        kept(to + 2 * k * stride, PICKED(a[k], a[k + 2], 0, 2));
+        kept(to + (2 * k + 1) * stride, PICKED(a[k], a[k + 2], 1, 3));
     }
 }
 INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, uint32_t *to) {
@@ -136,13 +139,17 @@ static inline Floats rounded_to(float *to, Floats x) {
     kept(to, x);
     return x;
 }
+// Floats with the low half of their bits rounded away.
+static inline Words near_bfloat(Floats x) {
+    Words bits = loaded<Words>(&x), near = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    return (bits & 0x7fffffff) > 0x7f800000 ? (bits | 0x400000) & 0xffff0000u : near;
+}
 static inline Floats rounded_to(bf16 *to, Floats x) {
 #ifdef __AVX512BF16__
     __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
     Words whole = (Words)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
 #else
-    Words bits = loaded<Words>(&x), near = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    Words whole = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : near;
+    Words whole = near_bfloat(x);
     auto narrow = __builtin_convertvector(whole >> 16, Vector<uint16_t, LANES>::type);
 #endif
     kept(to, narrow);
@@ -163,6 +170,13 @@ static inline void rounded_to(T *to, Floats x, int64_t live) {
     rounded_to(some, x);
     for (int64_t i = 0; i < live; ++i) to[i] = some[i];
 }
+
+// Two vectors side by side in words: numbers 0, 2, .. and 1, 3, .. of `to`, the first `live` of them.
+static inline void rounded_words(bf16 *to, Floats even, Floats odd, int64_t live) {
+    const Words both = near_bfloat(even) >> 16 | near_bfloat(odd);
+    std::memcpy(to, &both, std::min<int64_t>(2 * LANES, live) * sizeof(bf16));
+}
+static inline void rounded_words(float *, Floats, Floats, int64_t) {}
 
 // Vectors of a product are words of 32 bits, one float or a pair of bfloat16 each; its rows are of numbers of the same
 // kind where pairs are multiplied, else of floats.
@@ -224,6 +238,35 @@ static void multiplied(const Factor<T> *rows, int64_t stride, const uint32_t *ve
         for (int v = 0; v < N; ++v) kept(at[q] + v * LANES, sum[q][v]);
 }
 
+// Q rows of weights times N words of each slot's values: rows [Q, stride], values `apart` words from one slot to the
+// next, slots [first, stop) of them. Sums of words that hold two numbers are of the first ones, LANES of them, and then
+// of the second ones.
+template <typename T, int Q, int N>
+static void weighted(const float *rows, int64_t stride, const uint32_t *values, int64_t apart, int64_t first,
+                     int64_t stop, const Sums &to) {
+    constexpr int EACH = IN_WORD<T>;
+    Floats sum[Q][N * EACH];
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+        for (int v = 0; v < N * EACH; ++v)
+            sum[q][v] = to.onto ? loaded<Floats>(to.at + q * to.stride + v * LANES) : Floats{};
+    for (int64_t j = first; j < stop; ++j)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) {
+            const Words both = loaded<Words>(values + j * apart + v * LANES);
+            const Floats numbers[2] = {(Floats)(EACH == 1 ? both : both << 16), (Floats)(both & 0xffff0000u)};
+#pragma GCC unroll 8
+            for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+                for (int k = 0; k < EACH; ++k) sum[q][v * EACH + k] += numbers[k] * rows[q * stride + j];
+        }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+        for (int v = 0; v < N * EACH; ++v) kept(to.at + q * to.stride + v * LANES, sum[q][v]);
+}
+
 // Up to QUERIES rows times the first lanes of vectors, any multiple of LANES.
 template <typename T, int Q = QUERIES>
 static void product(int count, const Factor<T> *rows, int64_t stride, const uint32_t *vectors, int64_t width,
@@ -235,4 +278,18 @@ static void product(int count, const Factor<T> *rows, int64_t stride, const uint
         multiplied<T, Q, VECTORS>(rows, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
     for (; at < lanes; at += LANES)
         multiplied<T, Q, 1>(rows, stride, vectors + at, width, first, stop, {to.at + at, to.stride, to.onto});
+}
+
+// The same of weights and values; `words` of a slot, any multiple of LANES.
+template <typename T, int Q = QUERIES>
+static void weighted_sum(int count, const float *rows, int64_t stride, const uint32_t *values, int64_t apart,
+                         int64_t words, int64_t first, int64_t stop, const Sums &to) {
+    if constexpr (Q > 1)
+        if (count < Q) return weighted_sum<T, Q - 1>(count, rows, stride, values, apart, words, first, stop, to);
+    constexpr int EACH = IN_WORD<T>, N = VECTORS / EACH;
+    int64_t at = 0;
+    for (; at + N * LANES <= words; at += N * LANES)
+        weighted<T, Q, N>(rows, stride, values + at, apart, first, stop, {to.at + EACH * at, to.stride, to.onto});
+    for (; at < words; at += LANES)
+        weighted<T, Q, 1>(rows, stride, values + at, apart, first, stop, {to.at + EACH * at, to.stride, to.onto});
 }
