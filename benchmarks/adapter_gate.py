@@ -28,6 +28,7 @@ import torch
 from gate_cells import CELLS, DRAFTS, Cell, judged, read, train
 
 import layerskip
+from layerskip.measure.records import work_folder
 from layerskip.measure.results import named
 from layerskip.model.step import Step
 from layerskip.train.data.packing import most_frequent
@@ -106,8 +107,11 @@ def main() -> None:
         count += sum(line["completion_mask"])
         if count >= given.tokens:
             break
-    given.work.mkdir(parents=True, exist_ok=True)
-    kept = given.work / "states.pt"
+    told = {
+        name: value for name, value in vars(given).items() if name not in ("work", "cells", "save", "threads")
+    }
+    work_folder(given.work.absolute().parent, given.work.name, json.loads(json.dumps(told, default=str)))
+    kept = given.work / f"states-{'-'.join(map(str, exits))}.pt"
     text = (
         torch.load(kept, weights_only=False) if kept.is_file() else read(lm.stack, lines, exits, given.length)
     )

@@ -235,10 +235,11 @@ def _command(place: Path, draft: str | None) -> str:
 
 
 def _equal(plain: list[list[int]], found: list[list[int]]) -> dict[str, Any]:
-    """How many outputs are token for token the same, and where the others part."""
+    """How many outputs are token for token the same, and where the others part: ends before the plain one, too."""
+    missing = [[*other, *[None] * (len(one) - len(other))] for one, other in zip(plain, found, strict=True)]
     parted = [
         next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-        for one, other in zip(plain, found, strict=True)
+        for one, other in zip(plain, missing, strict=True)
     ]
     return {"same": sum(place is None for place in parted), "of": len(plain), "parted_at": parted}
 

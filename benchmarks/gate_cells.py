@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from layerskip.measure.exits.states import _batches
+from layerskip.measure.exits.states import batches
 from layerskip.model.adapter import scaled
 from layerskip.model.step import Step
 from layerskip.train.data.encoding import IGNORED
@@ -109,7 +109,7 @@ def read(stack: Stack, lines: list[dict[str, Any]], exits: list[int], limit: int
     sequences = [line["input_ids"][:limit] for line in lines]
     firsts = [max(0, line["completion_mask"].index(1) - 1 - DRAFTS) for line in lines]
     order = sorted(range(len(lines)), key=lambda i: len(sequences[i]))
-    for group in _batches([len(sequences[i]) for i in order], 2048):
+    for group in batches([len(sequences[i]) for i in order], 2048):
         rows = [order[place] for place in group]
         counts = [len(sequences[i]) for i in rows]
         cache, width = stack.new_cache(len(rows), max(counts)), max(counts)

@@ -173,7 +173,7 @@ def measured(given: argparse.Namespace, run: TrialRun) -> dict[str, Any]:
         "exits": exits,
         "nll": [windows[i]["text"]["exits"][last]["nll"] for i in sorted(windows)],
         "tokens": [windows[i]["text"]["tokens"] for i in sorted(windows)],
-        "train_s": (run.result or {})["train_s"],
+        "seconds": run.seconds,
     }
 
 
@@ -228,7 +228,7 @@ def summed(by_seed: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any
         "perplexity_change": over_seeds([told["ratio"] for told in changes.values()]),
         "perplexity_change_by_seed": changes,
         "by_seed": {str(seed): told["exits"] for seed, told in by_seed.items()},
-        "train_s": [told["train_s"] for told in by_seed.values()],
+        "seconds": [told["seconds"] for told in by_seed.values()],
     }
 
 

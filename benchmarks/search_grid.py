@@ -116,7 +116,7 @@ def grid_cell(place: Path, fixed: list[str], cell: list[str], reference: float) 
         flush=True,
     )
     told = {"settings": cell, "value": value, "speedup": last.speedup, "cost": cost}
-    return told | {"seconds": run.result["train_s"], "folder": str(run.folder)}
+    return told | {"seconds": run.seconds, "folder": str(run.folder)}
 
 
 def judged(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:

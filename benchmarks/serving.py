@@ -273,13 +273,15 @@ def main() -> None:
         result["prefix"] = prefix(arguments)
     if "json" in parts:
         result["json"] = as_json(arguments)
+    kept = {"serving": result} if result else {}
     if "memory" in parts:
-        result["memory"] = memory(arguments)
-    print(json.dumps(result, indent=1))
-    if arguments.save:
-        result["configuration"] = record.configuration(arguments, resolve_device("cpu"))
-        parts_of_name = [arguments.quantize] if arguments.quantize else []
-        record.save(result, "serving", named(arguments.model), *parts_of_name, "cpu")
+        kept["serving-memory"] = {"memory": memory(arguments)}
+    for kind, told in kept.items():
+        print(json.dumps(told, indent=1))
+        if arguments.save:
+            told["configuration"] = record.configuration(arguments, resolve_device("cpu"))
+            parts_of_name = [arguments.quantize] if arguments.quantize else []
+            record.save(told, kind, named(arguments.model), *parts_of_name, "cpu")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,17 @@ def shapes() -> str:
 
 def serving() -> str:
     """The server under load, beside itself without drafts and beside llama.cpp's, in each format measured."""
-    return "\n\n".join(map(_served, record.newest_of_each("serving_*.json")))
+    memory = map(_memory, record.newest_of_each("serving-memory_*.json"))
+    return "\n\n".join([*map(_served, record.newest_of_each("serving_*.json")), *memory])
+
+
+def _memory(path: Path) -> str:
+    result = json.loads(path.read_text())
+    told, memory = result["configuration"], result["memory"]
+    some = [memory[0], memory[len(memory) // 2], memory[-1]]
+    sizes = ", ".join(f"{one['mb']:,.0f} MB after {one['requests']:,} requests" for one in some)
+    weights = told["quantize"] or "bfloat16"
+    return f"The server's memory (`{told['model']}` in {weights}, {told['device_name']}): {sizes} ({link(path)})."
 
 
 def _served(path: Path) -> str:
@@ -58,7 +68,7 @@ def _served(path: Path) -> str:
         "per token, ms: p50, p95", "over llama.cpp's server", "its first token, ms", "its tokens/s",
     )  # fmt: skip
     peers = {one["rows"]: one for one in result.get("peer", [])}
-    for one in result["rows"]:
+    for one in result.get("rows", []):
         drafts, peer = one["drafts"], peers.get(one["rows"])
         cells = [str(one["rows"]), ratio(one), f"{one['equal']} of {one['requests']}"]
         cells += [f"{one[kind]['tokens_per_s']:.0f}" for kind in ("plain", "drafts")]
@@ -81,11 +91,6 @@ def _served(path: Path) -> str:
         )
     if (shaped := result.get("json")) is not None:
         about.append(f"Of {shaped['asked']} answers sampled under a JSON schema {shaped['valid']} are valid.")
-    if memory := result.get("memory"):
-        some = [memory[0], memory[len(memory) // 2], memory[-1]]
-        told_memory = ", ".join(f"{one['mb']:,.0f} MB after {one['requests']:,} requests" for one in some)
-        where = f", in a run of its own on an {result['memory_on']}" if "memory_on" in result else ""
-        about.append(f"The server's memory: {told_memory}{where}.")
     return "\n".join([*lines, "", f"{' '.join(about)} ({link(path)})"])
 
 

@@ -284,6 +284,12 @@ def formats() -> str:
     path = record.newest("formats_*.json")
     result = json.loads(path.read_text())
     told, decoded = result["configuration"], result["decoding"]
+    perplexity = (
+        f"Perplexity: of WikiText-2's test text, {result['text']['tokens']:,} tokens in windows of 512, against "
+        "bfloat16, paired. "
+        if "text" in result
+        else ""
+    )
     lines = [
         *formats_table(result),
         "",
@@ -294,8 +300,7 @@ def formats() -> str:
         "between; weights as decoding has them, kept in the last cache where they fit, and from memory, with "
         "another model's weights read between two passes. Bandwidth: of steps from memory. llama.cpp "
         "(node-llama-cpp 3.22.1) has the Q4_1 file that the model was made of and its better number of threads. "
-        f"Perplexity: of WikiText-2's test text, {result['text']['tokens']:,} tokens in "
-        "windows of 512, against bfloat16, paired. Memory: the peak of a process that loads it and writes 128 "
+        f"{perplexity}Memory: the peak of a process that loads it and writes 128 "
         f"tokens ({result['processes']['bfloat16']['imports_mb']:.0f} MB of it are imports), and its share of "
         "bfloat16's. Load: after the first time, imports done. 95% intervals "
         f"({link(path)}).",

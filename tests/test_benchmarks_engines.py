@@ -84,3 +84,9 @@ def test_lm_evals_tasks_are_written_from_the_data(benchmark, tmp_path):
         told = yaml.safe_load((place / f"{name}.yaml").read_text())
         assert told["task"] == name
         assert told["dataset_kwargs"]["data_files"]["test"] == str(place / f"{name}.jsonl")
+
+
+def test_an_output_that_ends_early_is_not_the_same(benchmark):
+    equal = benchmark("engines")._equal
+    plain = [[1, 2, 3], [4, 5], [6]]
+    assert equal(plain, [[1, 2, 3, 9], [4], []]) == {"same": 1, "of": 3, "parted_at": [None, 1, 0]}

@@ -1,5 +1,6 @@
 """Where an adapter's training begins: the solution of a linear regression, for any norm in front of the head."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -96,12 +97,15 @@ def test_a_strong_head_is_taught_in_smaller_steps(gain):
     schedule = Schedule(tiny.NUM_LAYERS, exits=(0,), curriculum="fixed", weighting="uniform", p_max=0.0)
     exits = ExitTraining(model, schedule, Objective(exit_adapter=True, freeze="model", exit_loss="kl"))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    with exits:
+    with exits, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         calm(exits, optimizer)
     rate = optimizer.param_groups[0]["lr"] / 2
     moved = model.lm_head.weight.detach() * gain
     felt = float((moved - moved.mean(0)).norm(dim=1).square().mean().sqrt())
     assert rate == pytest.approx(min(1, STRENGTH / felt), rel=1e-3)
-    assert (rate < 1) == (felt > STRENGTH)
+    assert (
+        (rate < 1) == (felt > STRENGTH) == any("the learning rate is lowered" in str(w.message) for w in told)
+    )
     calm(ExitTraining(tiny.random_model("llama"), Schedule(tiny.NUM_LAYERS), Objective()), optimizer)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * rate)

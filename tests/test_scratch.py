@@ -146,7 +146,7 @@ def test_a_file_of_several_documents_is_cut_where_it_says(make, tmp_path):
 def test_cells_are_compared_by_seed_and_averaged_over_seeds(benchmark):
     scratch = benchmark("scratch")
     exits = {"2": {"agreement": 0.5, "speedup": 1.1}, "8": {"agreement": 1.0}}
-    base = {seed: {"exits": exits, "nll": [10.0, 20.0], "tokens": [5, 10], "train_s": 1.0} for seed in (0, 1)}
+    base = {seed: {"exits": exits, "nll": [10.0, 20.0], "tokens": [5, 10], "seconds": 1.0} for seed in (0, 1)}
     worse = {seed: told | {"nll": [10.5 + seed, 21.0 + 2 * seed]} for seed, told in base.items()}
     told = scratch.summed(worse, base)
     by_seed = told["perplexity_change_by_seed"]

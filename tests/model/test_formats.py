@@ -19,7 +19,7 @@ from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model.native import int4, int8, stored, tiles
 from layerskip.model.native import kernels as compiled
-from layerskip.model.native.bfloat16 import Bfloat16
+from layerskip.model.native.bfloat16 import Bfloat16, bfloat16
 from layerskip.model.native.formats import FORMATS, require_format
 from layerskip.model.native.stack import NativeStack
 from rounds import decode
@@ -320,3 +320,15 @@ def test_a_quantised_model_is_a_language_model(folder):
     lm = layerskip.load(folder, quantize="int4", progress=False)
     plain = lm.generate([5, 9, 20], max_new_tokens=12, mode="ar").tokens
     assert lm.generate([5, 9, 20], max_new_tokens=12, exit_layer=2, draft_length=3).tokens == plain
+
+
+@pytest.mark.skipif(not WHOLE, reason="no compiled product of bfloat16")
+def test_a_compiled_product_that_is_wrong_is_not_used(monkeypatch):
+    """It ended the load, and its advice was to leave out an option that nobody had given."""
+    weight = numbers(70, 64).bfloat16()
+    assert bfloat16(weight, None) is not None
+    monkeypatch.setattr(tiles, "MATCHES", -1.0)
+    with pytest.warns(RuntimeWarning, match="gives wrong numbers here: torch multiplies instead"):
+        assert bfloat16(weight, None) is None
+    with pytest.raises(UserError, match="the compiled int8 product gives wrong numbers"):
+        tiles.made(int8.Int8, weight, None)

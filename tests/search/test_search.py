@@ -123,6 +123,16 @@ def test_it_finds_the_peak_within_the_cost(world, tmp_path):
     assert (world.made[0][1].e_scale, world.made[0][1].p_max) == (0, 0)
 
 
+def test_a_dearer_trial_is_never_the_best_while_one_stayed_within_the_cost(tmp_path):
+    """1.60 x at 0.3% too much was worth more than 1.25 x within."""
+    search = searching(tmp_path / "s")
+    for value, cost in ((1.30, 0.013), (1.25, 0.005), (1.20, 0.009)):
+        trial = search.study.ask()
+        trial.set_user_attr("cost", cost)
+        search.study.tell(trial, value)
+    assert [trial.value for trial in search.finished()] == [1.25, 1.20, 1.30]
+
+
 def test_a_search_that_was_killed_makes_the_same_trials(world, tmp_path):
     whole = searching(tmp_path / "whole")
     list(whole.run())

@@ -107,6 +107,35 @@ def test_prompts_may_be_ids_or_many(server, lm):
     assert server.complete("xyz", echo=True)[2]["choices"][0]["text"] == "xyz" + one
 
 
+def test_offsets_of_an_echoed_stream_are_those_of_the_whole_answer(server):
+    """They were too small by the prompt in a stream."""
+    asked = {"echo": True, "logprobs": 1, "max_tokens": 6}
+    whole = server.complete("xyz", **asked)[2]["choices"][0]["logprobs"]["text_offset"]
+    events = server.stream("/v1/completions", {"prompt": "xyz", "temperature": 0, **asked})
+    pieces = [event["choices"][0] for event in events if event != "[DONE]"]
+    told = [
+        offset for piece in pieces for offset in (piece["logprobs"] or {"text_offset": []})["text_offset"]
+    ]
+    assert told == whole
+    assert whole[0] == 3
+
+
+def test_a_server_that_has_failed_says_so_and_not_that_it_shuts_down(server, monkeypatch):
+    monkeypatch.setattr(type(server.worker), "healthy", False)
+    status, _, told = server.chat(max_tokens=1)
+    assert status == 503
+    assert "has failed" in told["error"]["message"]
+    assert "/health" in told["error"]["message"]
+
+
+def test_a_round_is_of_at_most_32_positions(server):
+    """A draft length of thousands made one round of as many passes, and nothing else ran meanwhile."""
+    assert server.chat(max_tokens=1, layerskip={"draft_length": 31})[0] == 200
+    status, _, told = server.chat(max_tokens=1, layerskip={"draft_length": 32})
+    assert status == 400
+    assert "31" in told["error"]["message"]
+
+
 def test_stop_strings_end_before_themselves(server, lm):
     text = alone(lm, "What is it?").text
     stop = text[5:8]

@@ -57,6 +57,24 @@ def shot(page, name):
         page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
 
 
+def test_clearing_during_an_answer_leaves_nothing_of_it(browser, server):
+    """What had been written of it was the first message of the next request."""
+    page = opened(browser, server)
+    page.fill("#prompt", "one")
+    page.press("#prompt", "Enter")
+    page.locator("#stop:not([disabled])").wait_for()
+    page.locator(".turn.assistant, .assistant").first.wait_for()
+    page.click("#clear")
+    page.locator("#send:not([disabled])").wait_for()
+    asked = []
+    page.on(
+        "request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None
+    )
+    ask(page, "two")
+    assert [message["content"] for message in asked[0]["messages"]] == ["two"]
+    assert page.locator("#turns").inner_text().count("one") == 0
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_an_answer_is_streamed_and_coloured_and_counted(browser, server, width, scheme):

@@ -31,7 +31,7 @@ class Facts:
 
     exits: tuple[int, ...] = option((), "Exit layers that were trained.")
     exit_layer: int | None = option(None, "E, layers that draft; 0: an adapter reads the embedding.", least=0)
-    draft_length: int | None = option(None, "K, tokens drafted per round.", least=0)
+    draft_length: int | None = option(None, "K, tokens drafted per round.", least=0, most=31)
     draft_vocab: str | None = option(
         None, "File beside config.json: a JSON list of ids by falling frequency."
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.checkpoint.files import cache_folder, write_json
+from layerskip.errors import UserError
 
 CODE = Path(__file__).parents[1] / "model"
 MACHINE = (platform.node(), platform.machine(), platform.processor())
@@ -24,9 +25,12 @@ def digest(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def kept_file(kind: str, told: Any, prefix: str = "", suffix: str = ".json") -> Path:
-    """Name a file of the cache folder's `kind`. Raises: UserError where there is no cache folder."""
-    return cache_folder() / kind / f"{prefix}{digest(told)}{suffix}"
+def kept_file(kind: str, told: Any, prefix: str = "", suffix: str = ".json") -> Path | None:
+    """Name a file of the cache folder's `kind`; None where there is no cache folder."""
+    try:
+        return cache_folder() / kind / f"{prefix}{digest(told)}{suffix}"
+    except UserError:
+        return None
 
 
 @functools.cache
@@ -36,8 +40,10 @@ def decoders() -> str:
     return digest([path.read_text(encoding="utf-8") for path in files])
 
 
-def keep(file: Path, content: Any) -> None:
+def keep(file: Path | None, content: Any) -> None:
     """Write JSON whole; where that cannot be, it is found out again by the next process."""
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, content)

@@ -35,9 +35,10 @@ def serve(model: Model, settings: ServeOptions, loading: Loading) -> None:
     note(f"{told.rows} rows of {told.context} tokens, a queue of {told.queue}")
     note(f"http://{told.host}:{told.port}  (Ctrl-C finishes what runs and leaves)")
     log_to()
+    service.start()
     try:
         run(app, service)
     except (OSError, SystemExit) as error:
         raise UserError(
-            f"cannot listen on {told.host}:{told.port}: {error}", "choose another --port, or stop who has it"
+            f"cannot listen on {told.host}:{told.port}", "choose another --port, or stop who has it"
         ) from error

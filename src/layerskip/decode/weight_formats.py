@@ -86,7 +86,8 @@ def compared(folder: Path, load: Load, watch: Watch = silent, again: bool = Fals
 
 def kept(folder: Path | None) -> list[Worth] | None:
     """What was measured before of this model on this machine; None where nothing was."""
-    return None if folder is None else _read(_file(folder))
+    file = None if folder is None else _file(folder)
+    return None if file is None else _read(file)
 
 
 def fastest(rows: Sequence[Worth]) -> str | None:
@@ -134,7 +135,7 @@ def step_bytes(lm: LanguageModel) -> int:
 # -- what is kept --------------------------------------------------------------------------------------------
 
 
-def _file(folder: Path) -> Path:
+def _file(folder: Path) -> Path | None:
     model = [fingerprint(folder), fingerprint(folder, "config.json"), sorted(FORMATS), LAYOUT]
     return kept_file(
         "formats", [model, decoders(), MACHINE, torch.__version__, torch.get_num_threads()], "worth-"

@@ -29,6 +29,8 @@ def work_folder(chosen: Path | None, name: str, setup: dict[str, Any]) -> Path:
     """
     setup = json.loads(json.dumps(setup))
     folder = kept_file("eval", setup, f"{name}-", "") if chosen is None else chosen / name
+    if folder is None:
+        raise UserError("there is no cache folder to keep results in", "--work names another folder")
     file = folder / "setup.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

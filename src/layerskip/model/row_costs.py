@@ -39,7 +39,7 @@ def measured_row_costs(stack: Stack) -> RowCosts:
     if stack.device.type != "cpu" or (stack.context or CONTEXT) < CONTEXT:
         return guess
     file = kept_file("row-costs", _told(stack))
-    costs = _read(file)
+    costs = None if file is None else _read(file)
     if costs is None:
         if (busy_cores(0.05) or 0.0) > BUSY or (costs := _measured(stack)) is None:
             return guess  # and measure another time

@@ -81,7 +81,7 @@ def page(search: Search, told: dict[str, Any]) -> str:
             + (
                 "."
                 if within
-                else f": no trial stayed within +{100 * search.max_cost:.1f}%, this is the cheapest."
+                else f": no trial stayed within +{100 * search.max_cost:.1f}%, this one lost least beyond it."
             ),
             f"`layerskip train {best['recipe']} output=FOLDER steps=...` trains it in full.",
             "",

@@ -1,6 +1,6 @@
 """One run of a search: `layerskip train` as a process, watched through its checkpoints, stopped and resumed.
 
-    run = TrialRun(folder, settings)
+    run = TrialRun(folder, recipe, settings)
     for step, figures in run.follow():          # at every evaluation; `run.stop()` ends it with a checkpoint
         ...
 
@@ -20,11 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerskip.checkpoint.files import write_json
+from layerskip.checkpoint.files import write_json, write_text
 from layerskip.errors import UserError
 
 POLL_S = 0.2
-RESULT = "result.json"
+RESULT, TOOK = "result.json", "seconds.txt"
 LOG = "train.log"
 
 
@@ -61,12 +61,19 @@ class TrialRun:
         file = self.folder / RESULT
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds that it took, start, loading and evaluations among them, over all sittings."""
+        file = self.folder / TOOK
+        return float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+
     def follow(self) -> Iterator[tuple[int, Figures]]:
         """Train to the end, or to `stop`; yield every evaluation once, those of an earlier sitting too.
 
         Raises: UserError with the last lines of a run that failed; StoppedError where it was ended from outside.
         """
         told, ended = 0, self.result is not None
+        began, before = time.monotonic(), self.seconds
         if not ended:
             self._begin()
         try:
@@ -78,6 +85,7 @@ class TrialRun:
                 if ended or self._stopped:
                     return
                 time.sleep(POLL_S)
+                write_text(self.folder / TOOK, f"{before + time.monotonic() - began:.1f}\n")
                 if self._process is not None and self._process.poll() is not None:
                     self._end()
                     ended = True

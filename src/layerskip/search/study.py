@@ -190,9 +190,9 @@ class Search:
     # -- what it found -------------------------------------------------------------------------------------------
 
     def finished(self) -> list[optuna.trial.FrozenTrial]:
-        """Trials that ran to their end, the best first: by speed-up, less what they cost beyond what they may."""
+        """Trials that ran to their end, the best first: those that cost what they may before all others."""
         done = [t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
-        return sorted(done, key=lambda trial: -(trial.value or 0.0))
+        return sorted(done, key=lambda t: (t.user_attrs.get(COST, 0.0) > self.max_cost, -(t.value or 0.0)))
 
     def recipe_of(self, trial: optuna.trial.FrozenTrial) -> Recipe:
         """A trial's recipe, without an output of its own. Raises: UserError as `read_recipe`."""

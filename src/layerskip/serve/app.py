@@ -274,9 +274,9 @@ class Answers:
             choice["delta"] = ({"role": "assistant"} if first else {}) | {"content": added["text"]}
             choice["logprobs"] = chat_logprobs(entries)
         else:
-            echoed = self._echoed(exchange, asked, place) if first else ""
-            choice["text"] = echoed + added["text"]
-            choice["logprobs"] = text_logprobs(entries, len(reply.text) - len(added["text"]))
+            echoed = self._echoed(exchange, asked, place)
+            choice["text"] = (echoed if first else "") + added["text"]
+            choice["logprobs"] = text_logprobs(entries, len(echoed) + added.get("offset", 0))
         if "round" in added:
             choice["layerskip"] = {"rounds": [added["round"]]}
         return choice

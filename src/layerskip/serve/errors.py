@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.responses import JSONResponse
 
 from layerskip.errors import UserError
-from layerskip.serve.worker import BusyError, DrainingError, GoneError, LateError
+from layerskip.serve.worker import BrokenError, BusyError, DrainingError, GoneError, LateError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +39,7 @@ def status_of(error: Exception) -> int:
     """Which status an error of a request has; what is nobody's fault but ours is 500."""
     if isinstance(error, BusyError):
         return 429
-    if isinstance(error, DrainingError):
+    if isinstance(error, (DrainingError, BrokenError)):
         return 503
     if isinstance(error, LateError):
         return 504
@@ -60,6 +60,8 @@ def told(
         message = f"too many requests wait; try again in {error.retry_s} s"
     elif isinstance(error, DrainingError):
         message = "the server is shutting down; ask another one"
+    elif isinstance(error, BrokenError):
+        message = "the server has failed and decodes no more: see its log and /health, and start it again"
     elif isinstance(error, LateError):
         message = "the request took longer than it may; ask for fewer tokens, or raise --timeout"
     elif isinstance(error, GoneError):

@@ -69,7 +69,7 @@ class Own(Strict):
     mode: MODES | None = None
     drafter: DRAFTERS | None = None
     exit_layer: Whole | None = Field(default=None, ge=0)
-    draft_length: Whole | None = Field(default=None, ge=0)
+    draft_length: Whole | None = Field(default=None, ge=0, le=31)
     policy: POLICIES | None = None
     rounds: bool = False
 

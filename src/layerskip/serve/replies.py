@@ -28,13 +28,14 @@ class Reply:
     drafted: int = 0
     accepted: int = 0
     finish: str | None = None
+    spelled: int = 0  # characters of the tokens whose log-probabilities were told
     _stream: TextStream = field(init=False)
 
     def __post_init__(self) -> None:
         self._stream = TextStream(self.tokenizer, self.stops)
 
     def push(self, round: Round) -> dict[str, Any]:
-        """Take a round; return {text, logprobs, round}, the last two where they were asked for."""
+        """Take a round; return {text, logprobs and their offset, round}, all but the first where asked for."""
         pieces = [self._stream.push([token]) for token in round.tokens]
         if round.finish_reason:
             self.finish = REASONS[round.finish_reason]
@@ -50,6 +51,8 @@ class Reply:
                 {**self._token(token, value), "top_logprobs": [self._token(*one) for one in top]}
                 for token, value, top in zip(round.tokens, round.logprobs, tops, strict=True)
             ]
+            added["offset"] = self.spelled
+            self.spelled += sum(len(entry["token"]) for entry in added["logprobs"])
         if self.rounds_told:
             added["round"] = self._told(round, pieces)
         return added

@@ -63,12 +63,13 @@ class AsJson(logging.Formatter):
 
 
 def log_to(stream: Any = sys.stderr) -> None:
-    """Send what the server logs to a stream, a line of JSON per record."""
+    """Send what the server logs to a stream, a line of JSON per record; of uvicorn what is amiss."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(AsJson())
-    own = logging.getLogger("layerskip")
-    own.handlers, own.propagate = [handler], False
-    own.setLevel(logging.INFO)
+    for name, level in (("layerskip", logging.INFO), ("uvicorn", logging.WARNING)):
+        own = logging.getLogger(name)
+        own.handlers, own.propagate = [handler], False
+        own.setLevel(level)
 
 
 def run(app: FastAPI, service: Service) -> None:

@@ -98,7 +98,7 @@ class Service:
         if asked.model not in (None, "", self.name):
             raise LookupError(asked.model)
         choices = asked.n or 1
-        prompts = [self.encode(prompt, isinstance(asked, ChatRequest)) for prompt in asked.prompts()]
+        prompts = [self.encode(prompt) for prompt in asked.prompts()]
         if choices * len(prompts) > self.settings.choices:
             raise UserError(
                 f"{choices * len(prompts)} answers were asked for, at most {self.settings.choices} are given",
@@ -122,9 +122,9 @@ class Service:
         took = partial(self.worker.took, reader)
         return Exchange(f"{kind}-{secrets.token_hex(12)}", prompts, jobs, replies, events, took)
 
-    def encode(self, prompt: Any, chat: bool = False) -> list[int]:
+    def encode(self, prompt: Any) -> list[int]:
         """Turn messages, text or ids into ids. Raises: UserError, for a prompt that leaves no room too."""
-        ids = self.lm.encode(prompt, chat=chat if isinstance(prompt, str) else None)
+        ids = self.lm.encode(prompt, chat=False if isinstance(prompt, str) else None)
         most = self.settings.context or 0
         if len(ids) > most:
             raise UserError(f"the prompt has {len(ids)} tokens, the context is {most}", "shorten it")

@@ -47,6 +47,10 @@ class DrainingError(Exception):
     """The server is going down and takes no more."""
 
 
+class BrokenError(Exception):
+    """The worker has failed: nothing is decoded any more."""
+
+
 class LateError(Exception):
     """A request took longer than it may."""
 
@@ -146,13 +150,15 @@ class Worker:
     def submit(self, *jobs: Job) -> None:
         """Queue jobs that belong together, all or none.
 
-        Raises: UserError for a request that cannot be honoured; BusyError, DrainingError.
+        Raises: UserError for a request that cannot be honoured; BusyError, DrainingError, BrokenError.
         """
         for job in jobs:
             self.engine.check(job.request)
         with self._wake:
-            if self._draining or not self.healthy:
+            if self._draining:
                 raise DrainingError
+            if not self.healthy:
+                raise BrokenError
             room = self._queue.most + max(0, self.rows - self.running)
             if len(self._queue) + len(jobs) > room:
                 raise BusyError(max(1, round(self._took_s * (1 + len(self._queue) / self.rows))))

@@ -114,7 +114,7 @@ def chunks(
     check_exits(exits, stack.num_layers, 0 if adapted else 1)
     _check(stack, sequences)
     firsts = [0] * len(sequences) if firsts is None else firsts
-    for group in _batches([len(tokens) for tokens in sequences], batch_tokens):
+    for group in batches([len(tokens) for tokens in sequences], batch_tokens):
         states = _states(stack, [sequences[i] for i in group], exits)
         chains = {
             k: drafts_of(stack, head, states)
@@ -177,7 +177,7 @@ def _check(stack: Stack, sequences: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Group neighbours as long as rows times the longest of them stay within `limit`; one is always taken."""
     group: list[int] = []
     for i, length in enumerate(lengths):

@@ -6,10 +6,12 @@ between them; it stays where there is no compiler or no such instruction.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Self
 
 import torch
 
+from layerskip.errors import UserError
 from layerskip.model.native.kernels import kernels
 from layerskip.model.native.tiles import GROUP, TILE, Tiled, checked, padded
 
@@ -49,13 +51,15 @@ class Bfloat16(Tiled):
 
 
 def bfloat16(weight: Tensor, bias: Tensor | None) -> Bfloat16 | None:
-    """Lay a weight out; None where it is of another dtype, elsewhere, or there is no such product."""
+    """Lay a weight out; None where it is of another dtype, elsewhere, or there is no such product that is right."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return None
     compiled = kernels()
     if compiled is None or not compiled.has(Bfloat16.kernel):
         return None
     made = Bfloat16.of(compiled, weight, bias)
-    if weight.isfinite().all():
-        checked(made)
-    return made
+    try:
+        return checked(made) if weight.isfinite().all() else made
+    except UserError as error:
+        warnings.warn(f"{error.message}: torch multiplies instead, slower", RuntimeWarning, stacklevel=2)
+        return None

@@ -1,5 +1,6 @@
-// The regions between the matrix products of one decoding step on the CPU, each in one call: RMS norm, SwiGLU,
-// rotary angles with the cache write, attention of few positions. `kernels.py` compiles and calls them.
+// One decoding step on the CPU. What stands between its matrix products, each in one call: RMS norm, SwiGLU, rotary
+// angles with the cache write, attention of few positions; products in several formats; and in one call whole layers,
+// or the drafts of an adapter. `kernels.py` compiles and calls them.
 //
 // Exact: every row (position) is computed by the same loop in the same order whatever rows stand beside it, so
 // verifying K+1 positions gives the bits of K+1 single steps. No fast-math: NaN must stay NaN.

@@ -5,7 +5,8 @@
     out = found.norm(h, gain, eps)         # CPU tensors, float32 or bfloat16
 
 Between two matrix products a decoding step needs some forty small operations of torch a layer, each of which
-costs more than its arithmetic; here they are three calls. Everything works without them, only slower.
+costs more than its arithmetic; here they are three calls, and with products of ours all layers are one. Everything
+works without them, only slower.
 
 A library that is loaded runs as whoever loads it, so one from the cache is loaded only if nobody else can have
 written it: the file and its folder belong to this user (or root) and no other may write to them, and the name holds
@@ -63,7 +64,7 @@ class Shape(ctypes.Structure):
 
 
 class Product(ctypes.Structure):
-    """The `Product` of quantized.h."""
+    """The `Product` of products.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "in_features", "out_features")),
@@ -176,7 +177,7 @@ class Kernels:
         return out
 
     def product(self, kernel: str, weights: Product, x: Tensor, onto: Tensor | None) -> Tensor:
-        """Multiply by weights of few bits, add the bias and `onto`, round once.
+        """Multiply by weights in tiles, add the bias and `onto`, round once.
 
         Shapes: [..., in] -> [..., out]. `weights` says where all but the rows and `onto` are.
         """

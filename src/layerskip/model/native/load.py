@@ -56,8 +56,7 @@ def native_reason(hf: Any, placed: bool = False) -> str | None:
         try:
             if file is None or not file.exists():
                 _compare_tiny(config, type(hf))
-                if file is not None:
-                    keep(file, True)
+                keep(file, True)
             _verdicts[key] = None
         except (UserError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             _verdicts[key] = f"a tiny model of its kind does not give what Hugging Face's does ({error})"
@@ -67,10 +66,7 @@ def native_reason(hf: Any, placed: bool = False) -> str | None:
 def _agreed(key: str, model_class: type) -> Path | None:
     """Name the file that says that a kind was compared, by this code on this machine; None without a folder."""
     code = [decoders(), torch.__version__, transformers.__version__, kernels_reason()]
-    try:
-        return kept_file("native", [key, model_class.__name__, code, MACHINE])
-    except UserError:
-        return None
+    return kept_file("native", [key, model_class.__name__, code, MACHINE])
 
 
 def shrunken(config: Any) -> Any:

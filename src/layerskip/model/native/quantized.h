@@ -4,8 +4,8 @@
 // scale * w + least, both of an output and a group; of 8: scale * (w - 128), the scale of an output. So a product is
 // a sum of integers a group, and those are added up in float32 in the order of the groups.
 //
-// Exact: a row is quantised alone and its sums are of integers, so its bits do not depend on the rows beside it, on
-// the number of threads or on the vector unit.
+// Exact: a row is quantised alone and its sums are of integers, so its bits do not depend on the rows beside it or on
+// the number of threads; on machines that fuse a product with a sum, nor on the vector unit.
 //
 // In a group of a tile stand for inputs 4 i .. 4 i + 3 the bytes of all outputs, [GROUP / 4, TILE, 4] (of 4 bits: the
 // second half of the group above the first one), and then, of 4 bits, TILE scales and TILE least values in half

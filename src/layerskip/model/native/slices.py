@@ -1,4 +1,4 @@
-"""Several layers of few bits in one call, see `layers.h`.
+"""Several layers in one call, see `layers.h`.
 
     slices = Slices.of(layers, attention, kernels, silu=True)      # None where they cannot be
     h = slices(h, range(0, 12), step, cache)

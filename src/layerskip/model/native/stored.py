@@ -175,10 +175,7 @@ def _put(module: Any, name: str, tensor: Tensor) -> None:
 def _kept(folder: Path, kind: Format, dtype: torch.dtype) -> Path | None:
     """Name the file of these very weights; None without a cache folder."""
     told = [fingerprint(folder), fingerprint(folder, "config.json"), kind.name, str(dtype), LAYOUT]
-    try:
-        return kept_file("formats", told, f"{kind.name}-", ".pt")
-    except UserError:
-        return None
+    return kept_file("formats", told, f"{kind.name}-", ".pt")
 
 
 def _keep(made: dict[str, Any], path: Path) -> None:

@@ -1,15 +1,15 @@
-"""Weights of few bits as the compiled products read them: tiles of 16 outputs, groups of 32 inputs.
+"""Weights as the compiled products read them: tiles of 16 outputs, groups of 32 inputs.
 
     w = tiled(q)            # uint8 [out, in] -> [tiles, groups, 8, 16, 4]
     q = untiled(w, out, size)
 
-What `quantized.h` says of the layout, in torch. Rounding is the formats' own: `int8.py`, `int4.py`.
+What `products.h` says of the layout, in torch, here for bytes. Rounding is the formats' own: `int8.py`, `int4.py`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,12 @@ if TYPE_CHECKING:
 
 TILE, GROUP, FOUR = 16, 32, 4
 STATE = ("weights", "scales", "bias")
+Checked = TypeVar("Checked", bound="Tiled")
 MATCHES = 0.02  # relative difference that rounding inputs to 8 bits explains, with room
 
 
 class Tiled(Linear):
-    """A product of a compiled kernel: inputs are rounded to 8 bits in it, 32 of a row sharing a scale.
-
-    Exact: a row is rounded alone and summed in integers, so its bits do not depend on its company.
-    """
+    """A product of a compiled kernel. Exact: a row is prepared and summed alone, whatever stands beside it."""
 
     kernel: ClassVar[str]
     bias: Tensor | None
@@ -89,16 +87,19 @@ def finite(weight: Tensor) -> Tensor:
     return weight
 
 
-def checked(linear: Tiled) -> Tiled:
+def checked(linear: Checked) -> Checked:
     """Compare a product with torch's on the first outputs: a compiler may be wrong. Raises: UserError."""
-    ids = torch.arange(min(linear.out_features, 2 * TILE + 3))
-    some = linear.rows(ids) if len(ids) < linear.out_features else linear
+    few = min(linear.out_features, 2 * TILE + 3)
+    tiles = -(-few // TILE)
+    most = {"weights": tiles, "scales": tiles * TILE, "bias": few}
+    first = {name: tensor[: most[name]] for name, tensor in linear.state.items()}
+    some = type(linear)(linear.kernels, (few, linear.in_features), first)
     x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
     wanted = F.linear(x.float(), some.dense(), None if some.bias is None else some.bias.float())
     if not (some(x).float() - wanted).norm() <= MATCHES * wanted.norm() + 1e-6:
         raise UserError(
             f"the compiled {linear.kernel} product gives wrong numbers here",
-            "leave out --quantize, or set LAYERSKIP_KERNELS=off",
+            "set LAYERSKIP_KERNELS=off, or leave out --quantize",
         )
     return linear
 

@@ -162,7 +162,8 @@ function verdict(ours, plain) {
 }
 
 async function send(text) {
-  messages.push({ role: "user", content: text });
+  const own = { role: "user", content: text };
+  messages.push(own);
   const asked = turn("user");
   asked.textContent = text;
   $("turns").append(asked);
@@ -195,7 +196,8 @@ async function send(text) {
       $("turns").append(p);
     }
   } finally {
-    if (lanes[0].text) messages.push({ role: "assistant", content: lanes[0].text });
+    if (messages.at(-1) !== own) place.remove(); // cleared meanwhile
+    else if (lanes[0].text) messages.push({ role: "assistant", content: lanes[0].text });
     else messages.pop();
     running = null;
     $("send").disabled = false;

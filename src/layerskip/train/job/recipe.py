@@ -170,7 +170,7 @@ class Recipe(_Strict):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon with the same scale of learning rates, which is for freeze=model: it steps matrices alone."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; before a head stronger than SmolLM2's an adapter's is lowered by that, and told."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup: float = Field(default=0.03, ge=0)

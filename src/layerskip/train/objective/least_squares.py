@@ -11,6 +11,7 @@ solution. A pass of the model over some positions finds it; gradient steps need 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,7 @@ RIDGE = 0.01
 """Added to the inputs' mean squares, which are 1."""
 STRENGTH = 4.6
 """Of the head that the recipe's learning rate was found with (SmolLM2-135M), see `calm`."""
+TOLD = 0.99  # a factor below this is told
 ROWS = 8192
 """Of a head, enough to know its strength."""
 
@@ -79,7 +81,7 @@ def solution(squares: Tensor, products: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def calm(exits: Taught, optimizer: Any) -> None:
-    """Lower the learning rate of an adapter before a head that is stronger than the one the rate suits.
+    """Lower the learning rate of an adapter before a head that is stronger than the one the rate suits, and say so.
 
     The strength of a head is how far its logits move apart, in nats, for a state that is moved by its own size. A
     step of the same size is felt ten times as much behind Gemma's final norm, whose gains are large.
@@ -90,8 +92,12 @@ def calm(exits: Taught, optimizer: Any) -> None:
     head = head[:ROWS].float()
     rows = head * affine(exits.read, head)[0]
     strength = float((rows - rows.mean(0)).square().sum(1).mean().sqrt())
+    factor = min(1.0, STRENGTH / max(strength, 1e-9))
     for group in optimizer.param_groups:
-        group["lr"] *= min(1.0, STRENGTH / max(strength, 1e-9))
+        group["lr"] *= factor
+    if factor < TOLD:
+        told = f"the head is strong: the learning rate is lowered to {factor:.2g} of what is given"
+        warnings.warn(told, stacklevel=3)
 
 
 def affine(read: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
