@@ -216,3 +216,25 @@ def test_a_comparison_that_is_killed_goes_on_from_its_checkpoint_and_trains_noth
 
     script("figures", "--results", results, "--figures", tmp_path / "figures")
     assert (tmp_path / "figures" / "scratch.png").stat().st_size > 1000
+
+
+def test_the_table_tells_spread_over_seeds_and_none_of_one(benchmark, monkeypatch, tmp_path):
+    tables, scratch = benchmark("training_tables"), benchmark("scratch")
+    figures = {"agreement": 0.5, "perplexity": 30.0, "acceptance": 0.4, "speedup": 1.1, "equal": 1.0}
+    exits = {"2": figures, "8": {"agreement": 1.0, "perplexity": 20.0}}
+    one = {"exits": exits, "nll": [10.0], "tokens": [5], "seconds": 1.0}
+    two = {0: one, 1: one | {"nll": [10.5], "exits": exits | {"2": figures | {"speedup": 1.3}}}}
+    file = tmp_path / "scratch_small_bfloat16_cpu_2026-01-01.json"
+    told = {"windows": 4, "draft_length": 4, "prompts": 2, "max_new_tokens": 6, "trials": 1}
+    told |= {"dtype": "bfloat16", "threads": 2, "device_name": "machine"}
+    cells = {"baseline": scratch.summed({0: one}, {0: one}), "both": scratch.summed(two, {0: one, 1: one})}
+    made = {"parameters": {"layers": 3_000_000, "embeddings": 1_000_000}, "layers": 8}
+    recipe = "steps: 10\nbatch_size: 4\nlength: 100000\n"
+    file.write_text(json.dumps({"cells": cells, "configuration": told, "made": made, "recipe": recipe}))
+    monkeypatch.setattr(tables.record, "newest", lambda _: file)
+    lines = tables.scratch().splitlines()
+    assert lines[2] == "| baseline | 1 | 20.00 |  | 50%, 40%, 1.10 x |"
+    assert lines[3].startswith("| both | 2 | 20.00 [20.00, 20.00] | +5.3 [")
+    assert "50%, 40%, 1.20 [" in lines[3]
+    assert "| 2 | 50%, 30.00 | 50%, 30.00 |" in lines
+    assert "4.0 M parameters and 8 layers, 4 M tokens a run" in lines[-1]
