@@ -87,8 +87,8 @@ struct FewBits {
     static constexpr int AT_ONCE = 2;
 #endif
     static constexpr int tiles(int) { return 1; }
-    static constexpr int ahead(int rows) { return FETCHES ? (rows > 4 ? 8 : 0) : rows > 3 ? 1 : 16; }
-    static constexpr bool next(int rows) { return !FETCHES && rows > 3; }
+    static constexpr int ahead(int rows) { return FETCHES ? (rows > 4 ? 8 : 0) : rows > 4 ? 1 : 16; }
+    static constexpr bool next(int rows) { return !FETCHES && rows > 4; }
 };
 
 struct Int4 : FewBits {
