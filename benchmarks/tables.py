@@ -173,6 +173,7 @@ def topv2_table(result: dict) -> list[str]:
         kind = name.rpartition(" ")[0]
         if kind == "self-speculative":
             title = f"self-speculation, E {row['exit_layer']}, K {row['draft_length']}"
+            title += f", stopping below {row['confidence']:g}" if "confidence" in row else ""
         else:
             title = f"layers 1 to {row['exit_layer']} only" if kind else names[name]
         cells = [title, share(row["exact_match"]), share(row["normalised_match"])]

@@ -7,11 +7,12 @@
 MODEL was trained with LayerSkip, BASELINE identically without. Each item {"prompt", "response"} is encoded as in
 training: tokens of the prompt and a line break, no chat template; decoding is greedy and stops at the end token.
 Methods: plain decoding of all layers ("full"), self-speculation and unverified early exit at every E, plain
-decoding of the baseline. K is chosen for every E by tokens per second on items from the end of the file, which are
-not among the reported ones. Quality, acceptance and equality come from all items, decoded in batches (where the
-stack is row-exact an output does not depend on its batch); speed from the first --timed of them, one at a time,
-methods one after the other on every item, prefill included. An output is right when it equals the response, ends
-stripped; self-speculative output must equal full output token for token.
+decoding of the baseline. A cell ExK@C stops a draft where the exit's largest probability is below C. K is chosen
+for every E by tokens per second on items from the end of the file, which are not among the reported ones. Quality,
+acceptance and equality come from all items, decoded in batches (where the stack is row-exact an output does not
+depend on its batch); speed from the first --timed of them, one at a time, methods one after the other on every
+item, prefill included. An output is right when it equals the response, ends stripped; self-speculative output must
+equal full output token for token.
 
 Every finished item is a line in the --work folder: the same command goes on where it was stopped.
 """
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=60, help="items to choose K on, the last of the file")
     parser.add_argument("--exits", default="4,6,8,12", help="E, comma-separated")
     parser.add_argument("--draft-length", default="3,4,6,8,12", help="K to choose from, comma-separated")
-    parser.add_argument("--cells", default="", help="further cells to report, ExK, comma-separated")
+    parser.add_argument("--cells", default="", help="further cells to report, ExK or ExK@C, comma-separated")
     parser.add_argument(
         "--draft-vocab", default="auto", help="tokens of the draft head: a number, auto or off"
     )
@@ -106,24 +107,25 @@ def main() -> None:
     common = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": ends(lm)}
     full = Method(FULL, lm, {"mode": "ar", **common})
 
-    def speculative(exit_layer: int, draft_length: int) -> Method:
-        name = f"self-speculative {exit_layer}x{draft_length}"
+    def speculative(exit_layer: int, draft_length: int, confidence: float = 0.0) -> Method:
+        name = f"self-speculative {exit_layer}x{draft_length}" + (f"@{confidence:g}" if confidence else "")
         chosen = {"exit_layer": exit_layer, "draft_length": draft_length, "draft_vocab": draft_vocab}
-        return Method(name, lm, {"mode": "self-speculative", **chosen, **common})
+        stops = {"policy": "confidence", "confidence": confidence} if confidence else {}
+        return Method(name, lm, {"mode": "self-speculative", **chosen, **stops, **common})
 
-    grid = {(e, k): speculative(e, k) for e in exits for k in lengths}
+    grid = {(e, k, 0.0): speculative(e, k) for e in exits for k in lengths}
     chosen = dict.fromkeys(exits, lengths[0])
     tuning: dict[str, float] = {}
     if len(lengths) > 1:
         found = run(tuned, [full, *grid.values()], arguments, "tuning")
         tuning = {method.name: rate(found, method.name) for method in [full, *grid.values()]}
-        chosen = {e: max(lengths, key=lambda k, e=e: tuning[grid[e, k].name]) for e in exits}
+        chosen = {e: max(lengths, key=lambda k, e=e: tuning[grid[e, k, 0.0].name]) for e in exits}
     # Unverified exits use the whole head: a reduced one would cut their quality, and nothing would mend it.
     alone = {"mode": "early-exit", "draft_vocab": "off", **common}
     early = {e: Method(f"early-exit {e}", lm, {**alone, "exit_layer": e}) for e in exits}
-    given = [tuple(map(int, cell.split("x"))) for cell in arguments.cells.split(",") if cell]
+    given = [read_cell(cell) for cell in arguments.cells.split(",") if cell]
     grid |= {cell: speculative(*cell) for cell in given}
-    cells = sorted({*chosen.items(), *given})
+    cells = sorted({*((e, k, 0.0) for e, k in chosen.items()), *given})
     methods = [full, *(grid[cell] for cell in cells), *early.values()]
     if other is not None:
         methods.append(Method(BASELINE, other, {"mode": "ar", **common, "eos_token_id": ends(other)}))
@@ -133,14 +135,15 @@ def main() -> None:
     table = {FULL: summary(found, FULL, timed)}
     if other is not None:
         table[BASELINE] = summary(found, BASELINE, timed)
-    vocabulary = lm.draft_head(Options.parse(grid[exits[0], chosen[exits[0]]].options))
-    for e, k in cells:
-        told = summary(found, grid[e, k].name, timed)
-        cost = Prices.of(lm.stack, vocabulary).cost(e)
-        predicted = cost.speedup(k, told["tokens_per_round"] or 1.0)
-        table[f"self-speculative {e}x{k}"] = {
-            "exit_layer": e, "draft_length": k, **told, "predicted_speedup": predicted,
-        }  # fmt: skip
+    vocabulary = lm.draft_head(Options.parse(grid[exits[0], chosen[exits[0]], 0.0].options))
+    for e, k, confidence in cells:
+        method = grid[e, k, confidence]
+        table[method.name] = told = {"exit_layer": e, "draft_length": k, **summary(found, method.name, timed)}
+        if confidence:  # how many are drafted is not known before
+            told["confidence"] = confidence
+        else:
+            cost = Prices.of(lm.stack, vocabulary).cost(e)
+            told["predicted_speedup"] = cost.speedup(k, told["tokens_per_round"] or 1.0)
     for e in exits:
         table[f"early-exit {e}"] = {"exit_layer": e, **summary(found, early[e].name, timed)}
     result: dict[str, Any] = {
@@ -172,6 +175,16 @@ def main() -> None:
 
 
 # -- data and models -----------------------------------------------------------------------------------------
+
+
+def read_cell(text: str) -> tuple[int, int, float]:
+    """E, K and the confidence below which a draft ends, of `4x8` or `4x8@0.8`."""
+    exit_layer, _, rest = text.partition("x")
+    draft_length, _, confidence = rest.partition("@")
+    try:
+        return int(exit_layer), int(draft_length), float(confidence or 0)
+    except ValueError:
+        raise SystemExit(f"--cells {text}: a cell is ExK or ExK@C, as in 4x8@0.8") from None
 
 
 def read_items(path: Path, limit: int, tune: int) -> tuple[list[Item], list[Item]]:

@@ -132,11 +132,15 @@ def test_topv2_refuses_a_draft_vocabulary_that_nobody_ranked(topv2):
 
 
 def test_the_tables_of_topv2_are_made_from_what_it_saves(topv2, results, benchmark, tmp_path):
-    topv2("--limit", 3, "--save")
+    topv2("--limit", 3, "--save", "--cells", "2x4@0.8")
     (saved,) = results.iterdir()
     assert str(tmp_path) not in saved.read_text()
     assert json.loads(saved.read_text())["configuration"]["data"] == "test.jsonl"
-    assert f"results/{saved.name}" in benchmark("tables").topv2()
+    table = benchmark("tables").topv2()
+    assert f"results/{saved.name}" in table
+    assert "self-speculation, E 2, K 4, stopping below 0.8 |" in table
+    with pytest.raises(SystemExit, match="a cell is ExK"):
+        topv2("--limit", 3, "--cells", "2by4")
 
 
 def test_curves_are_drawn_from_a_log_in_which_exits_rotate(script, tmp_path):
