@@ -3,6 +3,7 @@
 import gc
 import random
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -92,6 +93,50 @@ def test_a_shared_beginning_is_computed_once_and_changes_no_bit():
             told["choices"][0]["message"]["content"]
             == lm.generate(messages, mode="ar", max_new_tokens=9).text
         )
+
+
+def test_what_several_begin_with_at_once_is_computed_once():
+    """Answers of one request each computed its prompt, as they were all given rows in one turn."""
+    lm = language_model(torch.bfloat16, "native")
+    if not lm.stack.row_exact:
+        pytest.skip("bfloat16 is not exact row by row here")
+    prompt = "Answer in few words, and kindly: what is a house? " * 3
+    wanted = lm.generate(prompt, mode="ar", max_new_tokens=8, eos_token_id=()).text
+    with serving(lm, rows=4, context=256) as server:
+        told = server.complete(prompt, n=4, max_tokens=8, ignore_eos=True)[2]
+        assert [choice["text"] for choice in told["choices"]] == [wanted] * 4
+        text = server.ask("GET", "/metrics")[2].decode()
+        [hits] = re.findall(r"^layerskip:prefix_cache_hits_total\{.*\} (\S+)$", text, re.M)
+        assert float(hits) >= 3 * (len(lm.encode(prompt)) - 1)
+        with ThreadPoolExecutor(8) as pool:
+            texts = [f"{prompt}{place}" for place in range(8)]
+            answers = [*pool.map(lambda text: server.complete(text, max_tokens=8, ignore_eos=True)[2], texts)]
+    for text, answer in zip(texts, answers, strict=True):
+        alone = lm.generate(text, mode="ar", max_new_tokens=8, eos_token_id=()).text
+        assert answer["choices"][0]["text"] == alone
+
+
+def test_who_waits_for_another_ones_prompt_goes_on_when_that_one_leaves():
+    lm = language_model()
+    with serving(lm, rows=2, context=256) as server:
+        worker = server.worker
+        step, held = worker.scheduler.step, threading.Event()
+        worker.scheduler.step = lambda: step() if held.wait(20) else []
+        prompt = "Tell me of the sea and of the wind. " * 4
+        one, two = (
+            threading.Thread(target=server.complete, args=(prompt,), kwargs={"max_tokens": 4}) for _ in "ab"
+        )
+        one.start()
+        server.until(lambda: worker.running == 1)
+        two.start()
+        server.until(lambda: worker.waiting == 1)
+        [leader] = worker._running.values()
+        worker.cancel(leader)
+        held.set()
+        two.join(20)
+        assert not two.is_alive()
+        server.until(lambda: worker.running == worker.waiting == 0)
+        one.join(20)
 
 
 def test_metrics_are_the_sums_of_the_responses():

@@ -24,7 +24,7 @@ import torch
 
 from layerskip.decode.scheduler import Scheduler, Status, Ticket
 from layerskip.errors import UserError
-from layerskip.serve.prefixes import Held, chosen
+from layerskip.serve.prefixes import WORTH, Held, chosen, common
 from layerskip.serve.queue import FairQueue
 
 if TYPE_CHECKING:
@@ -108,6 +108,9 @@ class Worker:
         self._watch, self._stalled_s = watch, stalled_s
         self._queue: FairQueue[Job] = FairQueue(queue)
         self._running: dict[Ticket, Job] = {}
+        self._behind: list[
+            Job
+        ] = []  # next in line; a running one is computing the beginning of their prompts
         self._kept: dict[Ticket, float] = {}  # rows with an earlier output, by when they were last of use
         self._cancelled: list[tuple[Job, Exception]] = []
         self._wake = threading.Condition()
@@ -137,7 +140,7 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._behind)
 
     @property
     def running(self) -> int:
@@ -186,7 +189,7 @@ class Worker:
             self._draining = True
             self._wake.notify_all()
             return self._wake.wait_for(
-                lambda: (not self._queue and not self._running) or not self.healthy, seconds
+                lambda: not (self._queue or self._behind or self._running) or not self.healthy, seconds
             )
 
     def stop(self) -> None:
@@ -206,8 +209,9 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - told to all who wait, and by /health
             self.fault = error
         with self._wake:
-            left = [*self._running.values(), *(job for _, job in self._queue.items())]
+            left = [*self._running.values(), *self._behind, *(job for _, job in self._queue.items())]
             self._running.clear()
+            self._behind.clear()
             for client, job in self._queue.items():
                 self._queue.drop(client, job)
             self._wake.notify_all()
@@ -225,7 +229,7 @@ class Worker:
         for job, why in cancelled:
             self._drop(job, why)
         now = time.monotonic()
-        for job in [*self._running.values(), *(job for _, job in self._queue.items())]:
+        for job in [*self._running.values(), *self._behind, *(job for _, job in self._queue.items())]:
             full_since = job.reader.full_since  # may be set to None meanwhile
             if job.deadline is not None and now > job.deadline:
                 self._drop(job, LateError())
@@ -242,25 +246,45 @@ class Worker:
 
     def _is_idle(self) -> bool:
         """Whether a turn would do nothing: nobody can get a row, and all who have one are full. Needs `_wake`."""
-        waits = bool(self._queue) and (bool(self._kept) or len(self._running) < self.rows)
+        waits = bool(self._queue) and len(self._running) + len(self._behind) < self.rows
         return not (
             self._cancelled
             or self._stopped
             or waits
+            or not all(map(self._follows, self._behind))
             or any(not job.is_full for job in self._running.values())
         )
 
     def _admit(self) -> None:
+        """Give rows out, but let those wait whose beginning another one is computing: it is copied then."""
+        ready = [job for job in self._behind if not self._follows(job)]
+        self._behind = [job for job in self._behind if job not in ready]
         while True:
-            with self._wake:
-                free = len(self._kept) + len(self._running) < self.rows
-                job = self._queue.take() if free or self._kept else None
-            if job is None:
+            if not ready:
+                with self._wake:
+                    any_left = len(self._running) + len(self._behind) < self.rows
+                    ready = [job for job in [self._queue.take() if any_left else None] if job is not None]
+            if not ready:
                 return
-            self._place(job, free)
+            job = ready.pop(0)
+            if self._follows(job):
+                self._behind.append(job)
+            else:
+                self._place(job)
 
-    def _place(self, job: Job, free: bool) -> None:
+    def _follows(self, job: Job) -> bool:
+        """Whether a running job computes, at this moment, at least half of this one's prompt."""
+        prompt = job.request.prompt
+        return any(
+            other.first is None
+            and not other.is_full
+            and common(prompt, other.request.prompt) >= max(WORTH, len(prompt) // 2)
+            for other in self._running.values()
+        )
+
+    def _place(self, job: Job) -> None:
         """Give a job its row: the one that holds most of its prompt, else a free one, else the oldest kept."""
+        free = len(self._kept) + len(self._running) < self.rows
         held = [
             Held(ticket, self.engine.tokens(ticket.row), ticket in self._kept, self._kept.get(ticket, 0.0))
             for ticket in [*self._kept, *self._running]
@@ -310,7 +334,8 @@ class Worker:
         if job.over:
             return
         with self._wake:
-            waited = self._queue.drop(job.client, job)
+            waited = self._queue.drop(job.client, job) or job in self._behind
+            self._behind = [other for other in self._behind if other is not job]
         if not waited and job.ticket is not None and self._running.pop(job.ticket, None) is not None:
             self.scheduler.pause(job.ticket)  # what it has computed may serve the next one
             if job.ticket.status is Status.KEPT:
