@@ -23,7 +23,7 @@ L = tiny.NUM_LAYERS
         (("--exit-layer", L), f"choose one from 1 to {L - 1}"),
         (("--exit-layer", L + 1), f"the model has {L} layers"),
         (("--exit-layer", L, "--mode", "early-exit"), "out of range"),
-        (("--draft-length", -1), "--draft-length must be a whole number, at least 0"),
+        (("--draft-length", -1), "--draft-length must be a whole number, from 0 to 31"),
         (("--mode", "speculative"), "did you mean 'self-speculative'?"),
         (("--dtype", "floaty32"), "did you mean 'float32'"),
         (("--device", "cuda:17"), "try --device cpu"),

@@ -130,7 +130,7 @@ def test_a_sampled_call_without_a_seed_follows_torchs_global_one(texts):
         ({"mode": "self-speculate"}, "self-speculative"),
         ({"exit_layer": 0}, "out of range"),
         ({"exit_layer": L}, "out of range"),
-        ({"draft_length": -1}, "at least 0"),
+        ({"draft_length": -1}, "from 0 to 31"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"temperature": -1.0}, "temperature"),

@@ -64,7 +64,9 @@ static void regions(int64_t rows, int64_t width, int64_t size, int64_t heads, in
     auto h = reals<T>(rows * width * size), gain = reals<T>(size), out = reals<T>(rows * width * size);
     norm(h.get(), gain.get(), out.get(), rows * width, size, rows * width, 1e-5f);
     auto two = reals<T>(rows * width * 2 * size);
-    swiglu(two.get(), out.get(), rows * width, size, rows * width);
+    glu<SILU>(two.get(), out.get(), rows * width, size, rows * width);
+    glu<GELU_TANH>(two.get(), out.get(), rows * width, size, rows * width);
+    glu<GELU>(two.get(), out.get(), rows * width, size, rows * width);
     auto qkv = reals<T>(rows * width * total * size), cos = reals<T>(rows * width * size), sin = reals<T>(rows * width * size);
     auto cache = reals<T>(rows * 2 * kv * slots * size), to = reals<T>(rows * width * heads * size);
     std::unique_ptr<int64_t[]> index(new int64_t[rows]), places(new int64_t[rows * width]);

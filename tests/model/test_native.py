@@ -15,6 +15,7 @@ from layerskip.model import load as models
 from layerskip.model.native import kernels as compiled
 from layerskip.model.native import load as native_load
 from layerskip.model.native.attention import Attention
+from layerskip.model.native.layer import BY_TORCH
 from layerskip.model.native.stack import NativeStack
 from layerskip.model.step import Step
 
@@ -151,8 +152,42 @@ def test_compiled_regions_give_what_torch_gives(dtype):
     wanted = torch.nn.functional.rms_norm(x.double(), (200,), gain.double(), 1e-5)
     torch.testing.assert_close(found.norm(x, gain, 1e-5).double(), wanted, rtol=close, atol=close)
     gate, up = (x * 9).double().chunk(2, -1)
-    wanted = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(found.swiglu(x * 9).double(), wanted, rtol=close, atol=close)
+    for name in compiled.GATES:
+        wanted = BY_TORCH[name](gate) * up
+        torch.testing.assert_close(found.glu(name, x * 9).double(), wanted, rtol=close, atol=close)
+
+
+def by_calls_of(stack, tokens, counts):
+    """The last states of tokens [1, T], read so many at a time."""
+    outputs, total = [], tokens.shape[1]
+    for count in counts:
+        cache, parts = stack.new_cache(1, total), []
+        for start in range(0, total, count):
+            step = Step.span([0], [start], [count], stack.device, spill=total)
+            h = stack.embed(tokens[:, start : start + count], step)
+            parts.append(stack.run(h, 0, stack.num_layers, step, cache)[0])
+        outputs.append(torch.cat(parts, 1))
+    return outputs
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_gate_of_another_kind_is_exact_row_by_row(dtype, activation, is_compiled):
+    """torch takes another kernel for one row than for several, and shares rows out to threads anywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model = tiny.random_model("llama", hidden_act=activation, intermediate_size=16384, dtype=dtype)
+        stack = NativeStack(model, compiled=is_compiled)
+        outputs = by_calls_of(stack, torch.arange(16)[None] % 40 + 4, (16, 8, 4, 2, 1))
+    finally:
+        torch.set_num_threads(before)
+    if not stack.row_exact:
+        assert not is_compiled, "the kernels are exact"
+        return
+    assert all(torch.equal(outputs[0], other) for other in outputs)
 
 
 @needs_compiler
@@ -162,7 +197,8 @@ def test_compiled_regions_let_nan_and_infinity_through():
         x = torch.ones(2, 64)
         x[0, 3] = bad
         assert not found.norm(x, torch.ones(64), 1e-5)[0].isfinite().all()
-        assert not found.swiglu(x)[0].isfinite().all()
+        for name in compiled.GATES:
+            assert not found.glu(name, x)[0].isfinite().all()
         assert found.norm(x.bfloat16(), torch.ones(64).bfloat16(), 1e-5)[1].isfinite().all()
 
 

@@ -260,7 +260,7 @@ private:
         auto all = [&](int64_t from) {
             Floats sum = {};
             for (int64_t i = 0; i < chunks; ++i)
-                sum += factors[i * LANES] * loaded<Floats>(sums + i * queries * stride() + from);
+                sum = plus(sum, loaded<Floats>(sums + i * queries * stride() + from), factors[i * LANES]);
             return sum;
         };
         const float share = 1.f / over_lanes<LANES>(all(width()), [](auto a, auto b) { return a + b; });

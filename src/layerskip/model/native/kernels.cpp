@@ -1,4 +1,4 @@
-// One decoding step on the CPU. What stands between its matrix products, each in one call: RMS norm, SwiGLU, rotary
+// One decoding step on the CPU. What stands between its matrix products, each in one call: RMS norm, gated units, rotary
 // angles with the cache write, attention of few positions; products in several formats; and in one call whole layers,
 // or the drafts of an adapter. `kernels.py` compiles and calls them.
 //
@@ -24,14 +24,14 @@ static void norm(const T *h, const T *gain, T *out, int64_t rows, int64_t width,
     fill_behind(out, width, rows, padded);
 }
 
-// gate and up stand side by side: [rows, 2 width] -> silu(gate) * up [rows, width].
-template <typename T>
-static void swiglu(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {
+// gate and up stand side by side: [rows, 2 width] -> activation(gate) * up [rows, width].
+template <Activation A, typename T>
+static void glu(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {
 #pragma omp parallel for if (rows > 32)
     for (int64_t row = 0; row < rows; ++row) {
         const T *gate = x + 2 * row * width;
         for (int64_t at = 0; at < width; at += GROUP)  // as where it is rounded next
-            gated(gate + at, gate + width + at, out + row * width + at, std::min<int64_t>(GROUP, width - at));
+            gated<A>(gate + at, gate + width + at, out + row * width + at, std::min<int64_t>(GROUP, width - at));
     }
     fill_behind(out, width, rows, padded);
 }
@@ -71,8 +71,14 @@ static void attention(const Shape &s, T *qkv, const T *cos, const T *sin, T *cac
                                   int64_t padded, float eps) {                                                 \
         norm(h, gain, out, rows, width, padded, eps);                                                          \
     }                                                                                                          \
-    extern "C" void swiglu_##suffix(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {         \
-        swiglu(x, out, rows, width, padded);                                                                   \
+    extern "C" void silu_##suffix(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {           \
+        glu<SILU>(x, out, rows, width, padded);                                                                \
+    }                                                                                                          \
+    extern "C" void gelu_tanh_##suffix(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {      \
+        glu<GELU_TANH>(x, out, rows, width, padded);                                                           \
+    }                                                                                                          \
+    extern "C" void gelu_##suffix(const T *x, T *out, int64_t rows, int64_t width, int64_t padded) {           \
+        glu<GELU>(x, out, rows, width, padded);                                                                \
     }                                                                                                          \
     extern "C" void attention_##suffix(const Shape *s, T *qkv, const T *cos, const T *sin, T *cache,           \
                                        const int64_t *cache_rows, const int64_t *positions,                    \

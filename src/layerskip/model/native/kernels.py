@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_suffix(".cpp")
 SOURCES = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]  # it includes the others
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+GATES = ("silu", "gelu_tanh", "gelu")
 PRODUCTS = ("int8", "int4", "bfloat16")  # the last one where the processor has it
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -130,7 +131,7 @@ class Kernels:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         arguments = {
             "norm": [pointer, pointer, pointer, number, number, number, ctypes.c_float],
-            "swiglu": [pointer, pointer, number, number, number],
+            **{name: [pointer, pointer, number, number, number] for name in GATES},
             "attention": [ctypes.POINTER(Shape), *[pointer] * 8],
         }
         self._calls: dict[tuple[str, torch.dtype], Any] = {}
@@ -169,11 +170,11 @@ class Kernels:
         call(h.data_ptr(), gain.data_ptr(), out.data_ptr(), live or rows, width, rows, eps)
         return out
 
-    def swiglu(self, x: Tensor, live: int | None = None) -> Tensor:
-        """Multiply silu(gate) by up. Shapes: [..., 2 F] -> [..., F]; `live` as in `norm`."""
+    def glu(self, activation: str, x: Tensor, live: int | None = None) -> Tensor:
+        """Multiply activation(gate) by up, one of `GATES`. Shapes: [..., 2 F] -> [..., F]; `live` as in `norm`."""
         width = x.shape[-1] // 2
         out, rows = x.new_empty((*x.shape[:-1], width)), x.numel() // (2 * width)
-        self._calls["swiglu", x.dtype](x.data_ptr(), out.data_ptr(), live or rows, width, rows)
+        self._calls[activation, x.dtype](x.data_ptr(), out.data_ptr(), live or rows, width, rows)
         return out
 
     def product(self, kernel: str, weights: Product, x: Tensor, onto: Tensor | None) -> Tensor:

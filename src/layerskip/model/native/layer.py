@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +20,12 @@ if TYPE_CHECKING:
     """Lay out the weight of this name; biases stand beside it."""
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""By Hugging Face's name: ours, of `GATES` in kernels.py and below."""
+BY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
-    "swish": F.silu,
     "gelu": F.gelu,
-    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 
 

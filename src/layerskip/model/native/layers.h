@@ -44,7 +44,7 @@ static void gate_into(const Inputs<W> &in, const T *gate_up, T *scratch) {
         const T *gate = gate_up + 2 * r * in.width;
         for (int64_t g = from; g < to; ++g) {
             const int64_t at = g * GROUP;
-            gated(gate + at, gate + in.width + at, scratch + at, std::min<int64_t>(GROUP, in.width - at));
+            gated<SILU>(gate + at, gate + in.width + at, scratch + at, std::min<int64_t>(GROUP, in.width - at));
         }
         in.take(scratch, r, from, to);
     });

@@ -1,6 +1,6 @@
 """Several layers in one call, see `layers.h`.
 
-    slices = Slices.of(layers, attention, kernels, silu=True)      # None where they cannot be
+    slices = Slices.of(layers, attention, kernels)      # None where they cannot be
     h = slices(h, range(0, 12), step, cache)
 
 A layer is four products and three regions between them; called one by one each of them costs what Python, an
@@ -41,14 +41,12 @@ class Slices:
         self._held = layers  # what `_laid` points to
 
     @classmethod
-    def of(
-        cls, layers: Sequence[Layer], attention: Attention, kernels: Kernels | None, silu: bool
-    ) -> Slices | None:
-        """Put layers together; None where part of them is not compiled."""
+    def of(cls, layers: Sequence[Layer], attention: Attention, kernels: Kernels | None) -> Slices | None:
+        """Put layers together, those whose gate is SiLU; None where part of them is not compiled."""
         linears = [linear for layer in layers for linear in layer.linears]
         names = {linear.kernel if isinstance(linear, Tiled) else "" for linear in linears}
         gains = [norm.gain.dtype for layer in layers for norm in _norms(layer) if norm is not None]
-        if kernels is None or not silu or len(names) != 1 or names == {""} or {*gains} != {torch.bfloat16}:
+        if kernels is None or len(names) != 1 or names == {""} or {*gains} != {torch.bfloat16}:
             return None
         return cls(names.pop(), layers, attention, kernels)
 

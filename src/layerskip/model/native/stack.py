@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from layerskip.model.cache import Cache, KVShape
 from layerskip.model.families import FAMILIES, context_of, device_of, parts_of, tied, windows_of
 from layerskip.model.head import Head
-from layerskip.model.native.attention import MOST_COMPILED, SLOTS, Attention, repeated
+from layerskip.model.native.attention import MOST_COMPILED, MOST_EXACT_ROWS, SLOTS, Attention, repeated
 from layerskip.model.native.bfloat16 import Bfloat16
 from layerskip.model.native.chain import Chain
 from layerskip.model.native.formats import FORMATS, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
-from layerskip.model.native.layer import ACTIVATIONS, Layer, Norm, activation_of
+from layerskip.model.native.layer import ACTIVATIONS, BY_TORCH, Layer, Norm, activation_of
 from layerskip.model.native.linear import Linear, Plain, packs, row_exact
 from layerskip.model.native.slices import Slices
 from layerskip.model.parity import probe_tokens
@@ -101,13 +101,14 @@ class NativeStack(Stack):
             self.prefill_chunk = MOST_COMPILED
         few = self.kernels is not None and self.dtype in FORMATS[DRAFTS].dtypes
         self.draft_format = quantize or (DRAFTS if few else None)
-        self.gated = activation_of(config)
-        self.silu = ACTIVATIONS[self.gated] is F.silu
+        self.activation = ACTIVATIONS[activation_of(config)]
         self.attention = Attention(
             config.num_attention_heads, kv_heads, attention.head_dim, attention.scaling, self.dtype, self.device,
             rotary, self.context, exact=False, kernels=self.kernels,
         )  # fmt: skip
-        self.slices = Slices.of(self.layers, self.attention, self.kernels, self.silu)
+        self.slices = Slices.of(
+            self.layers, self.attention, self.kernels if self.activation == "silu" else None
+        )
         linears = [*self.layers[0].linears, self.head]
         self.least_rows = max(linear.least_rows for linear in linears)
         self.attention.exact = (
@@ -117,10 +118,10 @@ class NativeStack(Stack):
 
     @torch.inference_mode()
     def _is_row_exact(self) -> bool:
-        """Try the first layers and the head whole: nine positions in one call against one by one."""
+        """Try the first layers and the head whole: nine positions in calls of several sizes against one by one."""
         tokens = probe_tokens(self.vocab_size, self.device, length=9)
         depth, outputs = min(2, self.num_layers), []
-        for counts in ([9], [1] * 9):
+        for counts in ([1] * 9, [9], [2, 3, 4], [5, 4], [7, 2], [8, 1]):
             cache, start, parts = Cache(self.kv_shapes, 1, 9, SLOTS), 0, []
             for count in counts:
                 step = Step.span([0], [start], [count], self.device, spill=9)
@@ -129,7 +130,7 @@ class NativeStack(Stack):
                 start += count
             outputs.append(torch.cat(parts, 1))
         self.counters.reset()
-        return torch.equal(*outputs)
+        return all(torch.equal(outputs[0], other) for other in outputs[1:])
 
     def embed(self, tokens: Tensor, step: Step) -> Tensor:
         h = F.embedding(tokens, self.table)
@@ -183,10 +184,13 @@ class NativeStack(Stack):
 
     def _activated(self, gate_up: Tensor, live: int | None) -> Tensor:
         """Shapes: [B, T', 2 F] -> [B, T', F], F the width of the MLP."""
-        if self.kernels is not None and self.silu:
-            return self.kernels.swiglu(gate_up, live)
+        if self.kernels is not None:
+            return self.kernels.glu(self.activation, gate_up, live)
         gate, up = gate_up.chunk(2, -1)
-        return ACTIVATIONS[self.gated](gate) * up
+        if self.attention.exact and gate.shape[1] <= MOST_EXACT_ROWS:  # torch's bits depend on where rows lie
+            rows = [BY_TORCH[self.activation](row.contiguous()) for row in gate.flatten(0, 1)]
+            return torch.stack(rows).view_as(gate) * up
+        return BY_TORCH[self.activation](gate) * up
 
     def logits(self, h: Tensor, head: Head | None = None) -> Tensor:
         size, project = (self.vocab_size, self.head) if head is None else (head.size, head.project)

@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#ifdef __AVX__
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "numbers.h"
@@ -38,10 +40,26 @@ constexpr int LANES = 4, VECTORS = 4;
 constexpr int LANES = 4, VECTORS = 2;
 #endif
 
+#define INLINED __attribute__((always_inline)) static inline
 template <typename T, int N>
 struct Vector { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
 typedef Vector<float, LANES>::type Floats;
 typedef Vector<uint32_t, LANES>::type Words;
+
+// sum + a b, rounded once where the machine can. Said outright: of a loop with one sum alone GCC makes products and sums for some
+// processors, of one with several fused ones, and a query would differ with its company.
+INLINED Floats plus(Floats sum, Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (Floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+INLINED Floats plus(Floats sum, Floats a, float b) { return plus(sum, a, b - Floats{}); }
 
 template <typename To>
 static inline To loaded(const void *from) {
@@ -57,7 +75,6 @@ static inline void kept(void *to, From x) { std::memcpy(to, &x, sizeof x); }
 #else
 #define PICKED(a, b, ...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
 #endif
-#define INLINED __attribute__((always_inline)) static inline
 #if defined(__clang__)
 #define APART __attribute__((noinline)) static
 #else
@@ -188,14 +205,14 @@ using Factor = std::conditional_t<PAIRS, T, float>;
 // sum + a times what of a row stands there
 template <typename T>
 static inline Floats added(Floats sum, Words a, const Factor<T> *row) {
-    if constexpr (IN_WORD<T> == 1) return sum + (Floats)a * loaded<float>(row);
+    if constexpr (IN_WORD<T> == 1) return plus(sum, (Floats)a, loaded<float>(row));
 #ifdef __AVX512BF16__
     else if constexpr (PAIRS)
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(loaded<int32_t>(row)));
 #endif
     else {
-        sum += (Floats)(a << 16) * loaded<float>(row);
-        return sum + (Floats)(a & 0xffff0000u) * loaded<float>(row + 1);
+        sum = plus(sum, (Floats)(a << 16), loaded<float>(row));
+        return plus(sum, (Floats)(a & 0xffff0000u), loaded<float>(row + 1));
     }
 }
 
@@ -259,7 +276,7 @@ static void weighted(const float *rows, int64_t stride, const uint32_t *values, 
 #pragma GCC unroll 8
             for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-                for (int k = 0; k < EACH; ++k) sum[q][v * EACH + k] += numbers[k] * rows[q * stride + j];
+                for (int k = 0; k < EACH; ++k) sum[q][v * EACH + k] = plus(sum[q][v * EACH + k], numbers[k], rows[q * stride + j]);
         }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
