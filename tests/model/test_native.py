@@ -350,3 +350,20 @@ def test_a_moved_capacity_rebuilds_the_rotary_tables():
 
 def test_transformers_names_of_the_native_families_are_in_the_table():
     assert set(native_load.FAMILIES) <= set(hf.CONFIG_MAPPING)
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", [1, 5])
+def test_a_group_that_torch_could_not_pad_is_exact_where_attention_is_compiled(heads):
+    """Such models decoded in float32 by default: what holds for torch's kernel was asked of ours."""
+    changes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "hidden_size": 16 * heads,
+    }
+    stack = NativeStack(tiny.random_model("llama", dtype=torch.bfloat16, **changes))
+    assert stack.row_exact
+    outputs = by_calls_of(stack, torch.arange(16)[None] % 40 + 4, (16, 8, 4, 2, 1))
+    assert all(torch.equal(outputs[0], other) for other in outputs)
+    assert not NativeStack(tiny.random_model("llama", **changes), compiled=False).row_exact

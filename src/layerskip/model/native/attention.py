@@ -57,8 +57,8 @@ class Attention:
 
     @property
     def can_be_exact(self) -> bool:
-        """Whether reading a padded group on into the next heads stays inside the buffer."""
-        return self.padded_group - self.group <= 2 * self.kv_heads
+        """Whether it is compiled, or reading a padded group on into the next heads stays inside the buffer."""
+        return self.kernels is not None or self.padded_group - self.group <= 2 * self.kv_heads
 
     def __call__(
         self,
