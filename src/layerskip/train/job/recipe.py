@@ -226,7 +226,7 @@ class Recipe(_Strict):
             raise ValueError("curriculum fixed needs exits")
         if self.best_by != "none" and self.eval_data is None:
             raise ValueError(f"best_by {self.best_by} needs eval_data")
-        if self.hold_out is not None and self.eval_data is not None:
+        if self.hold_out and self.eval_data is not None:
             raise ValueError("hold_out takes the place of eval_data, give one of them")
         if reason := Objective.of(self).contradiction(self, adapters=self.lora is not None):
             raise ValueError(reason)
