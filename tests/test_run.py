@@ -213,6 +213,7 @@ def test_two_percent_are_set_aside_within_limits_and_nothing_of_tiny_data(exampl
 def test_evaluation_data_and_examples_set_aside_exclude_each_other(recipe, data):
     with pytest.raises(UserError, match="hold_out takes the place of eval_data"):
         recipe("hold_out=8", f"eval_data={data}")
+    assert recipe("hold_out=0", f"eval_data={data}").eval_data is not None, "nothing is set aside"
 
 
 def test_a_draft_vocabulary_is_as_large_as_the_tokens_of_unseen_text_need(monkeypatch):
