@@ -6,9 +6,9 @@ BASE is a small model without exits that `layerskip train scratch-small p_max=0 
 folder that scripts/make_scratch.py wrote). Every run gives it exits: the recipe `scratch-small` from BASE on,
 with the settings of a cell. The grid is that of GRID; the search has the same keys as ranges and --trials, by
 default as many as its time allows. Both choose by the search's own value: predicted speed-up on held-out rows,
-less the penalty for what the whole model pays beyond 1%. The two runs chosen are judged on OTHER, window by
-window: predicted speed-up by the cost model in layers, and perplexity. Runs are resumed after a stop: the same
-command goes on.
+less the penalty for what the whole model pays beyond 1% of the best whole model. The two runs chosen are judged on
+OTHER, window by window: predicted speed-up by the cost model in layers, and perplexity. Runs are resumed after a
+stop: the same command goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers import AutoConfig
 from layerskip.measure.intervals import resampled
 from layerskip.measure.records import Records
 from layerskip.model.cost import Cost, expected_tokens
-from layerskip.search.runs import TrialRun
+from layerskip.search.runs import Figures, TrialRun
 from layerskip.search.space import read_space
 from layerskip.search.study import Search, speedup_of, worth
 from layerskip.train.figures import DRAFT_LENGTHS
@@ -70,7 +70,10 @@ def main() -> None:
         given.work / "search", RECIPE, read_space([*fixed, *RANGES], RECIPE), 1e9, MAX_COST, given.trials
     )
     reference = search.reference()
-    cells = [grid_cell(given.work / "grid", fixed, cell, reference[given.steps]) for cell in grid()]
+    cells = [grid_cell(given.work / "grid", fixed, cell) for cell in grid()]
+    lowest = min(reference[given.steps], *(cell["loss"] for cell in cells))
+    for cell in cells:
+        cell["value"], cell["cost"] = worth(Figures(cell["speedup"], cell["loss"]), lowest, MAX_COST)
     search.budget_s = RUNS * statistics.fmean(cell["seconds"] for cell in cells)
     for trial in search.run():
         print(
@@ -83,7 +86,8 @@ def main() -> None:
     found = {
         "grid": winner | {"runs": len(cells), "seconds": sum(cell["seconds"] for cell in cells)},
         "search": {
-            "settings": best.params, "value": best.value, "speedup": speedup_of(best), "seconds": search.spent_s,
+            "settings": best.params, "value": best.value, "speedup": speedup_of(best),
+            "cost": search.cost_of(best), "seconds": search.spent_s,
             "trials": len(search.study.trials), "finished": len(search.finished()),
             "folder": str(given.work / "search" / f"trial-{best.number:03d}"),
         },
@@ -103,19 +107,18 @@ def grid() -> list[list[str]]:
     ]
 
 
-def grid_cell(place: Path, fixed: list[str], cell: list[str], reference: float) -> dict[str, Any]:
-    """Train a cell to its end; its settings, value and seconds."""
+def grid_cell(place: Path, fixed: list[str], cell: list[str]) -> dict[str, Any]:
+    """Train a cell to its end; its settings, figures and seconds."""
     name = "_".join(cell).translate(str.maketrans("", "", "[], "))
     run = TrialRun(place / name, RECIPE, [*fixed, *cell, "best_by=none"])
     [*_, (_, last)] = run.follow()
     assert run.result is not None
-    value, cost = worth(last, reference, MAX_COST)
     print(
-        f"{name}: {last.speedup:.3f} x, cost {100 * cost:.2f}%, value {value:.3f}",
+        f"{name}: {last.speedup:.3f} x, loss {last.loss:.3f}",
         file=sys.stderr,
         flush=True,
     )
-    told = {"settings": cell, "value": value, "speedup": last.speedup, "cost": cost}
+    told = {"settings": cell, "speedup": last.speedup, "loss": last.loss}
     return told | {"seconds": run.seconds, "folder": str(run.folder)}
 
 

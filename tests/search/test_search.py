@@ -133,6 +133,21 @@ def test_a_dearer_trial_is_never_the_best_while_one_stayed_within_the_cost(tmp_p
     assert [trial.value for trial in search.finished()] == [1.25, 1.20, 1.30]
 
 
+def test_the_cost_is_over_the_best_whole_model_and_not_over_a_poor_reference(tmp_path):
+    """The reference learns at the recipe's rate: where that is too high, every trial was free."""
+    search = searching(tmp_path / "s")
+    search.study.set_user_attr("loss", {40: 3.0})
+    for value, loss in ((1.25, 2.90), (1.30, 2.95), (1.20, 2.905)):
+        trial = search.study.ask()
+        trial.set_user_attr("loss", {20: 3.5, 40: loss})
+        search.study.tell(trial, value)
+    done = search.finished()
+    assert [trial.value for trial in done] == [1.25, 1.20, 1.30]
+    assert [search.cost_of(trial) for trial in done] == pytest.approx([0, 0.005, 0.051], abs=1e-3)
+    assert search._lowest({20: 3.4, 40: 3.0}, 1) == {20: 3.4, 40: 2.90}
+    assert search._lowest({}) == {}, "a model that is not trained costs nothing"
+
+
 def test_a_search_that_was_killed_makes_the_same_trials(world, tmp_path):
     whole = searching(tmp_path / "whole")
     list(whole.run())
@@ -289,7 +304,7 @@ def test_the_front_holds_what_no_other_beats():
         return made
 
     trials = [one(0, 1.2, 0.01), one(1, 1.1, 0.02), one(2, 1.4, 0.05), one(3, 1.0, 0.0)]
-    assert [trial.number for trial in front(trials)] == [3, 0, 2]
+    assert [trial.number for trial in front(trials, lambda trial: trial.user_attrs["cost"])] == [3, 0, 2]
 
 
 def test_figures_are_read_from_a_trainers_log():

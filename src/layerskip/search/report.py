@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from layerskip.checkpoint.files import write_text
-from layerskip.search.study import COST, SECONDS, SPEEDUP, WHY, Search, front, speedup_of
+from layerskip.search.study import SECONDS, SPEEDUP, WHY, Search, front, speedup_of
 from layerskip.train.job.recipe import as_yaml
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ def report(search: Search) -> dict[str, Any]:
         "max_cost": search.max_cost,
         "best": None,
         "importance": importances(search, finished),
-        "front": [_row(trial) for trial in front(finished)],
-        "all": [_row(trial) for trial in trials],
+        "front": [_row(search, trial) for trial in front(finished, search.cost_of)],
+        "all": [_row(search, trial) for trial in trials],
     }
     if finished:
         best = finished[0]
-        told["best"] = _row(best) | {"recipe": str(search.folder / BEST)}
+        told["best"] = _row(search, best) | {"recipe": str(search.folder / BEST)}
         write_text(search.folder / BEST, as_yaml(search.recipe_of(best)))
         picture(search, finished, search.folder / PICTURE)
     write_text(search.folder / PAGE, page(search, told))
@@ -53,12 +53,12 @@ def importances(search: Search, finished: list[optuna.trial.FrozenTrial]) -> dic
     return {key: float(value) for key, value in found.items()}
 
 
-def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+def _row(search: Search, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "state": trial.state.name.lower(),
         "speedup": trial.user_attrs.get(SPEEDUP),
-        "cost": trial.user_attrs.get(COST),
+        "cost": search.cost_of(trial) if SPEEDUP in trial.user_attrs else None,
         "seconds": trial.user_attrs.get(SECONDS),
         "steps": max(trial.intermediate_values, default=0),
         "settings": dict(trial.params),
@@ -124,8 +124,10 @@ def picture(search: Search, finished: list[optuna.trial.FrozenTrial], file: Path
     from layerskip.errors import UserError
     from layerskip.measure.exits import draw
 
-    points = {trial.number: (100 * trial.user_attrs.get(COST, 0.0), speedup_of(trial)) for trial in finished}
+    points = {trial.number: (100 * search.cost_of(trial), speedup_of(trial)) for trial in finished}
     try:
-        return draw.front(points, [t.number for t in front(finished)], 100 * search.max_cost, file)
+        return draw.front(
+            points, [t.number for t in front(finished, search.cost_of)], 100 * search.max_cost, file
+        )
     except UserError:  # no matplotlib
         return None

@@ -39,11 +39,14 @@ from layerskip.train.job.recipe import Recipe, as_yaml, read_recipe
 from layerskip.watch import Watch, silent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from layerskip.search.space import Space
 
 STORAGE, ASKED, REFERENCE = "study.log", "search.json", "reference"
 RUNGS = 4  # evaluations of a run, at each of which it may end
 COST, SPEEDUP, SECONDS, WHY = "cost", "speedup", "seconds", "why"  # what a trial's attributes are called
+LOSS = "loss"  # of the whole model by step
 HOPELESS = 3.0  # times the cost allowed, at which a run ends early
 PENALTY = 100.0  # of speed-up for each 1 of perplexity beyond what it may cost: 1.00 x for 1%
 MOST_FAILURES = 3  # in a row
@@ -122,6 +125,7 @@ class Search:
                 watch("reference: steps", step, self.base.steps or 0)
             if not known:
                 self.study.set_user_attr(SECONDS, time.monotonic() - began)
+            self.study.set_user_attr(LOSS, losses)
         if not losses:
             raise UserError("the reference was not evaluated", "give eval_data=FILE")
         return losses
@@ -158,9 +162,13 @@ class Search:
         run = TrialRun(self._place(trial.number), self.recipe, [*self._settings(), *chosen], held)
         began, before = time.monotonic(), trial.user_attrs.get(SECONDS, 0.0)
         value, why = 0.0, None
+        lowest, losses = self._lowest(reference, trial.number), dict[int, float]()
         try:
             for step, figures in run.follow():
-                value, cost = worth(figures, reference.get(step), self.max_cost)
+                value, cost = worth(figures, lowest.get(step), self.max_cost)
+                if figures.loss is not None:
+                    losses[step] = figures.loss
+                    trial.set_user_attr(LOSS, losses)
                 trial.set_user_attr(COST, cost)
                 trial.set_user_attr(SPEEDUP, figures.speedup)
                 trial.set_user_attr(SECONDS, before + time.monotonic() - began)
@@ -179,6 +187,18 @@ class Search:
         self.study.tell(trial, value if state is TrialState.COMPLETE else None, state)
         return self.study.get_trials(deepcopy=False)[trial.number]
 
+    def _lowest(self, reference: dict[int, float], number: int | None = None) -> dict[int, float]:
+        """The lowest loss of the whole model by step: the reference's, or a trial's, before `number` if given.
+
+        A reference at the recipe's own learning rate is easily beaten where the rate is searched, too.
+        """
+        lowest = dict(reference)
+        for trial in self.study.get_trials(deepcopy=False):
+            if reference and (number is None or trial.number < number):
+                for step, loss in trial.user_attrs.get(LOSS, {}).items():
+                    lowest[int(step)] = min(loss, lowest.get(int(step), math.inf))
+        return lowest
+
     def _hopeless(self, trial: Trial, cost: float) -> str | None:
         """Why a run should end here; None where it should not."""
         if cost > HOPELESS * self.max_cost:
@@ -192,7 +212,16 @@ class Search:
     def finished(self) -> list[optuna.trial.FrozenTrial]:
         """Trials that ran to their end, the best first: those that cost what they may before all others."""
         done = [t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
-        return sorted(done, key=lambda t: (t.user_attrs.get(COST, 0.0) > self.max_cost, -(t.value or 0.0)))
+        return sorted(done, key=lambda trial: (self.cost_of(trial) > self.max_cost, -(trial.value or 0.0)))
+
+    def cost_of(self, trial: optuna.trial.FrozenTrial) -> float:
+        """Perplexity of a trial's whole model over the lowest that any run had after as many steps, as a share."""
+        losses = {int(step): loss for step, loss in trial.user_attrs.get(LOSS, {}).items()}
+        reference = {int(step): loss for step, loss in self.study.user_attrs.get(LOSS, {}).items()}
+        if not losses or not reference:
+            return float(trial.user_attrs.get(COST, 0.0))
+        last = max(losses)
+        return math.expm1(losses[last] - self._lowest(reference)[last])
 
     def recipe_of(self, trial: optuna.trial.FrozenTrial) -> Recipe:
         """A trial's recipe, without an output of its own. Raises: UserError as `read_recipe`."""
@@ -263,9 +292,9 @@ def _descriptor(lock: FileLock) -> int | None:
 
 
 def worth(figures: Figures, reference: float | None, max_cost: float) -> tuple[float, float]:
-    """The objective, and the cost in it: perplexity over that of the reference, as a share; less than none is none.
+    """The objective, and the cost in it: perplexity over the lowest so far, as a share; less than none is none.
 
-    `reference` is its loss at the same step, None where the model is not trained.
+    `reference` is that loss at the same step, None where the model is not trained.
     """
     cost = 0.0
     if reference is not None and figures.loss is not None:
@@ -278,10 +307,12 @@ def speedup_of(trial: optuna.trial.FrozenTrial) -> float:
     return float(trial.user_attrs.get(SPEEDUP) or 0.0)
 
 
-def front(trials: Sequence[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+def front(
+    trials: Sequence[optuna.trial.FrozenTrial], cost_of: Callable[[optuna.trial.FrozenTrial], float]
+) -> list[optuna.trial.FrozenTrial]:
     """The trials that no other beats in both speed-up and cost, the cheapest first."""
     best, found = -math.inf, []
-    for trial in sorted(trials, key=lambda t: (t.user_attrs.get(COST, 0.0), -speedup_of(t))):
+    for trial in sorted(trials, key=lambda t: (cost_of(t), -speedup_of(t))):
         if speedup_of(trial) > best:
             best = speedup_of(trial)
             found.append(trial)
