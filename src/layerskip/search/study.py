@@ -165,7 +165,9 @@ class Search:
         lowest, losses = self._lowest(reference, trial.number), dict[int, float]()
         try:
             for step, figures in run.follow():
-                value, cost = worth(figures, lowest.get(step), self.max_cost)
+                # On the way losses differ by learning rates, which sink: there it is the reference that says enough.
+                against = lowest if step == self.base.steps else reference
+                value, cost = worth(figures, against.get(step), self.max_cost)
                 if figures.loss is not None:
                     losses[step] = figures.loss
                     trial.set_user_attr(LOSS, losses)
