@@ -165,7 +165,7 @@ class Search:
         lowest, losses = self._lowest(reference, trial.number), dict[int, float]()
         try:
             for step, figures in run.follow():
-                # On the way losses differ by learning rates, which sink: there it is the reference that says enough.
+                # On the way a high learning rate's loss has not sunk yet: there the reference says enough.
                 against = lowest if step == self.base.steps else reference
                 value, cost = worth(figures, against.get(step), self.max_cost)
                 if figures.loss is not None:
