@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from filelock import FileLock, Timeout
@@ -197,8 +197,8 @@ class Search:
         lowest = dict(reference)
         for trial in self.study.get_trials(deepcopy=False):
             if reference and (number is None or trial.number < number):
-                for step, loss in trial.user_attrs.get(LOSS, {}).items():
-                    lowest[int(step)] = min(loss, lowest.get(int(step), math.inf))
+                for step, loss in _losses(trial.user_attrs).items():
+                    lowest[step] = min(loss, lowest.get(step, math.inf))
         return lowest
 
     def _hopeless(self, trial: Trial, cost: float) -> str | None:
@@ -218,8 +218,7 @@ class Search:
 
     def cost_of(self, trial: optuna.trial.FrozenTrial) -> float:
         """Perplexity of a trial's whole model over the lowest that any run had after as many steps, as a share."""
-        losses = {int(step): loss for step, loss in trial.user_attrs.get(LOSS, {}).items()}
-        reference = {int(step): loss for step, loss in self.study.user_attrs.get(LOSS, {}).items()}
+        losses, reference = _losses(trial.user_attrs), _losses(self.study.user_attrs)
         if not losses or not reference:
             return float(trial.user_attrs.get(COST, 0.0))
         last = max(losses)
@@ -287,6 +286,11 @@ class Search:
             lock.acquire(timeout=0)
             return lock
         return None
+
+
+def _losses(kept: dict[str, Any]) -> dict[int, float]:
+    """By step, which JSON has as text."""
+    return {int(step): loss for step, loss in kept.get(LOSS, {}).items()}
 
 
 def _descriptor(lock: FileLock) -> int | None:

@@ -274,7 +274,7 @@ class Answers:
             choice["delta"] = ({"role": "assistant"} if first else {}) | {"content": added["text"]}
             choice["logprobs"] = chat_logprobs(entries)
         else:
-            echoed = self._echoed(exchange, asked, place)
+            echoed = self._echoed(exchange, asked, place) if first or entries else ""
             choice["text"] = (echoed if first else "") + added["text"]
             choice["logprobs"] = text_logprobs(entries, len(echoed) + added.get("offset", 0))
         if "round" in added:

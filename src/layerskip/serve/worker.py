@@ -110,7 +110,7 @@ class Worker:
         self._running: dict[Ticket, Job] = {}
         self._behind: list[
             Job
-        ] = []  # next in line; a running one is computing the beginning of their prompts
+        ] = []  # next in line, once a running one has computed what their prompts begin with
         self._kept: dict[Ticket, float] = {}  # rows with an earlier output, by when they were last of use
         self._cancelled: list[tuple[Job, Exception]] = []
         self._wake = threading.Condition()
@@ -257,20 +257,17 @@ class Worker:
 
     def _admit(self) -> None:
         """Give rows out, but let those wait whose beginning another one is computing: it is copied then."""
-        ready = [job for job in self._behind if not self._follows(job)]
-        self._behind = [job for job in self._behind if job not in ready]
-        while True:
-            if not ready:
-                with self._wake:
-                    any_left = len(self._running) + len(self._behind) < self.rows
-                    ready = [job for job in [self._queue.take() if any_left else None] if job is not None]
-            if not ready:
-                return
-            job = ready.pop(0)
+        waiting, self._behind = self._behind, []
+        while (job := waiting.pop(0) if waiting else self._taken()) is not None:
             if self._follows(job):
                 self._behind.append(job)
             else:
                 self._place(job)
+
+    def _taken(self) -> Job | None:
+        """The next job of the queue, if there is a row for it."""
+        with self._wake:
+            return self._queue.take() if len(self._running) + len(self._behind) < self.rows else None
 
     def _follows(self, job: Job) -> bool:
         """Whether a running job computes, at this moment, at least half of this one's prompt."""

@@ -193,7 +193,6 @@ static inline void rounded_words(bf16 *to, Floats even, Floats odd, int64_t live
     const Words both = near_bfloat(even) >> 16 | near_bfloat(odd);
     std::memcpy(to, &both, std::min<int64_t>(2 * LANES, live) * sizeof(bf16));
 }
-static inline void rounded_words(float *, Floats, Floats, int64_t) {}
 
 // Vectors of a product are words of 32 bits, one float or a pair of bfloat16 each; its rows are of numbers of the same
 // kind where pairs are multiplied, else of floats.
