@@ -9,8 +9,8 @@ economize (Apache-2.0, from PyPI) is no dependency of ours: `pip install economi
 by its own `fit` with its own losses and rates, one pass over the lines. Settings are those of its card, in the same
 share of the depth: a jump over two thirds of it with a linear predictor, and an exit after an eighth, all layers
 frozen; in float32, twice as fast here as bfloat16. The jump's training rolls drafts out and takes hours on two
-cores; the command goes on from its last checkpoint. PEERS/data.jsonl are the lines that were read, PEERS/NAME the drafters, PEERS/told.json sizes and the
-seconds of the last sitting.
+cores; the command goes on from its last checkpoint. PEERS/data.jsonl are the lines that were read, PEERS/NAME the
+drafters, PEERS/told.json sizes and the seconds of the last sitting.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def main() -> None:
     for name in configurations(24):
         if (given.output / name).is_dir():
             continue
-        hf = transformers.AutoModelForCausalLM.from_pretrained(resolve(given.model), dtype=torch.float32)
+        hf = transformers.AutoModelForCausalLM.from_pretrained(
+            resolve(given.model), dtype=torch.bfloat16
+        ).float()
         model = economize.apply(hf, configurations(hf.config.num_hidden_layers)[name])
         began = time.perf_counter()
         fit(
