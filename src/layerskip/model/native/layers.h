@@ -21,11 +21,13 @@ struct Slice {  // of a stack, and one call
     const int64_t *cache_rows, *positions, *slots;
 };
 
-// By a team: x [rows, width] behind a norm (null: without gains), as inputs. Of few rows each thread needs the norms of all.
+// By a team: x [rows, width] behind a norm (null: without gains), as inputs. Of few rows each thread takes a part of all.
 template <typename W, typename T>
 static void norm_into(const Inputs<W> &in, const T *x, const void *gain, float eps, T *scratch) {
     const auto take = [&](int64_t r, int64_t from, int64_t to) {
-        normed(x + r * in.width, static_cast<const T *>(gain), scratch, in.width, eps);
+        const T *row = x + r * in.width, *gains = static_cast<const T *>(gain);
+        const int64_t first = from * GROUP, count = std::min(to * GROUP, in.width) - first;
+        scaled(row + first, inverse_norm(row, in.width, eps), gains ? gains + first : nullptr, scratch + first, count);
         in.take(scratch, r, from, to);
     };
     const Share parts = own_share(in.parts);

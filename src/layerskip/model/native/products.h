@@ -39,9 +39,9 @@ struct Inputs {
     // Take groups [from, to) of row r, which begins at x.
     template <typename T>
     void take(const T *x, int64_t r, int64_t from, int64_t to) const {
-        const int64_t i = ((r + 1) * parts - 1) / rows, count = first(i + 1) - first(i);
-        for (int64_t g = from; g < to; ++g)
-            part(i).behind(g * count).put(x + g * GROUP, width - g * GROUP, r - first(i), count);
+        const int64_t i = ((r + 1) * parts - 1) / rows, before = first(i), count = first(i + 1) - before;
+        const typename W::Rows own = part(i);
+        for (int64_t g = from; g < to; ++g) own.behind(g * count).put(x + g * GROUP, width - g * GROUP, r - before, count);
     }
     // Call for this thread's share: (row, first group, last group). It is groups of all rows, not rows: those of a part stand
     // side by side, and two threads that write to one cache line wait for each other.

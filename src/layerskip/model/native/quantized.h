@@ -25,28 +25,30 @@ static void quantised(const T *x, int64_t live, int64_t stride, int8_t *bytes, f
     constexpr float whole = 12582912.f;  // 1.5 * 2^23: floats there are integers
     constexpr int N = GROUP / LANES;
     typedef Vector<int32_t, LANES>::type Wholes;
-    float values[GROUP] = {};
-    if (live >= GROUP) for (int i = 0; i < GROUP; ++i) values[i] = load(x[i]);
-    else for (int i = 0; i < live; ++i) values[i] = load(x[i]);
+    typedef Vector<int32_t, LANES / 4>::type Fours;  // bytes
+    Floats values[N];
     // Bits without their sign order as numbers do, and those that are none are above all.
     Wholes most = {}, all = {};
     for (int i = 0; i < N; ++i) {
-        const Wholes bits = loaded<Wholes>(values + i * LANES) & 0x7fffffff;
+        values[i] = live >= GROUP ? wide(x + i * LANES) : wide(x + i * LANES, std::max<int64_t>(0, live - i * LANES));
+        const Wholes bits = (Wholes)values[i] & 0x7fffffff;
         most = bits > most ? bits : most;
     }
     const int32_t top = over_lanes<LANES>(most, [](auto a, auto b) { return a > b ? a : b; });
-    const bool broken = top >= 0x7f800000;
-    if (broken) std::fill(values, values + GROUP, 0.f);
-    const float largest = loaded<float>(&top), inverse = !broken && largest > NOTHING ? 127.f / largest : 0.f;
-    int8_t found[GROUP];
+    const float largest = loaded<float>(&top);
+    float inverse = 127.f / largest;
+    scale = largest / 127.f;
+    if (__builtin_expect(!(largest > NOTHING && largest < INFINITY), false)) {
+        scale = largest <= NOTHING ? 0.f : NAN, inverse = 0.f;
+        if (!(largest <= NOTHING)) std::fill(values, values + N, Floats{});
+    }
     for (int i = 0; i < N; ++i) {
-        const Wholes near = (Wholes)(loaded<Floats>(values + i * LANES) * inverse + whole) - 0x4b400000;
-        kept(found + i * LANES, __builtin_convertvector(near, Vector<int8_t, LANES>::type));
+        const Wholes near = (Wholes)(values[i] * inverse + whole) - 0x4b400000;
+        const auto fours = (Fours)__builtin_convertvector(near, Vector<int8_t, LANES>::type);
+        for (int k = 0; k < LANES / 4; ++k) kept(bytes + (i * LANES / 4 + k) * stride, int32_t(fours[k]));
         all += near;
     }
     const int32_t one = over_lanes<LANES>(all, [](auto a, auto b) { return a + b; });
-    for (int i = 0; i < GROUP / 4; ++i) std::memcpy(bytes + i * stride, found + 4 * i, 4);
-    scale = broken ? NAN : inverse > 0.f ? largest / 127.f : 0.f;
     sum = -128 * one;
     total = scale * float(one);
 }

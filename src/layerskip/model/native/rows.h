@@ -2,20 +2,30 @@
 #pragma once
 #include "vectors.h"
 
-// RMS norm in float32, rounded once; y may be x, and there may be no gain.
+// RMS norm in float32, rounded once: what a row is multiplied by, and that. y may be x, and there may be no gain.
 template <typename T>
-static void normed(const T *x, const T *gain, T *y, int64_t width, float eps) {
-    Floats squares[2] = {};
-    for (int64_t i = 0; i < width; i += LANES) {
-        const Floats own = wide(x + i, width - i);
-        squares[i / LANES % 2] = plus(squares[i / LANES % 2], own, own);
+static float inverse_norm(const T *x, int64_t width, float eps) {
+    Floats even = {}, odd = {};
+    for (int64_t i = 0; i < width; i += 2 * LANES) {
+        const Floats one = wide(x + i, width - i);
+        even = plus(even, one, one);
+        if (width - i <= LANES) break;
+        const Floats two = wide(x + i + LANES, width - i - LANES);
+        odd = plus(odd, two, two);
     }
-    const float all = over_lanes<LANES>(squares[0] + squares[1], [](auto a, auto b) { return a + b; });
-    const float inverse = 1.f / std::sqrt(all / float(width) + eps);
+    const float all = over_lanes<LANES>(even + odd, [](auto a, auto b) { return a + b; });
+    return 1.f / std::sqrt(all / float(width) + eps);
+}
+template <typename T>
+static void scaled(const T *x, float inverse, const T *gain, T *y, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) {
         const Floats own = wide(x + i, width - i) * inverse;
         rounded_to(y + i, gain ? own * wide(gain + i, width - i) : own, width - i);
     }
+}
+template <typename T>
+static void normed(const T *x, const T *gain, T *y, int64_t width, float eps) {
+    scaled(x, inverse_norm(x, width, eps), gain, y, width);
 }
 
 enum Activation { SILU, GELU_TANH, GELU };

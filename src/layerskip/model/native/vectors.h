@@ -73,7 +73,7 @@ static inline void kept(void *to, From x) { std::memcpy(to, &x, sizeof x); }
 #if defined(__clang__) || __GNUC__ >= 12
 #define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define PICKED(a, b, ...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
+#define PICKED(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
 #endif
 #if defined(__clang__)
 #define APART __attribute__((noinline)) static
@@ -140,17 +140,25 @@ INLINED void interleaved(const bf16 *first, const bf16 *second, int64_t size, ui
 // Join the lanes two by two, always in the same order.
 template <int N, typename From, typename Join>
 static inline auto over_lanes(From x, Join join) {
-    typename Vector<std::decay_t<decltype(x[0])>, N / 2>::type halves[2];
-    std::memcpy(halves, &x, sizeof x);
-    auto joined = join(halves[0], halves[1]);
-    if constexpr (N == 2) return joined[0];
-    else return over_lanes<N / 2>(joined, join);
+    if constexpr (N == 4) {
+        x = join(x, PICKED(x, x, 2, 3, 0, 1));
+        return join(x, PICKED(x, x, 1, 0, 3, 2))[0];
+    } else {
+        typename Vector<std::decay_t<decltype(x[0])>, N / 2>::type halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        return over_lanes<N / 2>(join(halves[0], halves[1]), join);
+    }
 }
 
 // Numbers in memory as floats, and floats in their dtype; `rounded_to` returns what they became. A NaN stays one.
 static inline Floats wide(const float *from) { return loaded<Floats>(from); }
 static inline Floats wide(const bf16 *from) {
-    return (Floats)(__builtin_convertvector(loaded<Vector<uint16_t, LANES>::type>(from), Words) << 16);
+    const auto bits = loaded<Vector<uint16_t, LANES>::type>(from);
+#ifdef __AVX512F__
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);  // GCC converts the halves apart
+#else
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 static inline Floats rounded_to(float *to, Floats x) {
     kept(to, x);
