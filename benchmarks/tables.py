@@ -20,6 +20,7 @@ from cells import away, head, line, link, machine, number, ratio, share
 from engine_tables import engines, harness
 from reference_table import reference
 from speed_tables import serving, shapes
+from training_tables import search
 
 from layerskip.train.job.curve import POINTS
 
@@ -370,6 +371,7 @@ PAGES = {
         "table: builtin": builtin,
         "table: topv2": topv2,
         "table: reference": reference,
+        "table: search": search,
         "table: tuning": tuning,
         "table: policies": policies,
         "table: lossless": lossless,

@@ -87,7 +87,10 @@ def search() -> str:
     for name, own in (("grid", result["grid"]), ("search", result["search"])):
         chosen = own["settings"]
         if isinstance(chosen, dict):
-            chosen = [f"{key}={value}" for key, value in chosen.items()]
+            chosen = [
+                f"{key}={value:.2g}" if isinstance(value, float) else f"{key}={value}"
+                for key, value in chosen.items()
+            ]
         runs, ended = own.get("trials", own.get("runs")), own.get("finished", own.get("runs"))
         times = (f"{own['speedup']:.3f} x", f"{other[name]:.3f} x")
         minutes = f"{own['seconds'] / 60:.0f}"
