@@ -56,6 +56,7 @@ def main() -> None:
         "adapter-gate.png": (newest(arguments.results, "adapter-gate")[-1:], adapter_gate),
         "builtin-speedup.png": (ours, builtin),
         "scratch.png": (newest(arguments.results, "scratch")[-1:], scratch),
+        "continual.png": (newest(arguments.results, "continual")[-1:], continual),
         "lens.png": (inspected, lens),
         "timeline.png": (inspected, timeline),
         "demo-rounds.png": (demo, timeline),
@@ -192,6 +193,31 @@ def scratch(results: list[dict[str, Any]], file: Path) -> Path:
     seeds = len(next(iter(cells.values()))["by_seed"])
     note = f"95% intervals over {seeds} seeds" if seeds > 1 else "one seed"
     draw.legend(figure, draw.signs({colour: name for name, colour in colours.items()}, note))
+    return draw.written(figure, file)
+
+
+def continual(results: list[dict[str, Any]], file: Path) -> Path:
+    """What continual training gives every exit, and the loss of exits over the tokens seen."""
+    told = results[-1]
+    figure = draw.canvas(4.0)
+    panels = figure.subplots(1, 1 + len(told["cells"]))
+    colours = dict(zip(("before", *told["cells"]), (draw.GREY, *draw.SERIES), strict=False))
+    for name, own in (("before", told["before"]), *((k, c["exits"]) for k, c in told["cells"].items())):
+        shown = sorted(own, key=int)[:-1]
+        panels[0].plot(
+            [int(k) for k in shown], [100 * own[k]["agreement"] for k in shown], "o-", color=colours[name],
+            markersize=3, linewidth=1.4,
+        )  # fmt: skip
+    for panel, (name, own) in zip(panels[1:], told["cells"].items(), strict=True):
+        points = own["curve"]
+        for k in points[0]["loss"]:
+            millions, nats = [p["tokens"] / 1e6 for p in points], [p["loss"][k] for p in points]
+            panel.plot(millions, nats, "o-", color=colours[name], markersize=2, linewidth=1)
+            panel.annotate(k, (millions[-1], nats[-1]), fontsize=7)
+        panel.set_xscale("log")
+        draw.dress(panel, f"Loss of each exit, {name}", "million tokens", "nats per token")
+    draw.dress(panels[0], "Agreement with the last layer", "exit layer E", "share of positions, %")
+    draw.legend(figure, draw.signs({colour: name for name, colour in colours.items()}, "held-out text"))
     return draw.written(figure, file)
 
 

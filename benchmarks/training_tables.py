@@ -54,6 +54,38 @@ def scratch() -> str:
     return "\n".join([*lines, "", about])
 
 
+def continual() -> str:
+    """Each exit before and after continual training, what the last layer paid, what twice the tokens bring."""
+    path = record.newest("continual_*.json")
+    assert path is not None
+    result = json.loads(path.read_text())
+    before, cells = result["before"], result["cells"]
+    trained = [*next(iter(cells.values()))["curve"][0]["loss"]]
+    lines = head("exit", "before", *(f"{name}, a doubling brings" for name in cells))
+    for k in sorted(trained, key=int):
+        own = [f"{_judged(before[k])}"]
+        for cell in cells.values():
+            more = cell["more"][k]
+            low, high = more["2"]["ci95"]
+            own.append(f"{_judged(cell['exits'][k])}; {more['doubling']:+.3f}, twice {number(more['2']['middle'])} "
+                       f"[{low:.2f}, {high:.2f}]")  # fmt: skip
+        lines.append(line(k, *own))
+    paid = "; ".join(f"{name} {_percent(cell['perplexity_change'])}" for name, cell in cells.items())
+    tokens = next(iter(cells.values()))["curve"][-1]["tokens"]
+    told = result["configuration"]
+    about = (
+        f"Of each exit: agreement with the last layer, perplexity, on {told['windows']} windows; then nats that a "
+        "doubling of the tokens changes its loss by, and its loss after twice as many, with the 95% interval of a "
+        f"new point of the line. {tokens / 1e6:.1f} M tokens. The last layer's perplexity: {paid} (95% over "
+        f"windows, {link(path)})."
+    )
+    return "\n".join([*lines, "", about])
+
+
+def _judged(found: dict[str, Any]) -> str:
+    return f"{100 * found['agreement']:.0f}%, {number(found['perplexity'])}"
+
+
 def spread(found: dict[str, Any], form: str = ".2f") -> str:
     """A mean over seeds and its interval, where there is one."""
     middle = format(found["ratio"], form)

@@ -56,6 +56,7 @@ def test_every_recipe_is_read_and_reads_back_the_same(tmp_path):
         *PUBLISHED,
         "revised-dropout",
         "scratch-small",
+        "continual-small",
         "topv2",
         "finetune",
         "lora",

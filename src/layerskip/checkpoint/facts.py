@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 POLICIES = ("fixed", "confidence", "adaptive")
+MOST_DRAFTS = 31  # of a round: with the token before them rows for one pass, and no endless request
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Facts:
 
     exits: tuple[int, ...] = option((), "Exit layers that were trained.")
     exit_layer: int | None = option(None, "E, layers that draft; 0: an adapter reads the embedding.", least=0)
-    draft_length: int | None = option(None, "K, tokens drafted per round.", least=0, most=31)
+    draft_length: int | None = option(None, "K, tokens drafted per round.", least=0, most=MOST_DRAFTS)
     draft_vocab: str | None = option(
         None, "File beside config.json: a JSON list of ids by falling frequency."
     )
@@ -58,7 +59,7 @@ class Facts:
         choices=("auto", "exit", "lookup", "off"),
     )
     match_min: int | None = option(None, "Copy behind matches of at least so many tokens.", least=1, most=32)
-    copy_length: int | None = option(None, "Copy so many tokens a round at most.", least=1, most=31)
+    copy_length: int | None = option(None, "Copy so many tokens a round at most.", least=1, most=MOST_DRAFTS)
     confidence: float | None = option(
         None, "Stop drafting where the exit's largest probability is below this.", least=0, most=1
     )

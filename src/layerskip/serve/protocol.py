@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from layerskip.checkpoint.facts import MOST_DRAFTS
 from layerskip.errors import UserError
 
 Whole = Annotated[int, Field(strict=True)]
@@ -69,7 +70,7 @@ class Own(Strict):
     mode: MODES | None = None
     drafter: DRAFTERS | None = None
     exit_layer: Whole | None = Field(default=None, ge=0)
-    draft_length: Whole | None = Field(default=None, ge=0, le=31)
+    draft_length: Whole | None = Field(default=None, ge=0, le=MOST_DRAFTS)
     policy: POLICIES | None = None
     rounds: bool = False
 
