@@ -5,6 +5,7 @@
     python benchmarks/shapes.py --shape tiny --device cpu                    # a rehearsal, seconds
 
 Random weights say nothing about quality; the result file and every line printed say that acceptance is simulated.
+On a CPU passes over 1, 4 and 9 positions are timed in turn, too: what verifying costs beside a plain step.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -24,8 +27,13 @@ from layerskip.measure.speed.bench import bench
 from layerskip.measure.speed.settings import Prompt, Settings
 from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.load import native_stack
+from layerskip.model.step import Step
+
+if TYPE_CHECKING:
+    from layerskip.model.stack import Stack
 
 HERE = Path(__file__).parent
+WIDTHS = (1, 4, 9)
 LLAMA2 = {
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
@@ -103,6 +111,29 @@ def random_model(
     return LanguageModel(native_stack(hf, quantize=quantize), hf=hf)
 
 
+@torch.inference_mode()
+def passes(stack: Stack, context: int, repeats: int = 15) -> dict[int, float]:
+    """What a pass over several positions takes of a pass over one behind `context` tokens, medians of turns."""
+    room, seconds = context + max(WIDTHS), {width: list[float]() for width in WIDTHS}
+    tokens, cache = torch.arange(room)[None] % stack.vocab_size, stack.new_cache(1, room)
+
+    def run(start: int, count: int) -> float:
+        began = time.perf_counter()
+        step = Step.span([0], [start], [count], stack.device, spill=room)
+        h, _ = stack.run(
+            stack.embed(tokens[:, start : start + count], step), 0, stack.num_layers, step, cache
+        )
+        stack.logits(h[:, -max(WIDTHS) :])
+        return time.perf_counter() - began
+
+    run(0, context)
+    for _ in range(repeats + 1):
+        for width, own in seconds.items():
+            own.append(run(context, width))
+    medians = {width: statistics.median(own[1:]) for width, own in seconds.items()}
+    return {width: median / medians[1] for width, median in medians.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,6 +179,9 @@ def main() -> None:
         f"self-speculation: {ratio['median']:.2f} x [{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}] at acceptance "
         f"{100 * own['acceptance']:.0f}%; the cost model predicts {result['predicted_speedup']:.2f} x"
     )
+    if device.type == "cpu":
+        result["over_one"] = passes(lm.stack, arguments.prompt_tokens)
+        print(", ".join(f"{width} positions: {cost:.2f}" for width, cost in result["over_one"].items()))
     if arguments.save:
         told = {**vars(arguments), "torch": torch.__version__, "transformers": transformers.__version__}
         result |= {

@@ -17,6 +17,7 @@ def shapes() -> str:
         "MB a token",
         "plain tokens/s",
         "of the roofline",
+        "4 and 9 positions over 1",
         "rounds over plain",
         "predicted",
         "acceptance",
@@ -32,6 +33,9 @@ def shapes() -> str:
                 f"{card['bytes_per_token'] / 1e6:,.0f}",
                 f"{plain['decode_tokens_per_s']:.1f}",
                 f"{100 * plain['roofline_share']:.0f}% of {card['bandwidth_gb_s']:.0f} GB/s",
+                " and ".join(
+                    f"{cost:.2f}" for width, cost in result.get("over_one", {}).items() if width != "1"
+                ),
                 ratio(result["speedup"]["self-speculative/ar"]),
                 f"{result['predicted_speedup']:.2f} x",
                 share(acceptance),
