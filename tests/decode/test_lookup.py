@@ -1,5 +1,7 @@
 """Drafts copied from the text so far: the same output, the same law, and copies only where they are worth it."""
 
+import copy
+
 import pytest
 import torch
 
@@ -30,41 +32,44 @@ def controller(source, longest, timed=False):
     return Controller(PRICES, arms, copying=Copying(1, longest, FREE), trained=True, guard=False, timed=timed)
 
 
-def repeating(stack):
-    """Prompts that hold the beginning of what the model says, then something else, then themselves again."""
-    for seed in range(60):
-        [prompt] = torch.randint(
-            2, tiny.VOCAB, (1, 5), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
-        plain = decode(stack, [prompt], 8).tokens[0]
-        for cut in range(1, 9):
-            yield prompt + plain[:cut] + [1] + prompt
+@pytest.fixture(scope="module")
+def forgetful():
+    """A stack whose next token hangs on the last one alone, a token, and nine that it says behind that."""
+    model = copy.deepcopy(tiny.calibrated("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    stack = tiny.stack("llama+native", model=model)
+    for first in range(2, tiny.VOCAB):
+        said = decode(stack, [[first]], 9).tokens[0]
+        if len({first, *said}) == 10:
+            return stack, first, said
+    pytest.fail("it says nothing twice from no token")
 
 
-def test_every_accepted_count_of_a_long_copy_occurs():
-    stack, seen = tiny.stack("llama+native"), set()
-    for told in repeating(stack):
-        record = decode(stack, [told], 30, draft_length=8, drafter=LOOKUP)
-        assert record.tokens == decode(stack, [told], 30).tokens
-        seen |= {r.accepted for r in record.rounds[0] if len(r.draft) == 8}
-        if seen == set(range(9)):
-            return
-    pytest.fail(f"never saw {set(range(9)) - seen} of 8 copied tokens kept")
+@pytest.mark.parametrize("kept", range(9))
+def test_every_accepted_count_of_a_long_copy_occurs(forgetful, kept):
+    stack, first, said = forgetful
+    others = [token for token in range(2, tiny.VOCAB) if token not in (first, *said)]
+    told = [first, *said[: 1 + kept], *others[: 8 - kept], first]  # said[0] comes with the prompt
+    record = decode(stack, [told], 30, draft_length=8, drafter=LOOKUP)
+    assert record.tokens == decode(stack, [told], 30).tokens
+    assert (len(record.rounds[0][1].draft), record.rounds[0][1].accepted) == (8, kept)
 
 
-def test_an_end_of_sequence_inside_a_copy_ends_the_output_there():
-    stack, offsets, rejected, longest = tiny.stack("llama+native"), set(), 0, 4 if FULL else 2
-    for told in repeating(stack):
-        plain = decode(stack, [told], 30).tokens[0]
-        for token in set(plain) & set(told):
-            record = decode(stack, [told], 30, draft_length=longest, drafter=LOOKUP, eos=frozenset([token]))
-            assert record.tokens[0] == plain[: plain.index(token) + 1]
-            assert all(token not in round.draft[:-1] for round in record.rounds[0])
-            offsets |= set(record.eos_offsets)
-            rejected += record.rejected_eos
-        if offsets == set(range(longest)) and rejected:
-            return
-    pytest.fail(f"an end of sequence was copied at {offsets}, and rejected {rejected} times")
+@pytest.mark.parametrize("longest", [2, 4])
+def test_an_end_of_sequence_inside_a_copy_ends_the_output_there(forgetful, longest):
+    stack, first, said = forgetful
+    options = {"draft_length": longest, "drafter": LOOKUP}
+    for offset, token in enumerate(said[1 : 1 + longest]):
+        record = decode(stack, [[first, *said, first]], 30, eos=frozenset([token]), **options)
+        assert record.tokens == [said[: offset + 2]]
+        assert record.eos_offsets == {offset: 1}
+    wrong = next(token for token in range(2, tiny.VOCAB) if token not in (first, *said))
+    told = [first, said[0], wrong, *said, first]
+    record = decode(stack, [told], 9, eos=frozenset([wrong]), **options)
+    assert record.tokens == [said]
+    assert record.rejected_eos == 1
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3])
