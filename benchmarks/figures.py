@@ -201,6 +201,8 @@ def continual(results: list[dict[str, Any]], file: Path) -> Path:
     told = results[-1]
     figure = draw.canvas(4.0)
     panels = figure.subplots(1, 1 + len(told["cells"]))
+    for panel in panels[2:]:
+        panel.sharey(panels[1])
     colours = dict(zip(("before", *told["cells"]), (draw.GREY, *draw.SERIES), strict=False))
     for name, own in (("before", told["before"]), *((k, c["exits"]) for k, c in told["cells"].items())):
         shown = sorted(own, key=int)[:-1]

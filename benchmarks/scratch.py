@@ -138,6 +138,11 @@ def trained(given: argparse.Namespace, cell: str, seed: int, lock: int) -> Trial
     )  # fmt: skip
     if run.result is None:
         print(f"{cell}, seed {seed}: training", flush=True)
+    return followed(run)
+
+
+def followed(run: TrialRun) -> TrialRun:
+    """Train what is left of a run. Raises: UserError where it was stopped or failed."""
     try:
         for _ in run.follow():
             pass
@@ -146,16 +151,25 @@ def trained(given: argparse.Namespace, cell: str, seed: int, lock: int) -> Trial
     return run
 
 
+def judged(folder: Path, model: Any, text: Path, windows: int, dtype: str) -> dict[str, Any]:
+    """Judge every exit of a model on windows of a text; the last layer's NLL and the tokens by window."""
+    told = kept(
+        folder / "eval.json", "eval", model, "--text", text, "--limit", windows, "--work", folder / "judged",
+        "--dtype", dtype,
+    )  # fmt: skip
+    found, last = Records(folder / "judged" / "text").found, str(told["configuration"]["layers"])
+    return {
+        "exits": {str(row["exit_layer"]): {name: row[name] for name in FIGURES[:2]} for row in told["exits"]},
+        "nll": [found[i]["text"]["exits"][last]["nll"] for i in sorted(found)],
+        "tokens": [found[i]["text"]["tokens"] for i in sorted(found)],
+    }
+
+
 def measured(given: argparse.Namespace, run: TrialRun) -> dict[str, Any]:
     """Measure what is left of it; returns its figures by exit, and the last layer's by window."""
     folder = run.output.parent
-    judged = kept(
-        folder / "eval.json", "eval", run.output, "--text", given.data / "held.txt", "--limit", given.windows,
-        "--work", folder / "judged", "--dtype", given.dtype,
-    )  # fmt: skip
-    exits: dict[str, dict[str, float]] = {
-        str(row["exit_layer"]): {name: row[name] for name in FIGURES[:2]} for row in judged["exits"]
-    }
+    told = judged(folder, run.output, given.data / "held.txt", given.windows, given.dtype)
+    exits = told["exits"]
     for exit_layer in map(str.strip, given.exits.split(",")):
         raced = kept(
             folder / f"bench-{exit_layer}.json", "bench", run.output, "--exit-layer", exit_layer,
@@ -167,14 +181,7 @@ def measured(given: argparse.Namespace, run: TrialRun) -> dict[str, Any]:
         exits[exit_layer] |= {name: own[name] or 0.0 for name in FIGURES[2:4]}
         exits[exit_layer]["equal"] = own["equal_outputs"] / own["of"]
         exits[exit_layer]["speedup"] = speedup["self-speculative/ar"]["median"]
-    last = str(judged["configuration"]["layers"])
-    windows = Records(folder / "judged" / "text").found
-    return {
-        "exits": exits,
-        "nll": [windows[i]["text"]["exits"][last]["nll"] for i in sorted(windows)],
-        "tokens": [windows[i]["text"]["tokens"] for i in sorted(windows)],
-        "seconds": run.seconds,
-    }
+    return told | {"seconds": run.seconds}
 
 
 def quoted(path: Path) -> str:
@@ -210,6 +217,8 @@ def change(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Compare the last layer's perplexity with another model's on the same windows; intervals are over windows."""
     import numpy as np
 
+    if own["tokens"] != other["tokens"]:
+        raise UserError("the two were judged on other windows", "remove what was judged, and begin anew")
     less, tokens = np.subtract(own["nll"], other["nll"]), np.asarray(own["tokens"], float)
     low, high = resampled(lambda a, b: np.expm1(a.sum(-1) / b.sum(-1)), less, tokens)
     return {"ratio": float(np.expm1(less.sum() / tokens.sum())), "ci95": [low, high]}

@@ -93,6 +93,7 @@ def main() -> None:
         },
     }  # fmt: skip
     own = {name: judged(Path(told.pop("folder")), given) for name, told in found.items()}
+    cells = [{key: value for key, value in cell.items() if key != "folder"} for cell in cells]
     result = found | {"other": compared(own["search"], own["grid"], given.model), "cells": cells}
     result["configuration"] = record.configuration(given, torch.device("cpu"))
     print(json.dumps({name: told for name, told in result.items() if name != "cells"}, indent=1))

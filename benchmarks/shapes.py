@@ -113,7 +113,7 @@ def random_model(
 
 @torch.inference_mode()
 def passes(stack: Stack, context: int, repeats: int = 15) -> dict[int, float]:
-    """What a pass over several positions takes of a pass over one behind `context` tokens, medians of turns."""
+    """Time of a pass over 1, 4 and 9 positions after `context` tokens, over that of one: medians of turns."""
     room, seconds = context + max(WIDTHS), {width: list[float]() for width in WIDTHS}
     tokens, cache = torch.arange(room)[None] % stack.vocab_size, stack.new_cache(1, room)
 

@@ -55,35 +55,40 @@ def scratch() -> str:
 
 
 def continual() -> str:
-    """Each exit before and after continual training, what the last layer paid, what twice the tokens bring."""
+    """Each exit before and after continual training, then what more tokens would do to its loss."""
     path = record.newest("continual_*.json")
     assert path is not None
     result = json.loads(path.read_text())
-    before, cells = result["before"], result["cells"]
-    trained = [*next(iter(cells.values()))["curve"][0]["loss"]]
-    lines = head("exit", "before", *(f"{name}, a doubling brings" for name in cells))
-    for k in sorted(trained, key=int):
-        own = [f"{_judged(before[k])}"]
-        for cell in cells.values():
-            more = cell["more"][k]
-            low, high = more["2"]["ci95"]
-            own.append(f"{_judged(cell['exits'][k])}; {more['doubling']:+.3f}, twice {number(more['2']['middle'])} "
-                       f"[{low:.2f}, {high:.2f}]")  # fmt: skip
-        lines.append(line(k, *own))
+    before, cells, told = result["before"], result["cells"], result["configuration"]
+    trained = sorted(next(iter(cells.values()))["curve"][0]["loss"], key=int)
+    lines = head("exit", "before", *cells)
+    for k in trained:
+        lines.append(line(k, _judged(before[k]), *(_judged(cell["exits"][k]) for cell in cells.values())))
+    fits = {name: cell["more"] for name, cell in cells.items() if cell["more"]}
+    for name, more in fits.items():
+        lines += [
+            "",
+            *head(
+                f"{name}: loss of exit", "a doubling of the tokens", "after twice as many", "after 16 times"
+            ),
+        ]
+        for k in trained:
+            own = more[k]
+            later = ({"ratio": own[n]["middle"], "ci95": own[n]["ci95"]} for n in ("2", "16"))
+            lines.append(line(k, spread(own["doubling"], "+.3f"), *map(spread, later)))
     paid = "; ".join(f"{name} {_percent(cell['perplexity_change'])}" for name, cell in cells.items())
     tokens = next(iter(cells.values()))["curve"][-1]["tokens"]
-    told = result["configuration"]
     about = (
-        f"Of each exit: agreement with the last layer, perplexity, on {told['windows']} windows; then nats that a "
-        "doubling of the tokens changes its loss by, and its loss after twice as many, with the 95% interval of a "
-        f"new point of the line. {tokens / 1e6:.1f} M tokens. The last layer's perplexity: {paid} (95% over "
-        f"windows, {link(path)})."
+        f"Of each exit: agreement with the last layer, perplexity, on {told['windows']} windows, before and after "
+        f"{tokens / 1e6:.1f} M tokens. The last layer's perplexity: {paid} (95% over windows). Losses in nats per "
+        "token on held-out text, by a line over the logarithm of the tokens: of one run each, and if the line goes "
+        f"on ({link(path)})."
     )
     return "\n".join([*lines, "", about])
 
 
 def _judged(found: dict[str, Any]) -> str:
-    return f"{100 * found['agreement']:.0f}%, {number(found['perplexity'])}"
+    return f"{_share({'ratio': found['agreement']})}, {number(found['perplexity'])}"
 
 
 def spread(found: dict[str, Any], form: str = ".2f") -> str:
@@ -132,7 +137,7 @@ def search() -> str:
     about = (
         "Predicted: on the data that both chose by. Elsewhere: on another book, "
         f"{other['windows']} windows; the search less the grid {gap['mean']:+.3f} [{low:+.3f}, {high:+.3f}] (95%, "
-        f"over windows), its last layer's perplexity {100 * other['perplexity_change']:+.1f}% of the grid's "
+        f"over windows), its last layer's perplexity {100 * other['perplexity_change']:+.1f}% over the grid's "
         f"({link(path)})."
     )
     return "\n".join([*lines, "", about])

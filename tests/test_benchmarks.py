@@ -33,6 +33,14 @@ def test_attention_compares_bits_before_it_times_passes(script, folder, capsys, 
         script("attention", *given)
 
 
+def test_the_passes_of_a_shape_are_told_over_one_position(benchmark):
+    import tiny
+
+    told = benchmark("shapes").passes(tiny.stack("llama+native"), 8, repeats=2)
+    assert [*told] == [1, 4, 9]
+    assert told[1] == 1.0
+
+
 def test_rows_are_told_over_one_position_beside_what_their_products_take(benchmark):
     formats = benchmark("formats")
     seconds = {("int8", width): [0.002 + 0.001 * width] * 3 for width in formats.WIDTHS}
@@ -215,7 +223,7 @@ def test_every_figure_has_its_result_file(script, tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "exits.png", "speedup-surface.png", "acceptance-by-position.png", "adapter-gate.png"
     }  # fmt: skip
-    assert capsys.readouterr().out.count("no result file yet") == 6
+    assert capsys.readouterr().out.count("no result file yet") == 7
     (tmp_path / "tuning_tiny_float32_cpu_2026-01-01.json").unlink()
     own = {"exit_layer": 2, "acceptance_by_position": [0.7, 0.3]}
     bench = {"methods": {"self-speculative": own}, "configuration": configuration}

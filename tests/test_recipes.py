@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import get_scheduler
 
 from layerskip.errors import UserError
 from layerskip.train.job.plot import sampled
@@ -70,6 +72,21 @@ def test_every_recipe_is_read_and_reads_back_the_same(tmp_path):
         file = tmp_path / f"{name}.yaml"
         file.write_text(as_yaml(recipe))
         assert read_recipe(str(file)) == recipe
+
+
+def test_a_constant_rate_is_warmed_up(tmp_path):
+    from layerskip.train.job.plan import arguments_for
+    from layerskip.train.job.run import schedule_for
+
+    recipe = read_recipe("continual-small")
+    given = arguments_for(recipe, tmp_path, schedule_for(recipe, 30), "cpu")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    rates = get_scheduler(given.lr_scheduler_type, optimizer, given.get_warmup_steps(2442), 2442)
+    assert rates.get_last_lr() == [0.0]
+    for _ in range(50):
+        optimizer.step()
+        rates.step()
+    assert rates.get_last_lr() == [1.0]
 
 
 def test_the_revised_dropout_fades_out_and_scales_up():

@@ -34,7 +34,7 @@ def controller(source, longest, timed=False):
 
 @pytest.fixture(scope="module")
 def forgetful():
-    """A stack whose next token hangs on the last one alone, a token, and nine that it says behind that."""
+    """A stack whose next token depends on the last one alone, a token, and the nine that it says behind that."""
     model = copy.deepcopy(tiny.calibrated("llama"))
     with torch.no_grad():
         for layer in model.model.layers:
@@ -44,7 +44,21 @@ def forgetful():
         said = decode(stack, [[first]], 9).tokens[0]
         if len({first, *said}) == 10:
             return stack, first, said
-    pytest.fail("it says nothing twice from no token")
+    pytest.fail("no first token leads to ten different ones")
+
+
+def test_long_copies_are_kept_in_part_and_leave_the_output_as_it_is():
+    """With attention, which a wrong cache would mislead."""
+    stack, seen = tiny.stack("llama+native"), set()
+    for seed in range(12):
+        [prompt] = torch.randint(
+            2, tiny.VOCAB, (1, 5), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+        told = prompt + decode(stack, [prompt], 8).tokens[0] + [1] + prompt
+        record = decode(stack, [told], 30, draft_length=8, drafter=LOOKUP)
+        assert record.tokens == decode(stack, [told], 30).tokens
+        seen |= {r.accepted for r in record.rounds[0] if len(r.draft) == 8}
+    assert len(seen) > 2
 
 
 @pytest.mark.parametrize("kept", range(9))
@@ -70,6 +84,7 @@ def test_an_end_of_sequence_inside_a_copy_ends_the_output_there(forgetful, longe
     record = decode(stack, [told], 9, eos=frozenset([wrong]), **options)
     assert record.tokens == [said]
     assert record.rejected_eos == 1
+    assert all(wrong not in round.draft[:-1] for round in record.rounds[0]), "nothing is copied behind it"
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3])

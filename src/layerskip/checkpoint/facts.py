@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 POLICIES = ("fixed", "confidence", "adaptive")
-MOST_DRAFTS = 31  # of a round: with the token before them rows for one pass, and no endless request
+MOST_DRAFTS = 31  # K at most: 32 positions in one pass, and a bound of what a request may ask
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ struct Slice {  // of a stack, and one call
     const int64_t *cache_rows, *positions, *slots;
 };
 
-// By a team: x [rows, width] behind a norm (null: without gains), as inputs. Of few rows each thread takes a part of all.
+// By a team: x [rows, width] behind a norm (null: without gains), as inputs. Of few rows every
+// thread computes the norm of each, and scales and keeps its share of the groups.
 template <typename W, typename T>
 static void norm_into(const Inputs<W> &in, const T *x, const void *gain, float eps, T *scratch) {
     const auto take = [&](int64_t r, int64_t from, int64_t to) {

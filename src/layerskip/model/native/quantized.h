@@ -43,7 +43,7 @@ static void quantised(const T *x, int64_t live, int64_t stride, int8_t *bytes, f
         if (!(largest <= NOTHING)) std::fill(values, values + N, Floats{});
     }
     for (int i = 0; i < N; ++i) {
-        const Wholes near = (Wholes)(values[i] * inverse + whole) - 0x4b400000;
+        const Wholes near = (Wholes)plus(Floats{} + whole, values[i], inverse) - 0x4b400000;
         const auto fours = (Fours)__builtin_convertvector(near, Vector<int8_t, LANES>::type);
         for (int k = 0; k < LANES / 4; ++k) kept(bytes + (i * LANES / 4 + k) * stride, int32_t(fours[k]));
         all += near;

@@ -2,7 +2,7 @@
 #pragma once
 #include "vectors.h"
 
-// RMS norm in float32, rounded once: what a row is multiplied by, and that. y may be x, and there may be no gain.
+// RMS norm in float32: 1 / root of the mean square; x times that and the gain (which may be null), rounded once. y may be x.
 template <typename T>
 static float inverse_norm(const T *x, int64_t width, float eps) {
     Floats even = {}, odd = {};

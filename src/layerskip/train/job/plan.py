@@ -24,6 +24,7 @@ REFUSED = {
     "auto_find_batch_size": "a resumed run would see other rows",
     "dataloader_drop_last": "the plan counts all rows",
 }
+SCHEDULERS = {"constant": "constant_with_warmup"}  # Hugging Face's `constant` has no warm-up
 
 
 @dataclass
@@ -96,7 +97,7 @@ def arguments_for(
         "num_train_epochs": recipe.epochs,
         "per_device_train_batch_size": recipe.batch_size,
         "per_device_eval_batch_size": recipe.batch_size,
-        "lr_scheduler_type": recipe.lr_schedule,
+        "lr_scheduler_type": SCHEDULERS.get(recipe.lr_schedule, recipe.lr_schedule),
         "warmup_steps": recipe.warmup,
         "bf16": recipe.dtype == "bfloat16",
         **({"gradient_checkpointing": True} if recipe.checkpointing else {}),
