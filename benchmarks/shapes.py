@@ -104,10 +104,18 @@ SHAPES = {  # sizes from the models' public configurations; exits, drafts, accep
 def random_model(
     shape: str, dtype: torch.dtype, device: torch.device, quantize: str | None = None
 ) -> LanguageModel:
-    """Make a model of a shape on its device, with weights that keep activations of order one."""
+    """Make a model of a shape on its device, always the same on it; weights keep activations of order one.
+
+    What ends a residual branch is scaled by the number of branches, as GPT-2 begins: else four bits change the logits
+    of so deep a random model beyond what the check at load takes for rounding.
+    """
     config = transformers.LlamaConfig(**SHAPES[shape][0])
-    with torch.device(device):
+    torch.manual_seed(0)
+    with torch.device(device), torch.no_grad():
         hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for layer in hf.model.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight *= (2 * config.num_hidden_layers) ** -0.5
     return LanguageModel(native_stack(hf, quantize=quantize), hf=hf)
 
 
