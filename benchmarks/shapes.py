@@ -106,7 +106,7 @@ def random_model(
 ) -> LanguageModel:
     """Make a model of a shape on its device, always the same on it; weights keep activations of order one.
 
-    What ends a residual branch is scaled by the number of branches, as GPT-2 begins: else four bits change the logits
+    What ends a residual branch is scaled by the number of branches, as GPT-2 begins: else four bits change logits
     of so deep a random model beyond what the check at load takes for rounding.
     """
     config = transformers.LlamaConfig(**SHAPES[shape][0])
