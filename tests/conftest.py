@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import transformers
 
 from layerskip.model.native import load as native_load
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
