@@ -31,7 +31,7 @@ from layerskip.checkpoint.files import write_text
 from layerskip.errors import UserError
 from layerskip.measure.records import work_folder
 from layerskip.model.threads import chosen_threads
-from layerskip.search.runs import TrialRun
+from layerskip.search.runs import TrialRun, losses_of
 from layerskip.train.data.sources import examples
 from layerskip.train.job.curve import fitted, t95
 from layerskip.train.job.recipe import Recipe, as_yaml, read_recipe
@@ -60,8 +60,7 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true", help="leave the judging to a later call")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/continual_*.json")
     given = parser.parse_args()
-    recipes = read_cells(given)
-    recipe = recipes[0]
+    recipe = checked(given)
     assert recipe.model is not None
     told = {name: str(getattr(given, name)) for name in ("data", "held", "rows", "set")}
     work_folder(
@@ -69,7 +68,9 @@ def main() -> None:
     )
     result: dict[str, Any] = {"before": {}, "cells": {}}
     with locked(given.work / "lock") as lock:
-        runs = {cell: followed(run_of(given, cell, lock)) for cell in given.cells.split(",")}
+        held = given.work / "held.jsonl"
+        write_beginnings(given.held, given.rows, held)
+        runs = {cell: followed(run_of(given, cell, held, lock)) for cell in given.cells.split(",")}
         if given.train_only:
             return
         digest = hashlib.sha256(given.text.read_bytes()).hexdigest()[:12]
@@ -96,28 +97,36 @@ def main() -> None:
         record.save(result, "continual", name, "cpu")
 
 
-def read_cells(given: argparse.Namespace) -> list[Recipe]:
-    """Read every cell's recipe before a night is spent on the first. Raises: UserError for what cannot be run."""
+def checked(given: argparse.Namespace) -> Recipe:
+    """Read every cell's recipe before a night is spent on the first; returns what they share.
+
+    Raises: UserError for what cannot be run.
+    """
     cells = given.cells.split(",")
     if strange := {*cells} - {*CELLS}:
         raise UserError(f"--cells: {', '.join(sorted(strange))}", f"any of {', '.join(CELLS)}")
     for path in (given.held, given.text):
         if not path.is_file():
             raise UserError(f"no file {path}", "--held and --text name files")
-    recipes = [read_recipe(RECIPE, [*given.set, *CELLS[cell]]) for cell in cells]
-    if recipes[0].global_batch is not None:
+    for cell in cells:
+        read_recipe(RECIPE, [*given.set, *CELLS[cell]])
+    recipe = read_recipe(RECIPE, given.set)
+    if recipe.global_batch is not None:
         raise UserError("global_batch hides how many tokens a step has", "set batch_size and accumulation")
-    return [read_recipe(RECIPE, given.set), *recipes]
+    return recipe
 
 
-def run_of(given: argparse.Namespace, cell: str, lock: int) -> TrialRun:
-    """Name a cell's run; the beginnings it is judged by are written first."""
-    held = given.work / "held.jsonl"
-    if not held.is_file():
-        found = [*itertools.islice(examples(str(given.held)), given.rows)]
-        if not all("text" in example for example in found):
-            raise UserError(f"{given.held} is not plain text", "give a .txt file, or .jsonl with `text`")
-        write_text(held, "".join(json.dumps({"text": one["text"][:BEGINNING]}) + "\n" for one in found))
+def write_beginnings(source: Path, count: int, file: Path) -> None:
+    """Write the beginnings of the first documents, once. Raises: UserError where they are not plain text."""
+    if file.is_file():
+        return
+    found = [*itertools.islice(examples(str(source)), count)]
+    if not all("text" in example for example in found):
+        raise UserError(f"{source} is not plain text", "give a .txt file, or .jsonl with `text`")
+    write_text(file, "".join(json.dumps({"text": one["text"][:BEGINNING]}) + "\n" for one in found))
+
+
+def run_of(given: argparse.Namespace, cell: str, held: Path, lock: int) -> TrialRun:
     sources = [f"data={quoted(given.data)}", f"eval_data={quoted(held)}", "eval_limit=null"]
     return TrialRun(given.work / cell, RECIPE, [*given.set, *CELLS[cell], *sources], lock)
 
@@ -129,16 +138,7 @@ def judged_in(folder: Path, model: Any, given: argparse.Namespace) -> dict[str, 
 
 def losses(run: TrialRun, tokens_per_step: int) -> list[dict[str, Any]]:
     """Of every evaluation: places of tokens until then, and the loss of each exit in nats per token."""
-    found: dict[int, dict[str, float]] = {}
-    for state in run.output.glob("checkpoint-*/trainer_state.json"):
-        for line in json.loads(state.read_text(encoding="utf-8"))["log_history"]:
-            own = {
-                key.split("_")[2]: value
-                for key, value in line.items()
-                if key.startswith("eval_exit_") and key.endswith("_loss")
-            }
-            if own:
-                found[line["step"]] = own
+    found = {step: losses_of(line) for step, line in run.evaluations().items()}
     done = run.result
     assert done is not None
     found.setdefault(done["steps"], {k: one["loss"] for k, one in done["exits"].items()})

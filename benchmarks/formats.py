@@ -17,7 +17,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ import numpy as np
 import record
 import torch
 from arithmetic import Peak
+from passes import timed_pass
 from tables import formats_table
 
 import layerskip
@@ -102,13 +102,7 @@ def steps(models: Mapping[str, LanguageModel], repeats: int, threads: int) -> di
     fresh: dict[tuple[str, int], list[float]] = {}
 
     def run(name: str, start: int, count: int) -> float:
-        stack, began = models[name].stack, time.perf_counter()
-        step = Step.span([0], [start], [count], stack.device, spill=CONTEXT + max(WIDTHS))
-        h, _ = stack.run(
-            stack.embed(tokens[:, start : start + count], step), 0, stack.num_layers, step, caches[name]
-        )
-        stack.logits(h if count <= max(WIDTHS) else h[:, -1:])
-        return time.perf_counter() - began
+        return timed_pass(models[name].stack, caches[name], tokens, start, count)
 
     for name in models:
         run(name, 0, CONTEXT)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from passes import timed_pass
 
 from layerskip.decode.language_model import LanguageModel
 from layerskip.decode.load import resolve_device, resolve_dtype
@@ -27,7 +28,6 @@ from layerskip.measure.speed.bench import bench
 from layerskip.measure.speed.settings import Prompt, Settings
 from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.load import native_stack
-from layerskip.model.step import Step
 
 if TYPE_CHECKING:
     from layerskip.model.stack import Stack
@@ -124,20 +124,10 @@ def passes(stack: Stack, context: int, repeats: int = 15) -> dict[int, float]:
     """Time of a pass over 1, 4 and 9 positions after `context` tokens, over that of one: medians of turns."""
     room, seconds = context + max(WIDTHS), {width: list[float]() for width in WIDTHS}
     tokens, cache = torch.arange(room)[None] % stack.vocab_size, stack.new_cache(1, room)
-
-    def run(start: int, count: int) -> float:
-        began = time.perf_counter()
-        step = Step.span([0], [start], [count], stack.device, spill=room)
-        h, _ = stack.run(
-            stack.embed(tokens[:, start : start + count], step), 0, stack.num_layers, step, cache
-        )
-        stack.logits(h[:, -max(WIDTHS) :])
-        return time.perf_counter() - began
-
-    run(0, context)
+    timed_pass(stack, cache, tokens, 0, context)
     for _ in range(repeats + 1):
         for width, own in seconds.items():
-            own.append(run(context, width))
+            own.append(timed_pass(stack, cache, tokens, context, width))
     medians = {width: statistics.median(own[1:]) for width, own in seconds.items()}
     return {width: median / medians[1] for width, median in medians.items()}
 

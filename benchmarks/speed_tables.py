@@ -11,17 +11,14 @@ from cells import head, line, link, ratio, share
 
 def shapes() -> str:
     """Larger models' shapes in each format, with random weights and simulated acceptance."""
-    files = [(path, json.loads(path.read_text())) for path in record.newest_of_each("shape_*_cpu_*.json")]
-    timed = any("over_one" in result for _, result in files)
-    positions = ["4, 9 positions over 1"] if timed else []
     lines = head(
-        "shape", "weights", "MB a token", "plain tokens/s", "of the roofline", *positions, "rounds over plain",
-        "predicted", "acceptance",
+        "shape", "weights", "MB a token", "plain tokens/s", "of the roofline", "4, 9 positions over 1",
+        "rounds over plain", "predicted", "acceptance",
     )  # fmt: skip
-    for path, result in files:
+    for path in record.newest_of_each("shape_*_cpu_*.json"):
+        result = json.loads(path.read_text())
         card, told, plain = result["card"], result["configuration"], result["methods"]["ar"]
         acceptance = result["methods"]["self-speculative"]["acceptance"]
-        costs = ", ".join(f"{c:.2f}" for width, c in result.get("over_one", {}).items() if width != "1")
         lines.append(
             line(
                 link(path, told["shape"]),
@@ -29,7 +26,7 @@ def shapes() -> str:
                 f"{card['bytes_per_token'] / 1e6:,.0f}",
                 f"{plain['decode_tokens_per_s']:.1f}",
                 f"{100 * plain['roofline_share']:.0f}% of {card['bandwidth_gb_s']:.0f} GB/s",
-                *([costs] if timed else []),
+                ", ".join(f"{cost:.2f}" for width, cost in result["over_one"].items() if width != "1"),
                 ratio(result["speedup"]["self-speculative/ar"]),
                 f"{result['predicted_speedup']:.2f} x",
                 share(acceptance),

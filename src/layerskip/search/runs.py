@@ -124,15 +124,18 @@ class TrialRun:
                 f"a run of the search failed: {' '.join(said)[-500:]}", f"see {self.folder / LOG}"
             )
 
-    def _evaluated(self) -> list[tuple[int, Figures]]:
-        """Read the evaluations of the newest checkpoint, and of the end."""
-        found: dict[int, Figures] = {}
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """The lines of the trainer's log that are evaluations, by step, as the newest checkpoint has them."""
+        found: dict[int, dict[str, Any]] = {}
         for state in self.output.glob("checkpoint-*/trainer_state.json"):
             with suppress(OSError, ValueError):  # it is being replaced
                 history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-                found |= {
-                    line["step"]: figures_of(line) for line in history if "eval_predicted_speedup" in line
-                }
+                found |= {line["step"]: line for line in history if "eval_predicted_speedup" in line}
+        return found
+
+    def _evaluated(self) -> list[tuple[int, Figures]]:
+        """Read the evaluations of the newest checkpoint, and of the end."""
+        found = {step: figures_of(line) for step, line in self.evaluations().items()}
         if (done := self.result) is not None:
             found.setdefault(done["steps"], Figures(done["predicted_speedup"], whole_loss(done["exits"])))
         return sorted(found.items())
@@ -140,9 +143,14 @@ class TrialRun:
 
 def figures_of(line: dict[str, Any]) -> Figures:
     """Read a line of a trainer's log."""
-    exits = {key.split("_")[2]: {"loss": value} for key, value in line.items() if key.startswith("eval_exit_")
-             and key.endswith("_loss")}  # fmt: skip
+    exits = {k: {"loss": loss} for k, loss in losses_of(line).items()}
     return Figures(line.get("eval_predicted_speedup"), whole_loss(exits))
+
+
+def losses_of(line: dict[str, Any]) -> dict[str, float]:
+    """The loss of each exit in a line of a trainer's log, in nats per token."""
+    return {key.split("_")[2]: value for key, value in line.items() if key.startswith("eval_exit_")
+            and key.endswith("_loss")}  # fmt: skip
 
 
 def whole_loss(exits: dict[str, Any]) -> float | None:
