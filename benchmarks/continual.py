@@ -33,7 +33,7 @@ from layerskip.measure.records import work_folder
 from layerskip.model.threads import chosen_threads
 from layerskip.search.runs import TrialRun, losses_of
 from layerskip.train.data.sources import examples
-from layerskip.train.job.curve import fitted, t95
+from layerskip.train.job.curve import fitted
 from layerskip.train.job.recipe import Recipe, as_yaml, read_recipe
 
 RECIPE = "continual-small"
@@ -160,9 +160,8 @@ def more_tokens(curve: list[dict[str, Any]]) -> dict[str, Any]:
     told = {}
     for k in points[0]["loss"]:
         line = fitted([(math.log2(point["tokens"]), point["loss"][k]) for point in points])
-        away = t95(len(points) - 2) * line.spread / math.sqrt(line.square) if line.spread else 0.0
         told[k] = {
-            "doubling": {"ratio": line.slope, "ci95": [line.slope - away, line.slope + away]},
+            "doubling": line.rise().record(),
             "points": len(points),
             **{str(times): line.at(math.log2(times * end)).record() for times in MORE},
         }

@@ -73,9 +73,11 @@ def continual() -> str:
             ),
         ]
         for k in trained:
-            own = more[k]
-            later = ({"ratio": own[n]["middle"], "ci95": own[n]["ci95"]} for n in ("2", "16"))
-            lines.append(line(k, spread(own["doubling"], "+.3f"), *map(spread, later)))
+            doubling, *later = (
+                {"ratio": fit["middle"], "ci95": fit["ci95"]}
+                for fit in map(more[k].get, ("doubling", "2", "16"))
+            )
+            lines.append(line(k, spread(doubling, "+.3f"), *map(spread, later)))
     paid = "; ".join(f"{name} {_percent(cell['perplexity_change'])}" for name, cell in cells.items())
     tokens = next(iter(cells.values()))["curve"][-1]["tokens"]
     about = (

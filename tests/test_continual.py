@@ -22,13 +22,13 @@ def test_what_more_tokens_bring_is_the_line_behind_the_warm_up(benchmark):
     told = curve(lambda tokens: 9.0 if tokens <= 100 else 5 - 0.2 * math.log2(tokens))
     found = continual.more_tokens(told)["2"]
     assert found["points"] == 9
-    assert found["doubling"]["ratio"] == pytest.approx(-0.2)
+    assert found["doubling"]["middle"] == pytest.approx(-0.2)
     assert found["doubling"]["ci95"] == pytest.approx([-0.2, -0.2]), "points on a line leave no doubt"
     assert found["4"]["middle"] == pytest.approx(5 - 0.2 * math.log2(4000))
     assert found["4"]["ci95"] == pytest.approx([found["4"]["middle"]] * 2)
     assert continual.more_tokens(told[:2]) == {}, "two points are no line"
     close = [*told, {"tokens": 1040, "loss": {"2": 8.0}}]
-    assert continual.more_tokens(close)["2"]["doubling"]["ratio"] == pytest.approx(-0.2), (
+    assert continual.more_tokens(close)["2"]["doubling"]["middle"] == pytest.approx(-0.2), (
         "the end is no point"
     )
 

@@ -72,6 +72,12 @@ class Line:
         away *= t95(self.count - 2) if away else 0.0
         return Estimate(y, y - away, y + away)
 
+    def rise(self) -> Estimate:
+        """Give the slope: what y gains where x grows by one."""
+        away = self.spread / math.sqrt(self.square)
+        away *= t95(self.count - 2) if away else 0.0
+        return Estimate(self.slope, self.slope - away, self.slope + away)
+
 
 def fitted(points: Sequence[tuple[float, float]]) -> Line:
     """Fit a line to three or more points (x, y) of different x."""
