@@ -68,20 +68,16 @@ struct Product {  // y = x w^T + bias + onto, [rows, in] -> [rows, out]
 };
 
 // Add to outputs [first, first + TILE) of a row what is to be added, and round once.
-template <int COUNT, typename T>
-INLINED void added_to(float *found, const T *bias, const T *onto, T *y, int live) {
-    const int count = COUNT ? COUNT : live;  // a known number is for the compiler
-    if (bias) for (int i = 0; i < count; ++i) found[i] += load(bias[i]);
-    if (onto) for (int i = 0; i < count; ++i) found[i] += load(onto[i]);
-    for (int i = 0; i < count; ++i) store(y[i], found[i]);
-}
 template <typename T>
-APART void ended(const Product &p, float *found, int64_t row, int64_t first, T *y) {
+INLINED void ended(const Product &p, const float *found, int64_t row, int64_t first, T *y) {
     const int64_t at = row * p.out + first, live = p.out - first;
     const T *bias = static_cast<const T *>(p.bias), *onto = static_cast<const T *>(p.onto);
-    bias = bias ? bias + first : nullptr, onto = onto ? onto + at : nullptr;
-    if (live >= TILE) added_to<TILE>(found, bias, onto, y + at, TILE);
-    else added_to<0>(found, bias, onto, y + at, int(live));
+    for (int64_t i = 0; i < std::min<int64_t>(TILE, live); i += LANES) {
+        Floats own = wide(found + i);
+        if (bias) own += wide(bias + first + i, live - i);
+        if (onto) own += wide(onto + at + i, live - i);
+        rounded_to(y + at + i, own, live - i);
+    }
 }
 
 // Asks for weights behind the line at hand: so many groups on into the first cache, so many bytes on into the second one.
@@ -130,14 +126,15 @@ static void some_rows(const Product &p, typename W::Rows x, int64_t groups, int6
         for (; tile < stop; ++tile) some_tiles<W, T, R, 1>(p, x, groups, first_row, tile, y);
 }
 
-// By a team, when the inputs are taken.
+// By a team, when the inputs are taken. Where there are several parts of rows, each takes some tiles in turn.
 template <typename W, typename T>
 APART void multiplied(const Product &p, const Inputs<W> &in, T *y) {
     const Share share = own_share((p.out + TILE - 1) / TILE);
-    for (int64_t tile = share.first; tile < share.stop; tile += W::tiles(1))
+    const int64_t step = in.parts > 1 ? W::tiles(1) : share.stop - share.first;
+    for (int64_t tile = share.first; tile < share.stop; tile += step)
         for (int64_t i = 0; i < in.parts; ++i)
             some_rows<W, T, W::AT_ONCE>(p, in.part(i), in.groups, in.first(i + 1) - in.first(i), in.first(i), tile,
-                                        std::min(tile + W::tiles(1), share.stop), y);
+                                        std::min(tile + step, share.stop), y);
     together();
 }
 
