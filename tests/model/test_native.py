@@ -294,7 +294,10 @@ def test_a_library_that_others_could_have_written_is_not_loaded(fresh, tmp_path,
     if how == "writable":
         library.chmod(0o777)
     elif how in ("changed", "cut off"):
-        library.write_bytes(library.read_bytes()[:-100] + (b"x" * 100 if how == "changed" else b""))
+        content, mode = library.read_bytes(), library.stat().st_mode
+        library.unlink()  # another file: this process runs what stands in the old one
+        library.write_bytes(content[:-100] + (b"x" * 100 if how == "changed" else b""))
+        library.chmod(mode)
     else:
         planted = tmp_path / "planted.so"
         library.rename(planted)

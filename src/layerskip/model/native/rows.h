@@ -68,10 +68,10 @@ static void gated(const T *gate, const T *up, T *y, int64_t width) {
 template <typename T>
 static void turned(T *x, const T *cos, const T *sin, int64_t rotary) {
     const int64_t half = rotary / 2;
-#pragma omp simd
-    for (int64_t i = 0; i < half; ++i) {
-        float first = load(x[i]), second = load(x[i + half]);
-        store(x[i], first * load(cos[i]) - second * load(sin[i]));
-        store(x[i + half], second * load(cos[i + half]) + first * load(sin[i + half]));
+    for (int64_t i = 0; i < half; i += LANES) {
+        const auto of = [&](const T *from) { return wide(from + i, half - i); };
+        const Floats first = of(x), second = of(x + half);
+        rounded_to(x + i, plus(-second * of(sin), first, of(cos)), half - i);
+        rounded_to(x + half + i, plus(second * of(cos + half), first, of(sin + half)), half - i);
     }
 }
