@@ -41,3 +41,11 @@ def _gain(fixed, missing):
 def matrix(*axes):
     """The whole product with LAYERSKIP_FULL=1, else a selection in which all pairs of values meet."""
     return list(itertools.product(*axes)) if FULL else pairwise(*axes)
+
+
+def by_first(cells):
+    """The rest of each combination by its first value."""
+    found = {}
+    for first, *rest in cells:
+        found.setdefault(first, []).append(rest)
+    return found

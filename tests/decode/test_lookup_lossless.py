@@ -9,7 +9,7 @@ import torch
 import tiny
 from layerskip.decode.control import LOOKUP, Choice, Controller, Copying, Prices
 from layerskip.model.cost import RowCosts
-from pairwise import matrix
+from pairwise import by_first, matrix
 from rounds import decode
 
 pytestmark = pytest.mark.matrix
@@ -26,13 +26,15 @@ def controller(source, longest, timed=False):
     return Controller(prices, arms, copying=Copying(1, longest, FREE), trained=True, guard=False, timed=timed)
 
 
+CELLS = by_first(matrix(tiny.STACKS, DTYPES, SOURCES, (1, 3, 8, 16), (1, 3), (False, True), (False, True)))
+
+
 @pytest.mark.parametrize("family", tiny.STACKS)
 def test_copies_leave_the_output_as_it_is(family):
     """Whole matrix in full runs: families, dtypes, sources, lengths, ragged rows, host and device rounds."""
     plain = {dtype: decode(tiny.stack(family, dtype), PROMPTS, NEW).tokens for dtype in DTYPES}
-    cells = matrix(DTYPES, SOURCES, (1, 3, 8, 16), (1, 3), (False, True), (False, True))
     seen = Counter()
-    for dtype, source, longest, rows, device, shared in cells:
+    for dtype, source, longest, rows, device, shared in CELLS[family]:
         stack, own = tiny.stack(family, dtype), controller(source, longest, timed=shared)
         each = {} if shared else {"each": lambda i, s=source, n=longest: {"controller": controller(s, n)}}
         record = decode(
