@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The built-in model from its base: prompts, its own answers, the adapter, the delta, what it is worth, the card.
 #
-#   scripts/make_builtin.sh --data DATA               5 M tokens of answers in some three hours, four of training; two cores
+#   scripts/make_builtin.sh --data DATA               5 M tokens of answers in three to four hours, two and a half of training; two cores
 #   scripts/make_builtin.sh --data DATA --gpu         28 M tokens, for one large GPU
 #   scripts/make_builtin.sh --smoke                   every step once, in minutes; teaches nothing
 #

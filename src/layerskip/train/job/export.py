@@ -16,6 +16,7 @@ from layerskip.checkpoint.contents import TOKENIZER, matching, own_weights
 from layerskip.checkpoint.facts import entry
 from layerskip.checkpoint.files import write_json
 from layerskip.errors import UserError, hint_of
+from layerskip.train.objective.exit_adapter import add_adapter
 from layerskip.train.objective.exit_map import add_map, as_checkpoint, write_parts
 
 if TYPE_CHECKING:
@@ -150,6 +151,10 @@ def _whole(trainer: Any, recipe: Recipe) -> Any:
         model = AutoModelForCausalLM.from_config(trainer.exits.hf.config, dtype=trainer.exits.hf.dtype)
         if recipe.exit_map:
             add_map(model)
+        if recipe.exit_adapter:
+            add_adapter(
+                model, max(trainer.exits.schedule.trained), recipe.adapter_blocks, recipe.adapter_hidden
+            )
         if recipe.lora is not None:
             from layerskip.train.job.lora import with_adapters
 
