@@ -110,6 +110,25 @@ def sources_table(result: dict, names: Sequence[str] = ()) -> list[str]:
     return [*lines, line("mean", *_pairs([{"speedup": result["mean"][name]} for name in names]))]
 
 
+def peers() -> str:
+    """Drafters of economize and of ours, trained on the same tokens, over each engine's plain decoding."""
+    path = record.newest("sources-peers_*.json")
+    assert path is not None
+    result = json.loads(path.read_text())
+    kinds, told, own = result["kinds"], result["configuration"], result.get("over_own_plain", {})
+    lines = head("method", "tokens per round", "over its own plain decoding", "over our plain decoding")
+    for name, over in result["mean"].items():
+        rounds = [by_name[name]["tokens_per_round"] for by_name in kinds.values()]
+        known = number(sum(rounds) / len(rounds)) if None not in rounds else ""
+        lines.append(line(name, known, ratio(own.get(name, over if name in METHODS else None)), ratio(over)))
+    note = (
+        f"Means over {len(kinds)} kinds of text with {_prompts(result)} prompts each, up to "
+        f"{told['max_new_tokens']} tokens, greedy, {machine(told)}; brackets are 95% intervals over prompts. Other "
+        f"engines by whole calls, prompt and all, ours behind the first token ({link(path)})."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def _pairs(found: Sequence[dict]) -> list[str]:
     return [
         cell for one in found for cell in (ratio(one.get("speedup")), number(one.get("tokens_per_round")))

@@ -62,7 +62,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 PLACES, AGREED = 16, 4  # drafts of a round that are counted, and those whose agreement is told
 AR, HF, HF_LOOKUP, ECONOMIZE = "ar", "hf", "hf-lookup-", "economize-"
-PEER_CYCLE = 4  # tokens of its round: three drafts
+PEER_CYCLE, PEER_PLAIN = 4, "economize-plain"  # tokens of its round, three of them drafts; without any
 PEERS = (HF, ECONOMIZE)  # by whole calls: they do not tell tokens as they come
 
 
@@ -228,11 +228,13 @@ def measured(
     return [records.found[trial, index] for trial in range(trials) for index in range(len(prompts))]
 
 
-def columns(found: Sequence[Record], name: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of plain decoding and of a method, by prompt, trials added up; peers by whole calls."""
+def columns(
+    found: Sequence[Record], name: str, temperature: float, base: str = AR
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of `base` and of a method, by prompt, trials added up; peers by whole calls."""
     sums: dict[int, list[float]] = {}
     for one in found:
-        a, b = one["runs"][AR], one["runs"][name]
+        a, b = one["runs"][base], one["runs"][name]
         key = "call_s" if name.startswith(PEERS) else "decode_s"
         size = "tokens" if name.startswith(PEERS) else "decode_tokens"
         alike = a[size] / max(1, b[size]) if temperature or name.startswith(PEERS) else 1.0
@@ -267,7 +269,12 @@ def report(
         for name in names
         if name != AR
     }
-    return {"kinds": kinds, "mean": mean}
+    own = {
+        name: mean_of_ratios([columns(f, name, temperature, PEER_PLAIN) for f in by_kind.values()]).record()
+        for name in names
+        if name.startswith(ECONOMIZE) and PEER_PLAIN in {*names} - {name}
+    }
+    return {"kinds": kinds, "mean": mean} | ({"over_own_plain": own} if own else {})
 
 
 def drafts(runs: Sequence[Record]) -> dict[str, Any]:

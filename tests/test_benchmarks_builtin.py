@@ -129,6 +129,18 @@ def test_an_output_counts_as_equal_where_it_is_so_in_every_trial(benchmark):
     assert (told["equal"], told["prompts"]) == (1, 2)
 
 
+def test_a_peers_drafter_is_compared_with_its_own_plain_decoding(benchmark):
+    run = {"decode_tokens": 1, "rounds": 1, "plain_rounds": 0, "by_source": {}, "difference": None}
+    times = {"ar": (1.0, 10), "economize-plain": (4.0, 10), "economize-jump": (3.0, 15), "exit": (0.5, 10)}
+    runs = {n: run | {"call_s": s, "decode_s": s, "tokens": tokens} for n, (s, tokens) in times.items()}
+    found = {"chat": [{"trial": 0, "index": i, "runs": runs} for i in range(2)]}
+    told = benchmark("sources").report(found, [*times], 0.0)
+    assert list(told["over_own_plain"]) == ["economize-jump"]
+    assert told["over_own_plain"]["economize-jump"]["ratio"] == pytest.approx(2.0), "seconds a token"
+    assert told["mean"]["economize-jump"]["ratio"] == pytest.approx(0.5)
+    assert "over_own_plain" not in benchmark("sources").report(found, ["ar", "economize-jump"], 0.0)
+
+
 def saved(results, model, day, **methods):
     """Write a result of sources.py: two kinds, every method alike on both but for its speed."""
     kinds = {}
