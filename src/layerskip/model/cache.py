@@ -114,6 +114,8 @@ class Cache:
     def finals_at(self, rows: Sequence[int] | Tensor, slots: Sequence[int] | Tensor) -> Tensor:
         """Get the last layer's states where it has written them. Shapes: rows, slots [N] -> [N, D]."""
         assert self.finals is not None, "keep_finals was not called"
+        if len(rows) == 1 and not isinstance(rows, torch.Tensor):  # a view: lists are made tensors first
+            return self.finals[rows[0], :, slots[0]]
         return self.finals[rows, 0, slots]
 
     @property
