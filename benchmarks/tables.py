@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 
 import record
-from builtin_tables import builtin, gain, price, sources
+from builtin_tables import builtin, gain, peers, price, sources
 from cells import away, head, line, link, machine, number, ratio, share
 from engine_tables import engines, harness
 from reference_table import reference
@@ -369,6 +369,7 @@ PAGES = {
     "docs/usage.md": {"table: options": options, "table: loading": loading},
     "docs/results.md": {
         "table: builtin": builtin,
+        "table: peers": peers,
         "table: topv2": topv2,
         "table: reference": reference,
         "table: search": search,
