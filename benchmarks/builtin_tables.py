@@ -16,6 +16,13 @@ from kinds import KINDS
 
 MODEL, BASE = "smollm2-135m", "smollm2-135m-base"
 METHODS = {"exit": "adapter alone", "lookup": "copies alone", "default": "default"}
+PEERS = {
+    "exit": "ours, adapter alone",
+    "hf": "transformers, plain",
+    "economize-plain": "economize, plain",
+    "economize-jump": "economize, `jump`",
+    "economize-early_exit": "economize, `early_exit`",
+}
 
 
 def gain() -> str:
@@ -120,7 +127,14 @@ def peers() -> str:
     for name, over in result["mean"].items():
         rounds = [by_name[name]["tokens_per_round"] for by_name in kinds.values()]
         known = number(sum(rounds) / len(rounds)) if None not in rounds else ""
-        lines.append(line(name, known, ratio(own.get(name, over if name in METHODS else None)), ratio(over)))
+        lines.append(
+            line(
+                PEERS.get(name, name),
+                known,
+                ratio(own.get(name, over if name in METHODS else None)),
+                ratio(over),
+            )
+        )
     note = (
         f"Means over {len(kinds)} kinds of text with {_prompts(result)} prompts each, up to "
         f"{told['max_new_tokens']} tokens, greedy, {machine(told)}; brackets are 95% intervals over prompts. Other "
