@@ -67,16 +67,17 @@ class Line:
 
     def at(self, x: float) -> Estimate:
         """Predict a new point, not the line alone: its own scatter is in the interval."""
-        y = self.height + self.slope * (x - self.mean)
         away = self.spread * math.sqrt(1 + 1 / self.count + (x - self.mean) ** 2 / self.square)
-        away *= t95(self.count - 2) if away else 0.0
-        return Estimate(y, y - away, y + away)
+        return self._around(self.height + self.slope * (x - self.mean), away)
 
     def rise(self) -> Estimate:
         """Give the slope: what y gains where x grows by one."""
-        away = self.spread / math.sqrt(self.square)
-        away *= t95(self.count - 2) if away else 0.0
-        return Estimate(self.slope, self.slope - away, self.slope + away)
+        return self._around(self.slope, self.spread / math.sqrt(self.square))
+
+    def _around(self, middle: float, error: float) -> Estimate:
+        """The interval of a value whose standard error is known from the points."""
+        away = error * t95(self.count - 2) if error else 0.0
+        return Estimate(middle, middle - away, middle + away)
 
 
 def fitted(points: Sequence[tuple[float, float]]) -> Line:
