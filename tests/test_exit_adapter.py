@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +24,14 @@ from layerskip.measure.exits.continuations import Continuation, observed
 from layerskip.measure.exits.replay import replay
 from layerskip.train.data.encoding import IGNORED
 from layerskip.train.data.states import StatesFile, made_by
+from layerskip.train.job import export
 from layerskip.train.job.recipe import as_yaml, read_recipe
 from layerskip.train.job.run import finish, prepare
+from layerskip.train.objective.binding import shape
 from layerskip.train.objective.exit_adapter import embedded
 from layerskip.train.objective.exits import ExitTraining
+from layerskip.train.objective.objective import Objective
+from layerskip.train.objective.schedule import Schedule
 from layerskip.train.objective.store import StateStore
 from layerskip.watch import silent
 
@@ -94,6 +99,42 @@ def test_a_run_leaves_the_weights_as_they_were_and_a_folder_that_drafts(made, fo
         .tokens
     )
     assert {"draft_1_agreement", "tokens_per_round"} <= result.keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("exit-adapter",),
+        (
+            "finetune",
+            "exit_map=true",
+            "exit_vocab=40",
+            "exits=[2]",
+            "curriculum=fixed",
+            "p_max=0",
+            "freeze=embeddings",
+        ),
+    ],
+)
+def test_a_sharded_run_is_gathered_with_what_was_put_on_the_model(settings):
+    """Shards are those of FSDP2 elsewhere; here the model is whole and said to be sharded."""
+    chosen, model = read_recipe(settings[0], ["model=x", "data=x", *settings[1:]]), training.model()
+    schedule = Schedule(tiny.NUM_LAYERS, curriculum="fixed", weighting="uniform", exits=tuple(chosen.exits))
+    shape(Objective.of(chosen), model, schedule)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=True, model=model, args=SimpleNamespace(process_index=0),
+        exits=SimpleNamespace(hf=model, schedule=schedule),
+        accelerator=SimpleNamespace(
+            unwrap_model=lambda model, **_: model, get_state_dict=lambda model: model.state_dict()
+        ),
+    )  # fmt: skip
+    gathered = export._whole(trainer, chosen)
+    assert gathered is not model
+    assert training.difference(gathered.state_dict(), model.state_dict()) == 0.0
+    assert {"exit_adapter", "exit_map"} & {name.split(".")[0] for name in gathered.state_dict()}
 
 
 def test_an_adapter_learns_from_prompts_too_and_is_judged_on_answers(made, own):

@@ -16,8 +16,9 @@ from layerskip.checkpoint.contents import TOKENIZER, matching, own_weights
 from layerskip.checkpoint.facts import entry
 from layerskip.checkpoint.files import write_json
 from layerskip.errors import UserError, hint_of
-from layerskip.train.objective.exit_adapter import add_adapter
-from layerskip.train.objective.exit_map import add_map, as_checkpoint, write_parts
+from layerskip.train.objective.binding import shape
+from layerskip.train.objective.exit_map import as_checkpoint, write_parts
+from layerskip.train.objective.objective import Objective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,12 +150,7 @@ def _whole(trainer: Any, recipe: Recipe) -> Any:
         if trainer.args.process_index != 0:
             return None
         model = AutoModelForCausalLM.from_config(trainer.exits.hf.config, dtype=trainer.exits.hf.dtype)
-        if recipe.exit_map:
-            add_map(model)
-        if recipe.exit_adapter:
-            add_adapter(
-                model, max(trainer.exits.schedule.trained), recipe.adapter_blocks, recipe.adapter_hidden
-            )
+        shape(Objective.of(recipe), model, trainer.exits.schedule)
         if recipe.lora is not None:
             from layerskip.train.job.lora import with_adapters
 
