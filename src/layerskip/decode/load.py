@@ -22,7 +22,7 @@ from layerskip.model import load as models
 from layerskip.model import threads as cores
 from layerskip.model.huggingface import HuggingFaceStack
 from layerskip.model.native.formats import FORMATS
-from layerskip.model.native.linear import fast_bfloat16
+from layerskip.model.native.bfloat16 import fast_bfloat16
 from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
     """Turn a name into a dtype. Raises: UserError for an unknown one.
 
-    `auto` is bfloat16 (else float16) on accelerators, and float32 on the CPU, unless it has bfloat16 instructions
-    and the stack is native: then bfloat16 is as exact there.
+    `auto` is bfloat16 (else float16) on accelerators, and float32 on the CPU, unless the stack is native and
+    bfloat16 is faster, which is as exact there.
     """
     if isinstance(dtype, torch.dtype):
         return dtype

@@ -1,7 +1,7 @@
-"""Weights in bfloat16 on the compiled product, where the processor has AVX-512 with integer products.
+"""Weights in bfloat16 on the compiled product, where the processor has AVX2.
 
-oneDNN reads them at half of what memory gives, and its products are calls that cannot stand in one with what is
-between them; it stays where there is no compiler or no such instruction.
+oneDNN reads them at half of what memory gives, emulates them before AVX-512, and its products are calls that cannot
+stand in one with what is between them; it stays where there is no compiler or no such instruction.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from layerskip.errors import UserError
 from layerskip.model.native.kernels import kernels
+from layerskip.model.native.linear import packs
 from layerskip.model.native.tiles import GROUP, TILE, Tiled, checked, padded
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ class Bfloat16(Tiled):
         tiles, groups = self.weights.shape[:2]
         whole = self.weights.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, groups * GROUP)
         return whole[: self.out_features, : self.in_features]
+
+
+def fast_bfloat16() -> bool:
+    """Whether bfloat16 is faster than float32 here: with a product of ours, or instructions for oneDNN's."""
+    compiled = kernels()
+    if compiled is not None and compiled.has(Bfloat16.kernel):
+        return True
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return native and packs(torch.bfloat16, torch.device("cpu"))
 
 
 def bfloat16(weight: Tensor, bias: Tensor | None) -> Bfloat16 | None:

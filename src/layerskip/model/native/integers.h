@@ -1,6 +1,8 @@
-// Integer dot products of the vector unit: TILE outputs at once, four inputs each, summed in 32 bits.
+// Integer dot products of the vector unit: some outputs at once, four inputs each, summed in 32 bits.
 //
-// Exact: whatever the machine has, the sums are those of the integers, so all three forms give the same bits.
+// Exact: whatever the machine has, the sums are those of the integers, so all forms give the same bits. Weights of 8 bits
+// are taken as w - 128, which is in [-128, 127], or as w, whose sum is then too large by 128 times that of the inputs
+// (OFFSET); those of 4 bits are summed by themselves, over a group at most (Few). Inputs are in [-127, 127].
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,7 +17,7 @@ constexpr int TILE = 16;  // outputs whose weights stand side by side, on every 
 
 #if defined(__AVX512VNNI__) && !defined(LAYERSKIP_PLAIN) && !defined(LAYERSKIP_AVX2)
 
-#define INTEGER_REGISTERS 32
+constexpr int AT_A_TIME = 16, INTEGER_ROWS = 12;  // outputs; rows whose sums stand in registers
 typedef __m512i Ints;
 typedef __m512 Reals;
 INLINED Ints every(int32_t x) { return _mm512_set1_epi32(x); }
@@ -25,67 +27,76 @@ INLINED Reals fused(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c)
 INLINED Reals times(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 INLINED Reals reals(const float *from) { return _mm512_loadu_ps(from); }
 INLINED Reals halves(const uint8_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
-INLINED void kept(float *to, Reals x) { _mm512_storeu_ps(to, x); }
 
-typedef __m512i Bytes;  // of TILE outputs and four inputs, unsigned
+typedef __m512i Bytes;  // of some outputs and four inputs, unsigned
 INLINED Bytes bytes(const uint8_t *from) { return _mm512_loadu_si512(from); }
 INLINED Bytes low(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINED Bytes high(Bytes x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
-// sum + weights [TILE, 4] times four inputs, signed bytes. (GCC would load them in an operation of its own.)
+// sum + weights times four inputs, signed bytes. (GCC would load them in an operation of its own.)
 INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*(const int8_t(*)[4])four));
     return sum;
 }
+#define DOTS_OF_BYTES
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(LAYERSKIP_PLAIN)
 
-#define INTEGER_REGISTERS 8  // two are one of ours
-struct Ints { __m256i a, b; };
-struct Reals { __m256 a, b; };
-INLINED Ints every(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-INLINED Reals every(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-INLINED Reals as_reals(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-INLINED Reals fused(Reals x, Reals y, Reals z) {
-    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
-}
-INLINED Reals times(Reals x, Reals y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-INLINED Reals reals(const float *from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-INLINED Reals halves(const uint8_t *from) {
-    auto at = (const __m128i *)from;
-    return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
-}
-INLINED void kept(float *to, Reals x) {
-    _mm256_storeu_ps(to, x.a);
-    _mm256_storeu_ps(to + 8, x.b);
-}
+constexpr int AT_A_TIME = 8, INTEGER_ROWS = 10;
+typedef __m256i Ints;
+typedef __m256 Reals;
+INLINED Ints every(int32_t x) { return _mm256_set1_epi32(x); }
+INLINED Reals every(float x) { return _mm256_set1_ps(x); }
+INLINED Reals as_reals(Ints x) { return _mm256_cvtepi32_ps(x); }
+INLINED Reals fused(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
+INLINED Reals times(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
+INLINED Reals reals(const float *from) { return _mm256_loadu_ps(from); }
+INLINED Reals halves(const uint8_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
 
-struct Bytes { __m256i a, b; };
-INLINED Bytes bytes(const uint8_t *from) {
-    return {_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)(from + 32))};
-}
-INLINED Bytes low(Bytes x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
-}
-INLINED Bytes high(Bytes x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
-}
-// Pairs are summed in 16 bits, which a product of unsigned bytes could pass: so the even and the odd ones apart.
-INLINED __m256i dotted(__m256i sum, __m256i weights, __m256i inputs) {
-    const __m256i even = _mm256_set1_epi16(255), ones = _mm256_set1_epi16(1);
-    __m256i first = _mm256_maddubs_epi16(_mm256_and_si256(weights, even), inputs);
-    __m256i second = _mm256_maddubs_epi16(_mm256_andnot_si256(even, weights), inputs);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(first, ones));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(second, ones));
-}
+typedef __m256i Bytes;
+INLINED Bytes bytes(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINED Bytes low(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+INLINED Bytes high(Bytes x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+
+#if defined(__AVXVNNI__) && !defined(LAYERSKIP_AVX2)
 INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
-    const __m256i inputs = _mm256_set1_epi32(loaded<int32_t>(four));
-    return {dotted(sum.a, weights.a, inputs), dotted(sum.b, weights.b, inputs)};
+    return _mm256_dpbusd_avx_epi32(sum, weights, _mm256_set1_epi32(loaded<int32_t>(four)));
 }
+#define DOTS_OF_BYTES
+#else
+// sum + x. Said outright: GCC sums integers up in any order, for which it keeps many more than there are registers.
+INLINED __m256i plus_words(__m256i sum, __m256i x) {
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+    return sum;
+}
+INLINED __m256i plus_halves(__m256i sum, __m256i x) {
+    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+    return sum;
+}
+// Products of neighbours are summed in 16 bits, which holds 2 x 128 x 127: of |w| and the input with the sign of w.
+struct Weights { Bytes size, sign; };
+constexpr bool OFFSET = false;
+INLINED Weights weights_of(Bytes x) {
+    const Bytes centred = _mm256_xor_si256(x, _mm256_set1_epi8(-128));
+    return {_mm256_abs_epi8(centred), centred};
+}
+INLINED Ints widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+INLINED Ints dotted(Ints sum, const Weights &weights, const int8_t *four) {
+    const __m256i inputs = _mm256_set1_epi32(loaded<int32_t>(four));
+    return plus_words(sum, widened(_mm256_maddubs_epi16(weights.size, _mm256_sign_epi8(inputs, weights.sign))));
+}
+// Of 4 bits it holds a whole group: 8 x 2 x 15 x 127.
+struct Few { __m256i pairs; };
+INLINED Few few() { return {_mm256_setzero_si256()}; }
+INLINED Few dotted(Few sum, Bytes weights, const int8_t *four) {
+    const __m256i inputs = _mm256_set1_epi32(loaded<int32_t>(four));
+    return {plus_halves(sum.pairs, _mm256_maddubs_epi16(weights, inputs))};
+}
+INLINED Reals as_reals(Few x) { return as_reals(widened(x.pairs)); }
+#endif
 
 #else
 
+constexpr int AT_A_TIME = 16, INTEGER_ROWS = 2;
 struct Ints { int32_t at[TILE]; };
 struct Reals { float at[TILE]; };
 #define EACH for (int i = 0; i < TILE; ++i)
@@ -100,7 +111,6 @@ INLINED Reals halves(const uint8_t *from) {
     EACH y.at[i] = half(uint16_t(from[2 * i] | from[2 * i + 1] << 8));
     return y;
 }
-INLINED void kept(float *to, Reals x) { EACH to[i] = x.at[i]; }
 
 struct Bytes { uint8_t at[4 * TILE]; };
 INLINED Bytes bytes(const uint8_t *from) { return loaded<Bytes>(from); }
@@ -111,5 +121,14 @@ INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
     return sum;
 }
 #undef EACH
+#define DOTS_OF_BYTES
 
+#endif
+
+#ifdef DOTS_OF_BYTES  // weights of any size are multiplied as they are
+typedef Bytes Weights;
+typedef Ints Few;
+constexpr bool OFFSET = true;
+INLINED Weights weights_of(Bytes x) { return x; }
+INLINED Few few() { return every(0); }
 #endif

@@ -35,6 +35,8 @@ class Linear(ABC):
     out_features: int
     least_rows: int = 1
     """The least rows it is to be given, so that the bits of one are those it has beside others."""
+    exact: bool = True
+    """Whether such rows may have the same bits in any company; `row_exact` tries it."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -51,6 +53,8 @@ class Linear(ABC):
 
 class Plain(Linear):
     """torch's own product, on any device and in any dtype."""
+
+    exact = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -112,12 +116,6 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
         torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
     }
     return native.get(dtype, False)
-
-
-def fast_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions; oneDNN emulates them on older ones."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return native and packs(torch.bfloat16, torch.device("cpu"))
 
 
 @dataclass(frozen=True)

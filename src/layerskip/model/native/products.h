@@ -95,11 +95,14 @@ struct Asking {
 // N tiles from `tile` on, of R rows from `first_row` on.
 template <typename W, typename T, int R, int N>
 APART void some_tiles(const Product &p, typename W::Rows x, int64_t groups, int64_t first_row, int64_t tile, T *y) {
-    Reals sums[N][R];
+    constexpr int PARTS = W::PARTS;
+    typename W::Sum sums[N][R][PARTS];
     UNROLLED
     for (int n = 0; n < N; ++n)
         UNROLLED
-        for (int r = 0; r < R; ++r) sums[n][r] = every(0.f);
+        for (int r = 0; r < R; ++r)
+            UNROLLED
+            for (int i = 0; i < PARTS; ++i) sums[n][r][i] = typename W::Sum{};
     const int64_t apart = groups * W::BYTES;
     const Asking<W::ahead(R), W::next(R)> ask = {W::BYTES, N * apart};
     const uint8_t *weights = p.weights + tile * apart;
@@ -109,7 +112,10 @@ APART void some_tiles(const Product &p, typename W::Rows x, int64_t groups, int6
     UNROLLED
     for (int n = 0; n < N; ++n)
         UNROLLED
-        for (int r = 0; r < R; ++r) kept(found[n][r], W::finished(sums[n][r], p.scales, (tile + n) * TILE));
+        for (int r = 0; r < R; ++r)
+            UNROLLED
+            for (int i = 0, at = 0; i < PARTS; ++i, at += TILE / PARTS)
+                kept(found[n][r] + at, W::finished(sums[n][r][i], p.scales, (tile + n) * TILE + at));
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) ended(p, found[n][r], first_row + r, (tile + n) * TILE, y);
 }
@@ -126,11 +132,12 @@ static void some_rows(const Product &p, typename W::Rows x, int64_t groups, int6
         for (; tile < stop; ++tile) some_tiles<W, T, R, 1>(p, x, groups, first_row, tile, y);
 }
 
-// By a team, when the inputs are taken. Where there are several parts of rows, each takes some tiles in turn.
+// By a team, when the inputs are taken. Where there are several parts of rows, each takes some tiles in turn, which the second
+// cache has room for.
 template <typename W, typename T>
 APART void multiplied(const Product &p, const Inputs<W> &in, T *y) {
     const Share share = own_share((p.out + TILE - 1) / TILE);
-    const int64_t step = in.parts > 1 ? W::tiles(1) : share.stop - share.first;
+    const int64_t step = in.parts == 1 ? share.stop - share.first : W::PARTS > 1 ? 1 : W::tiles(1);
     for (int64_t tile = share.first; tile < share.stop; tile += step)
         for (int64_t i = 0; i < in.parts; ++i)
             some_rows<W, T, W::AT_ONCE>(p, in.part(i), in.groups, in.first(i + 1) - in.first(i), in.first(i), tile,

@@ -75,21 +75,24 @@ struct Quantised {  // inputs
 };
 
 // Sums of products go on row by row, so that no product waits for the one before it.
-template <int R>
-INLINED void dotted(Ints *dots, Bytes weights, const int8_t *inputs) {
+template <int R, typename Sum, typename Weights>
+INLINED void dotted(Sum *dots, const Weights &weights, const int8_t *inputs) {
     UNROLLED
     for (int r = 0; r < R; ++r) dots[r] = dotted(dots[r], weights, inputs + 4 * r);
 }
 
+// The same place, but the compiler does not know that: what one part loads for its products is not kept for the next.
+INLINED const int8_t *again(const int8_t *from) {
+    asm volatile("" : "+r"(from));
+    return from;
+}
+
 struct FewBits {
     typedef Quantised Rows;
-#ifdef INTEGER_REGISTERS
-    static constexpr int AT_ONCE = INTEGER_REGISTERS * 3 / 8;  // rows whose sums stand in registers
-#else
-    static constexpr int AT_ONCE = 2;
-#endif
+    typedef Reals Sum;
+    static constexpr int AT_ONCE = INTEGER_ROWS, WIDTH = AT_A_TIME, PARTS = TILE / WIDTH;
     static constexpr int tiles(int) { return 1; }
-    static constexpr int ahead(int rows) { return FETCHES ? (rows > 4 ? 8 : 0) : rows > 4 ? 1 : 16; }
+    static constexpr int ahead(int rows) { return FETCHES ? (PARTS > 1 ? 4 : rows > 4 ? 8 : 0) : rows > 4 ? 1 : 16; }
     static constexpr bool next(int rows) { return !FETCHES && rows > 4; }
 };
 
@@ -97,24 +100,29 @@ struct Int4 : FewBits {
     static constexpr int64_t BYTES = TILE * GROUP / 2 + 4 * TILE;
 
     template <int R, int N, typename Ask>
-    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*all)[R], const Ask &ask) {
-        Reals *sums = all[0];
-        Ints dots[R];
+    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*sums)[R][PARTS], const Ask &ask) {
         UNROLLED
-        for (int r = 0; r < R; ++r) dots[r] = every(0);
-        UNROLLED
-        for (int i = 0; i < GROUP / 8; ++i) {
-            ask(weights + 4 * TILE * i);
-            const Bytes both = bytes(weights + 4 * TILE * i);
-            dotted<R>(dots, low(both), x.bytes + 4 * R * i);
-            dotted<R>(dots, high(both), x.bytes + 4 * R * (i + GROUP / 8));
-        }
-        ask(weights + TILE * GROUP / 2);
-        const Reals scale = halves(weights + TILE * GROUP / 2), least = halves(weights + TILE * GROUP / 2 + 2 * TILE);
-        UNROLLED
-        for (int r = 0; r < R; ++r) {
-            sums[r] = fused(times(scale, every(x.scales[r])), as_reals(dots[r]), sums[r]);
-            sums[r] = fused(least, every(x.totals[r]), sums[r]);
+        for (int p = 0; p < PARTS; ++p) {
+            const int8_t *inputs = again(x.bytes);
+            Few dots[R];
+            UNROLLED
+            for (int r = 0; r < R; ++r) dots[r] = few();
+            UNROLLED
+            for (int i = 0; i < GROUP / 8; ++i) {
+                if (p == 0) ask(weights + 4 * TILE * i);
+                const Bytes both = bytes(weights + 4 * (TILE * i + WIDTH * p));
+                dotted<R>(dots, low(both), inputs + 4 * R * i);
+                dotted<R>(dots, high(both), inputs + 4 * R * (i + GROUP / 8));
+            }
+            const uint8_t *behind = weights + TILE * GROUP / 2 + 2 * WIDTH * p;
+            if (p == 0) ask(behind);
+            const Reals scale = halves(behind), least = halves(behind + 2 * TILE);
+            UNROLLED
+            for (int r = 0; r < R; ++r) {
+                Reals &sum = sums[0][r][p];
+                sum = fused(times(scale, every(x.scales[r])), as_reals(dots[r]), sum);
+                sum = fused(least, every(x.totals[r]), sum);
+            }
         }
     }
     INLINED Reals finished(Reals sum, const float *, int64_t) { return sum; }
@@ -124,18 +132,22 @@ struct Int8 : FewBits {
     static constexpr int64_t BYTES = TILE * GROUP;
 
     template <int R, int N, typename Ask>
-    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*all)[R], const Ask &ask) {
-        Reals *sums = all[0];
-        Ints dots[R];
+    INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*sums)[R][PARTS], const Ask &ask) {
         UNROLLED
-        for (int r = 0; r < R; ++r) dots[r] = every(x.sums[r]);
-        UNROLLED
-        for (int i = 0; i < GROUP / 4; ++i) {
-            ask(weights + 4 * TILE * i);
-            dotted<R>(dots, bytes(weights + 4 * TILE * i), x.bytes + 4 * R * i);
+        for (int p = 0; p < PARTS; ++p) {
+            const int8_t *inputs = again(x.bytes);
+            Ints dots[R];
+            UNROLLED
+            for (int r = 0; r < R; ++r) dots[r] = every(OFFSET ? x.sums[r] : 0);
+            UNROLLED
+            for (int i = 0; i < GROUP / 4; ++i) {
+                if (p == 0) ask(weights + 4 * TILE * i);
+                dotted<R>(dots, weights_of(bytes(weights + 4 * (TILE * i + WIDTH * p))), inputs + 4 * R * i);
+            }
+            UNROLLED
+            for (int r = 0; r < R; ++r)
+                sums[0][r][p] = fused(every(x.scales[r]), as_reals(dots[r]), sums[0][r][p]);
         }
-        UNROLLED
-        for (int r = 0; r < R; ++r) sums[r] = fused(every(x.scales[r]), as_reals(dots[r]), sums[r]);
     }
     INLINED Reals finished(Reals sum, const float *scales, int64_t out) { return times(sum, reals(scales + out)); }
 };

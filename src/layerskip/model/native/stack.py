@@ -22,7 +22,7 @@ from layerskip.model.native.chain import Chain
 from layerskip.model.native.formats import FORMATS, packed
 from layerskip.model.native.kernels import SUFFIXES, kernels
 from layerskip.model.native.layer import ACTIVATIONS, BY_TORCH, Layer, Norm, activation_of
-from layerskip.model.native.linear import Linear, Plain, packs, row_exact
+from layerskip.model.native.linear import Linear, Plain, row_exact
 from layerskip.model.native.slices import Slices
 from layerskip.model.parity import probe_tokens
 from layerskip.model.stack import Counters, Stack
@@ -112,7 +112,9 @@ class NativeStack(Stack):
         linears = [*self.layers[0].linears, self.head]
         self.least_rows = max(linear.least_rows for linear in linears)
         self.attention.exact = (
-            packs(self.dtype, self.device) and self.attention.can_be_exact and row_exact(linears, self.dtype)
+            all(linear.exact for linear in linears)
+            and self.attention.can_be_exact
+            and row_exact(linears, self.dtype)
         )
         self.row_exact = self.attention.exact = self.attention.exact and self._is_row_exact()
 
