@@ -1,12 +1,18 @@
-// How many products of the vector unit a second some threads do together, when nothing but the first cache is read.
+// How many multiplications of weights a second some threads do together, when nothing but the first cache is read: as the
+// kernels do them, in the fewest operations that the vector unit has for them.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-constexpr int CHAINS = 16, TURNS = 100'000, TIMES = 5;
+#ifdef __AVX512F__
+constexpr int CHAINS = 16;
+#else
+constexpr int CHAINS = 10;  // of 16 registers
+#endif
+constexpr int TURNS = 100'000, TIMES = 5;
 
 // Independent sums, so that no product waits for the one before it; one operand comes from memory, as inputs do.
 template <typename Sum, typename Each>
@@ -38,30 +44,54 @@ static double rate(int threads, Sum zero, Each each) {
     return found[TIMES / 2];
 }
 
-// A second, of 64 products of bytes or 32 of bfloat16 each; 0 where the processor has none.
-extern "C" double integers(int threads) {
+// Multiplications a second; 0 where it is not known.
 #ifdef __AVX512VNNI__
+static double dots(int threads) {
     const __m512i weights = _mm512_set1_epi8(3);
-    // As the kernels do it: GCC would load what is the same for all in an operation of its own.
-    return rate(threads, _mm512_setzero_si512(), [=](__m512i sum, const int32_t &four) {
+    // GCC would load what is the same for all in an operation of its own.
+    return 64 * rate(threads, _mm512_setzero_si512(), [=](__m512i sum, const int32_t &four) {
         asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(four));
         return sum;
     });
-#endif
-    return 0 * threads;
 }
-// By instructions for pairs, or half as many numbers by fused operations on floats: what is faster.
-extern "C" double pairs(int threads) {
-    double most = 0;
+extern "C" double int8(int threads) { return dots(threads); }
+extern "C" double int4(int threads) { return dots(threads); }
+#elif defined(__AVX2__) && !defined(__AVXVNNI__)
+extern "C" double int8(int threads) {
+    const __m256i size = _mm256_set1_epi8(3), sign = _mm256_set1_epi8(-3), ones = _mm256_set1_epi16(1);
+    return 32 * rate(threads, _mm256_setzero_si256(), [=](__m256i sum, int32_t four) {
+        const __m256i inputs = _mm256_sign_epi8(_mm256_set1_epi32(four), sign);
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(size, inputs), ones));
+    });
+}
+extern "C" double int4(int threads) {  // what is done once a group is left out
+    const __m256i weights = _mm256_set1_epi8(3);
+    return 32 * rate(threads, _mm256_setzero_si256(), [=](__m256i sum, int32_t four) {
+        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, _mm256_set1_epi32(four)));
+    });
+}
+#else
+extern "C" double int8(int) { return 0; }
+extern "C" double int4(int) { return 0; }
+#endif
+
+// By instructions for pairs, or by fused operations on floats, whichever is faster.
+extern "C" double bfloat16(int threads) {
+    double most = 0 * threads;
 #ifdef __AVX512F__
     const __m512 one = _mm512_set1_ps(1.f);
-    most = rate(threads, _mm512_setzero_ps(), [=](__m512 sum, int32_t x) {
+    most = 16 * rate(threads, _mm512_setzero_ps(), [=](__m512 sum, int32_t x) {
         return _mm512_fmadd_ps(one, _mm512_castsi512_ps(_mm512_set1_epi32(x)), sum);
-    }) / 2;
+    });
+#elif defined(__AVX2__) && defined(__FMA__)
+    const __m256 one = _mm256_set1_ps(1.f);
+    most = 8 * rate(threads, _mm256_setzero_ps(), [=](__m256 sum, int32_t x) {
+        return _mm256_fmadd_ps(one, _mm256_castsi256_ps(_mm256_set1_epi32(x)), sum);
+    });
 #endif
 #ifdef __AVX512BF16__
     const __m512bh weights = (__m512bh)_mm512_set1_epi16(0x3f80);
-    most = std::max(most, rate(threads, _mm512_setzero_ps(), [=](__m512 sum, int32_t two) {
+    most = std::max(most, 32 * rate(threads, _mm512_setzero_ps(), [=](__m512 sum, int32_t two) {
         return _mm512_dpbf16_ps(sum, weights, (__m512bh)_mm512_set1_epi32(two));
     }));
 #endif

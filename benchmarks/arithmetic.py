@@ -15,12 +15,6 @@ from pathlib import Path
 from layerskip.model.native.kernels import compile_to, compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-CALLS = {
-    "bfloat16": ("pairs", 32),
-    "int8": ("integers", 64),
-    "int4": ("integers", 64),
-}  # products of one operation
-
 
 class Peak:
     def __init__(self) -> None:
@@ -31,7 +25,6 @@ class Peak:
 
     def __call__(self, weights: str, threads: int) -> float | None:
         """Measured anew at every call, a few milliseconds."""
-        name, products = CALLS[weights]
-        call = getattr(self._library, name)
+        call = getattr(self._library, weights)
         call.argtypes, call.restype = [ctypes.c_int], ctypes.c_double
-        return products * call(threads) or None
+        return call(threads) or None

@@ -283,31 +283,30 @@ def _model(path: Path, told: dict) -> str:
 
 
 def formats() -> str:
-    path = record.newest("formats_*.json")
-    result = json.loads(path.read_text())
-    told, decoded = result["configuration"], result["decoding"]
-    perplexity = (
-        f"Perplexity: of WikiText-2's test text, {result['text']['tokens']:,} tokens in windows of 512, against "
-        "bfloat16, paired. "
-        if "text" in result
-        else ""
-    )
-    lines = [
-        *formats_table(result),
-        "",
-        f"`{told['model']}`, {told['threads']} threads of an {told['device_name']}, greedy, {decoded['prompts']} "
-        f"prompts, {decoded['new_tokens']} tokens each, with the model's defaults for drafts; the formats and "
-        "llama.cpp take turns. Faster: a plain step against bfloat16's. Rows: a pass over so many positions "
+    """A table for each processor that formats were measured on, and what all of them mean."""
+    parts = []
+    for path in sorted(record.newest_of_each("formats_*.json"), reverse=True):
+        result = json.loads(path.read_text())
+        told, decoded, memory = result["configuration"], result["decoding"], result["processes"]["bfloat16"]
+        text = f"; perplexity of {result['text']['tokens']:,} tokens" if "text" in result else ""
+        parts += [
+            *formats_table(result),
+            "",
+            f"`{told['model']}`, {told['threads']} threads of an {told['device_name']}, {decoded['prompts']} prompts of "
+            f"{decoded['new_tokens']} tokens{text}; {memory['imports_mb']:.0f} MB of the memory are imports ({link(path)}).",
+            "",
+        ]
+    about = (
+        "Greedy, with the model's defaults for drafts; the formats and llama.cpp take turns. Faster: a plain step against "
+        "bfloat16's. Rows: a pass over so many positions "
         "against one, in brackets what its multiplications alone take at the vector unit's peak, measured in "
         "between; weights as decoding has them, kept in the last cache where they fit, and from memory, with "
         "another model's weights read between two passes. Bandwidth: of steps from memory. llama.cpp "
         "(node-llama-cpp 3.22.1) has the Q4_1 file that the model was made of and its better number of threads. "
-        f"{perplexity}Memory: the peak of a process that loads it and writes 128 "
-        f"tokens ({result['processes']['bfloat16']['imports_mb']:.0f} MB of it are imports), and its share of "
-        "bfloat16's. Load: after the first time, imports done. 95% intervals "
-        f"({link(path)}).",
-    ]
-    return "\n".join(lines)
+        "Perplexity: of WikiText-2's test text in windows of 512, against bfloat16, paired. Memory: the peak of a process that "
+        "loads it and writes 128 tokens, and its share of bfloat16's. Load: after the first time, imports done. 95% intervals."
+    )
+    return "\n".join([*parts, about])
 
 
 def formats_table(result: dict) -> list[str]:
