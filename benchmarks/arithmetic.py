@@ -16,6 +16,7 @@ from layerskip.model.native.kernels import compile_to, compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
+
 class Peak:
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -292,19 +292,21 @@ def formats() -> str:
         parts += [
             *formats_table(result),
             "",
-            f"`{told['model']}`, {told['threads']} threads of an {told['device_name']}, {decoded['prompts']} prompts of "
-            f"{decoded['new_tokens']} tokens{text}; {memory['imports_mb']:.0f} MB of the memory are imports ({link(path)}).",
+            f"`{told['model']}`, {told['threads']} threads of an {told['device_name']}, {decoded['prompts']} "
+            f"prompts of {decoded['new_tokens']} tokens{text}; {memory['imports_mb']:.0f} MB of the memory are "
+            f"imports ({link(path)}).",
             "",
         ]
     about = (
-        "Greedy, with the model's defaults for drafts; the formats and llama.cpp take turns. Faster: a plain step against "
-        "bfloat16's. Rows: a pass over so many positions "
+        "Greedy, with the model's defaults for drafts; the formats and llama.cpp take turns. Faster: a plain step "
+        "against bfloat16's. Rows: a pass over so many positions "
         "against one, in brackets what its multiplications alone take at the vector unit's peak, measured in "
         "between; weights as decoding has them, kept in the last cache where they fit, and from memory, with "
         "another model's weights read between two passes. Bandwidth: of steps from memory. llama.cpp "
         "(node-llama-cpp 3.22.1) has the Q4_1 file that the model was made of and its better number of threads. "
-        "Perplexity: of WikiText-2's test text in windows of 512, against bfloat16, paired. Memory: the peak of a process that "
-        "loads it and writes 128 tokens, and its share of bfloat16's. Load: after the first time, imports done. 95% intervals."
+        "Perplexity: of WikiText-2's test text in windows of 512, against bfloat16, paired. Memory: the peak of a "
+        "process that loads it and writes 128 tokens, and its share of bfloat16's. Load: after the first time, "
+        "imports done. 95% intervals."
     )
     return "\n".join([*parts, about])
 

@@ -10,8 +10,8 @@ import torch
 import tiny
 from conftest import FULL
 from layerskip.decode.sampling import Processing, Sampling
-from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.bfloat16 import fast_bfloat16
+from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.linear import packs
 from layerskip.model.native.load import FAMILIES
 from layerskip.model.native.stack import NativeStack

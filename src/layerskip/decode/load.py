@@ -21,8 +21,8 @@ from layerskip.errors import UserError
 from layerskip.model import load as models
 from layerskip.model import threads as cores
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.bfloat16 import fast_bfloat16
+from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.load import native_family
 
 if TYPE_CHECKING:
