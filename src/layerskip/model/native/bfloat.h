@@ -7,7 +7,7 @@
 
 #include "products.h"
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__)) || defined(__aarch64__)
 #define BFLOAT_PRODUCTS
 
 struct Paired {  // inputs [groups, GROUP / 2, R, 2]

@@ -1,4 +1,4 @@
-"""Weights in bfloat16 on the compiled product, where the processor has AVX2.
+"""Weights in bfloat16 on the compiled product, where the processor has AVX2 or is one of ARM's of 64 bits.
 
 oneDNN reads them at half of what memory gives, emulates them before AVX-512, and its products are calls that cannot
 stand in one with what is between them; it stays where there is no compiler or no such instruction.
@@ -6,6 +6,7 @@ stand in one with what is between them; it stays where there is no compiler or n
 
 from __future__ import annotations
 
+import platform
 import warnings
 from typing import TYPE_CHECKING, Self
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from layerskip.model.native.kernels import Kernels
 
 TWO = 2
+X86 = ("x86_64", "amd64")
 
 
 class Bfloat16(Tiled):
@@ -52,9 +54,12 @@ class Bfloat16(Tiled):
 
 
 def fast_bfloat16() -> bool:
-    """Whether bfloat16 is faster than float32 here: with a product of ours, or instructions for oneDNN's."""
+    """Whether bfloat16 is faster than float32 here: with a product of ours, or instructions for oneDNN's.
+
+    On ARM's processors ours was not timed, so there it is left to who asks for it.
+    """
     compiled = kernels()
-    if compiled is not None and compiled.has(Bfloat16.kernel):
+    if compiled is not None and compiled.has(Bfloat16.kernel) and platform.machine().lower() in X86:
         return True
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return native and packs(torch.bfloat16, torch.device("cpu"))

@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__AVX2__) && !defined(LAYERSKIP_PLAIN)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(LAYERSKIP_PLAIN)
+#include <arm_neon.h>
 #endif
 
 #include "numbers.h"
@@ -93,6 +95,33 @@ INLINED Few dotted(Few sum, Bytes weights, const int8_t *four) {
 }
 INLINED Reals as_reals(Few x) { return as_reals(widened(x.pairs)); }
 #endif
+
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(LAYERSKIP_PLAIN)
+
+constexpr int AT_A_TIME = 4, INTEGER_ROWS = 12;
+typedef int32x4_t Ints;
+typedef float32x4_t Reals;
+INLINED Ints every(int32_t x) { return vdupq_n_s32(x); }
+INLINED Reals every(float x) { return vdupq_n_f32(x); }
+INLINED Reals as_reals(Ints x) { return vcvtq_f32_s32(x); }
+INLINED Reals fused(Reals a, Reals b, Reals c) { return vfmaq_f32(c, a, b); }
+INLINED Reals times(Reals a, Reals b) { return vmulq_f32(a, b); }
+INLINED Reals reals(const float *from) { return vld1q_f32(from); }
+INLINED Reals halves(const uint8_t *from) { return vcvt_f32_f16(loaded<float16x4_t>(from)); }
+
+typedef uint8x16_t Bytes;
+INLINED Bytes bytes(const uint8_t *from) { return vld1q_u8(from); }
+INLINED Bytes low(Bytes x) { return vandq_u8(x, vdupq_n_u8(15)); }
+INLINED Bytes high(Bytes x) { return vshrq_n_u8(x, 4); }
+typedef int8x16_t Weights;
+typedef Ints Few;
+constexpr bool OFFSET = false;
+INLINED Weights weights_of(Bytes x) { return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(128))); }
+INLINED Few few() { return every(0); }
+INLINED Ints dotted(Ints sum, Weights weights, const int8_t *four) {
+    return vdotq_s32(sum, weights, vreinterpretq_s8_s32(vdupq_n_s32(loaded<int32_t>(four))));
+}
+INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) { return dotted(sum, vreinterpretq_s8_u8(weights), four); }
 
 #else
 
