@@ -293,8 +293,8 @@ def formats() -> str:
             *formats_table(result),
             "",
             f"`{told['model']}`, {told['threads']} threads of an {told['device_name']}, {decoded['prompts']} "
-            f"prompts of {decoded['new_tokens']} tokens{text}; {memory['imports_mb']:.0f} MB of the memory are "
-            f"imports ({link(path)}).",
+            f"prompts, {decoded['new_tokens']} new tokens each{text}; {memory['imports_mb']:.0f} MB of the memory "
+            f"are imports ({link(path)}).",
             "",
         ]
     about = (

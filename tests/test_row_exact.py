@@ -10,7 +10,7 @@ import torch
 import tiny
 from conftest import FULL
 from layerskip.decode.sampling import Processing, Sampling
-from layerskip.model.native.bfloat16 import fast_bfloat16
+from layerskip.model.native.bfloat16 import compiles_bfloat16
 from layerskip.model.native.formats import FORMATS
 from layerskip.model.native.linear import packs
 from layerskip.model.native.load import FAMILIES
@@ -34,7 +34,7 @@ def named(cells):
 
 @functools.cache
 def stack_of(family, dtype, quantize, compiled):
-    ours = quantize is not None or (dtype == torch.bfloat16 and compiled and fast_bfloat16())
+    ours = quantize is not None or (dtype == torch.bfloat16 and compiled and compiles_bfloat16())
     if not ours and not packs(dtype, CPU):
         pytest.skip(f"oneDNN does not multiply {dtype} natively on this processor")
     return NativeStack(copy.deepcopy(tiny.calibrated(family)).to(dtype), quantize=quantize, compiled=compiled)

@@ -29,7 +29,7 @@ from layerskip.measure.proof.equality import (
     first_difference,
 )
 from layerskip.model.huggingface import HuggingFaceStack
-from layerskip.model.native.bfloat16 import fast_bfloat16
+from layerskip.model.native.bfloat16 import compiles_bfloat16
 from layerskip.watch import silent
 
 PROMPTS = [[5, 9, 20, 33], list(range(7, 18)), [40]]
@@ -201,7 +201,7 @@ def test_bits_company_and_repetition_hold_on_a_sound_model(lm):
 
 
 def test_a_position_whose_bits_depend_on_its_call_is_found_where_they_must_not(monkeypatch):
-    if not fast_bfloat16():
+    if not compiles_bfloat16():
         pytest.skip("no bfloat16 products here")
     lm = model_of("llama+native", torch.bfloat16)
     misplaced(monkeypatch, type(lm.stack))

@@ -1,4 +1,5 @@
 // Prints a number for each kind of product that all of its bits go into; test_processors.py compiles it for several processors.
+#include <algorithm>
 #include <cstdio>
 #include <vector>
 
@@ -30,7 +31,11 @@ static uint64_t bits_of() {
                 std::vector<bf16> x(rows * in), bias(out), onto(rows * out), y(rows * out);
                 for (auto *some : {&x, &bias, &onto})
                     for (auto &one : *some) store(one, real());
-                for (int64_t i = 0; i < in && rows > 1; ++i) store(x[i], i % 2 ? 127.f : -127.f);
+                // The largest sums there are: inputs of one sign and of both, the first tile's weights all ones and all zeros.
+                for (int64_t r = 0; r < std::min<int64_t>(rows, 3); ++r)
+                    for (int64_t i = 0; i < in; ++i) store(x[r * in + i], r == 0 || (r == 1 && i % 2) ? 127.f : -127.f);
+                if (W::BYTES <= TILE * GROUP)
+                    for (int64_t i = 0; i < TILE * GROUP / 2; ++i) weights[i] = i % 8 < 4 ? 0xff : 0x00;
                 multiply<W>(Product{rows, in, out, weights.data(), scales.data(), bias.data(), onto.data()}, x.data(), y.data());
                 for (auto one : y) all = all * 0x100000001b3u + one.bits;
             }

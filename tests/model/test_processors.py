@@ -1,4 +1,7 @@
-"""Products give the same bits on every vector unit: this machine's, none, and that of ARM where it can be run."""
+"""Products give the same bits on every vector unit: this machine's, simpler ones, and ARM's where that can be run.
+
+bfloat16 is left out where pairs are multiplied by an instruction (Zen 4 and later), which gives bits of its own.
+"""
 
 import shutil
 import subprocess
@@ -9,7 +12,7 @@ import pytest
 from layerskip.model.native import kernels as compiled
 
 PROGRAM = Path(__file__).with_name("bits.cpp")
-FLAGS = ["-O2", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS = [flag for flag in compiled.FLAGS if flag not in ("-march=native", "-fPIC", "-shared")]
 ARM, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiled.kernels() is None, reason="no C++ compiler")]
 
@@ -18,9 +21,18 @@ def told(folder, command, *run):
     """What the program prints, compiled by `command`; by name of the product."""
     built = folder / "bits"
     include = f"-I{compiled.SOURCE.parent}"
-    subprocess.run([*command, *FLAGS, include, str(PROGRAM), "-o", str(built)], check=True)
-    lines = subprocess.run([*run, str(built)], capture_output=True, text=True, check=True).stdout.split("\n")
-    return dict(line.split() for line in lines if line)
+    subprocess.run([*command, *FLAGS, "-fopenmp-simd", include, str(PROGRAM), "-o", str(built)], check=True)
+    done = subprocess.run([*run, str(built)], capture_output=True, text=True, check=False)
+    if done.returncode < 0 and not run:
+        pytest.skip("this processor does not run it")
+    assert done.returncode == 0, done.stderr
+    return dict(line.split() for line in done.stdout.split("\n") if line)
+
+
+def agree(one, other):
+    both = {*one} & {*other}
+    assert {"int8", "int4"} <= both
+    assert {name: one[name] for name in both} == {name: other[name] for name in both}
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +40,22 @@ def here(tmp_path_factory):
     return told(tmp_path_factory.mktemp("native"), [*compiled.compiler(), "-march=native"])
 
 
-def test_no_vector_unit_for_integers_gives_the_same_bits(here, tmp_path):
-    other = told(tmp_path, [*compiled.compiler(), "-march=native", "-DLAYERSKIP_PLAIN"])
-    assert len(other) >= 2
-    assert other == {name: here[name] for name in other}
+@pytest.mark.parametrize(
+    "form",
+    [("-march=native", "-DLAYERSKIP_PLAIN"), ("-march=native", "-DLAYERSKIP_AVX2"), ("-march=haswell",)],
+    ids=str,
+)
+def test_simpler_vector_units_give_the_same_bits(here, form, tmp_path):
+    known = subprocess.run(
+        [*compiled.compiler(), form[0], "-x", "c++", "-fsyntax-only", "/dev/null"],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if known.returncode:
+        pytest.skip("another kind of processor")
+    agree(here, told(tmp_path, [*compiled.compiler(), *form]))
 
 
 @pytest.mark.skipif(not (ARM and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
 @pytest.mark.parametrize("march", ["armv8.2-a+dotprod", "armv8-a"])
 def test_arm_gives_the_same_bits(here, march, tmp_path):
-    other = told(tmp_path, [ARM, "-static", f"-march={march}"], EMULATOR)
-    assert {name: other[name] for name in here} == here
+    agree(here, told(tmp_path, [ARM, "-static", f"-march={march}"], EMULATOR))

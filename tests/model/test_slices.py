@@ -5,11 +5,12 @@ import torch
 
 import tiny
 from layerskip.model.native import kernels as compiled
+from layerskip.model.native.bfloat16 import compiles_bfloat16
 from layerskip.model.native.stack import NativeStack
 from layerskip.model.step import Step
 
 found = compiled.kernels()
-FORMATS = [None, "int8", "int4"] if found is not None and found.has("bfloat16") else ["int8", "int4"]
+FORMATS = [None, "int8", "int4"] if compiles_bfloat16() else ["int8", "int4"]
 pytestmark = pytest.mark.skipif(found is None, reason="no C++ compiler")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"]
 CALLS = [  # cache rows, starts, counts

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, native: bool = False) -> torch.dtype:
     """Turn a name into a dtype. Raises: UserError for an unknown one.
 
-    `auto` is bfloat16 (else float16) on accelerators, and float32 on the CPU, unless the stack is native and
-    bfloat16 is faster, which is as exact there.
+    `auto` is bfloat16 (else float16) on accelerators. On the CPU it is bfloat16 where the stack is native and that
+    is faster, being as exact there; else float32.
     """
     if isinstance(dtype, torch.dtype):
         return dtype

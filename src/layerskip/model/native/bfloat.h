@@ -32,10 +32,12 @@ struct Bfloat {
     static constexpr int PARTS = TILE / LANES;
     static constexpr int AT_ONCE = PARTS > 1 ? 6 : PAIRS ? 12 : 24;  // as many sums as there are registers for
     static constexpr int64_t BYTES = TILE * GROUP * sizeof(bf16);
+    static constexpr int STEP = PARTS > 1 ? 1 : 4;
     static constexpr int tiles(int rows) {
-        if (PARTS > 1) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+        if (PARTS > 1) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
         return rows <= 6 ? 4 : PAIRS || rows <= 8 ? 2 : 1;
     }
+    // Several parts as timed on Zen 3; else Zen 4, and Emerald Rapids.
     static constexpr int ahead(int rows) { return PARTS > 1 ? (rows > 3 ? 2 : 0) : FETCHES ? 0 : 1; }
     static constexpr bool next(int rows) { return PARTS > 1 ? rows > 1 : !FETCHES || rows > 6; }
 

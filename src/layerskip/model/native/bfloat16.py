@@ -1,7 +1,8 @@
-"""Weights in bfloat16 on the compiled product, where the processor has AVX2 or is one of ARM's of 64 bits.
+"""Weights in bfloat16 on the compiled product, where the processor has AVX2, AVX-512, or is ARM's of 64 bits.
 
-oneDNN reads them at half of what memory gives, emulates them before AVX-512, and its products are calls that cannot
-stand in one with what is between them; it stays where there is no compiler or no such instruction.
+oneDNN reads them at half of what memory gives, has none before AVX-512, and its products are calls that cannot
+stand in one with what is between them; it, or torch's own product, stays where there is no compiler or no such
+processor.
 """
 
 from __future__ import annotations
@@ -53,13 +54,18 @@ class Bfloat16(Tiled):
         return whole[: self.out_features, : self.in_features]
 
 
+def compiles_bfloat16() -> bool:
+    """Whether there is a product of ours."""
+    compiled = kernels()
+    return compiled is not None and compiled.has(Bfloat16.kernel)
+
+
 def fast_bfloat16() -> bool:
     """Whether bfloat16 is faster than float32 here: with a product of ours, or instructions for oneDNN's.
 
     On ARM's processors ours was not timed, so there it is left to who asks for it.
     """
-    compiled = kernels()
-    if compiled is not None and compiled.has(Bfloat16.kernel) and platform.machine().lower() in X86:
+    if compiles_bfloat16() and platform.machine().lower() in X86:
         return True
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return native and packs(torch.bfloat16, torch.device("cpu"))
@@ -70,7 +76,7 @@ def bfloat16(weight: Tensor, bias: Tensor | None) -> Bfloat16 | None:
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return None
     compiled = kernels()
-    if compiled is None or not compiled.has(Bfloat16.kernel):
+    if compiled is None or not compiles_bfloat16():
         return None
     made = Bfloat16.of(compiled, weight, bias)
     try:

@@ -1,25 +1,28 @@
 // Integer dot products of the vector unit: some outputs at once, four inputs each, summed in 32 bits.
 //
-// Exact: whatever the machine has, the sums are those of the integers, so all forms give the same bits. Weights of 8 bits
-// are taken as w - 128, which is in [-128, 127], or as w, whose sum is then too large by 128 times that of the inputs
-// (OFFSET); those of 4 bits are summed by themselves, over a group at most (Few). Inputs are in [-127, 127].
+// Exact: whatever the machine has, the sums are those of the integers, so all forms give the same bits. Inputs are in
+// [-127, 127]. A weight of 8 bits counts w - 128, in [-128, 127]. Where bytes are multiplied unsigned (OFFSET), a sum begins
+// at -128 times the sum of the inputs. A group of weights of 4 bits has sums of its own (GroupSums).
+//
+// Tests compile with LAYERSKIP_AVX2 or LAYERSKIP_PLAIN to have one of the simpler forms here on a machine with more.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__) && !defined(LAYERSKIP_PLAIN)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD) && !defined(LAYERSKIP_PLAIN)
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && !defined(LAYERSKIP_PLAIN)
 #include <arm_neon.h>
 #endif
 
 #include "numbers.h"
 #include "vectors.h"
 
-constexpr int TILE = 16;  // outputs whose weights stand side by side, on every machine
+constexpr int TILE = 16;   // outputs whose weights stand side by side, on every machine
+constexpr int GROUP = 32;  // inputs whose weights do
 
 #if defined(__AVX512VNNI__) && !defined(LAYERSKIP_PLAIN) && !defined(LAYERSKIP_AVX2)
 
-constexpr int AT_A_TIME = 16, INTEGER_ROWS = 12;  // outputs; rows whose sums stand in registers
+constexpr int REGISTER_OUTPUTS = 16, REGISTER_ROWS = 12;  // outputs of a register; rows whose sums stand in registers
 typedef __m512i Ints;
 typedef __m512 Reals;
 INLINED Ints every(int32_t x) { return _mm512_set1_epi32(x); }
@@ -43,7 +46,7 @@ INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(LAYERSKIP_PLAIN)
 
-constexpr int AT_A_TIME = 8, INTEGER_ROWS = 10;
+constexpr int REGISTER_OUTPUTS = 8, REGISTER_ROWS = 10;
 typedef __m256i Ints;
 typedef __m256 Reals;
 INLINED Ints every(int32_t x) { return _mm256_set1_epi32(x); }
@@ -74,8 +77,8 @@ INLINED __m256i plus_halves(__m256i sum, __m256i x) {
     asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
     return sum;
 }
-// Products of neighbours are summed in 16 bits, which holds 2 x 128 x 127: of |w| and the input with the sign of w.
-struct Weights { Bytes size, sign; };
+// Products of two neighbours are summed in 16 bits: |w| times the input with the sign of w, so 2 x 128 x 127 at most.
+struct Weights { Bytes magnitude, centred; };
 constexpr bool OFFSET = false;
 INLINED Weights weights_of(Bytes x) {
     const Bytes centred = _mm256_xor_si256(x, _mm256_set1_epi8(-128));
@@ -84,21 +87,22 @@ INLINED Weights weights_of(Bytes x) {
 INLINED Ints widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 INLINED Ints dotted(Ints sum, const Weights &weights, const int8_t *four) {
     const __m256i inputs = _mm256_set1_epi32(loaded<int32_t>(four));
-    return plus_words(sum, widened(_mm256_maddubs_epi16(weights.size, _mm256_sign_epi8(inputs, weights.sign))));
+    return plus_words(sum, widened(_mm256_maddubs_epi16(weights.magnitude, _mm256_sign_epi8(inputs, weights.centred))));
 }
-// Of 4 bits it holds a whole group: 8 x 2 x 15 x 127.
-struct Few { __m256i pairs; };
-INLINED Few few() { return {_mm256_setzero_si256()}; }
-INLINED Few dotted(Few sum, Bytes weights, const int8_t *four) {
+// Of 4 bits 16 bits hold a whole group.
+static_assert(GROUP / 4 * 2 * 15 * 127 <= INT16_MAX);
+struct GroupSums { __m256i pairs; };
+INLINED GroupSums no_sums() { return {_mm256_setzero_si256()}; }
+INLINED GroupSums dotted(GroupSums sum, Bytes weights, const int8_t *four) {
     const __m256i inputs = _mm256_set1_epi32(loaded<int32_t>(four));
     return {plus_halves(sum.pairs, _mm256_maddubs_epi16(weights, inputs))};
 }
-INLINED Reals as_reals(Few x) { return as_reals(widened(x.pairs)); }
+INLINED Reals as_reals(GroupSums x) { return as_reals(widened(x.pairs)); }
 #endif
 
-#elif defined(__ARM_FEATURE_DOTPROD) && !defined(LAYERSKIP_PLAIN)
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && !defined(LAYERSKIP_PLAIN)
 
-constexpr int AT_A_TIME = 4, INTEGER_ROWS = 12;
+constexpr int REGISTER_OUTPUTS = 4, REGISTER_ROWS = 12;
 typedef int32x4_t Ints;
 typedef float32x4_t Reals;
 INLINED Ints every(int32_t x) { return vdupq_n_s32(x); }
@@ -114,10 +118,10 @@ INLINED Bytes bytes(const uint8_t *from) { return vld1q_u8(from); }
 INLINED Bytes low(Bytes x) { return vandq_u8(x, vdupq_n_u8(15)); }
 INLINED Bytes high(Bytes x) { return vshrq_n_u8(x, 4); }
 typedef int8x16_t Weights;
-typedef Ints Few;
+typedef Ints GroupSums;
 constexpr bool OFFSET = false;
 INLINED Weights weights_of(Bytes x) { return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(128))); }
-INLINED Few few() { return every(0); }
+INLINED GroupSums no_sums() { return every(0); }
 INLINED Ints dotted(Ints sum, Weights weights, const int8_t *four) {
     return vdotq_s32(sum, weights, vreinterpretq_s8_s32(vdupq_n_s32(loaded<int32_t>(four))));
 }
@@ -125,7 +129,7 @@ INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) { return dotted
 
 #else
 
-constexpr int AT_A_TIME = 16, INTEGER_ROWS = 2;
+constexpr int REGISTER_OUTPUTS = 16, REGISTER_ROWS = 2;
 struct Ints { int32_t at[TILE]; };
 struct Reals { float at[TILE]; };
 #define EACH for (int i = 0; i < TILE; ++i)
@@ -156,8 +160,8 @@ INLINED Ints dotted(Ints sum, Bytes weights, const int8_t *four) {
 
 #ifdef DOTS_OF_BYTES  // weights of any size are multiplied as they are
 typedef Bytes Weights;
-typedef Ints Few;
+typedef Ints GroupSums;
 constexpr bool OFFSET = true;
 INLINED Weights weights_of(Bytes x) { return x; }
-INLINED Few few() { return every(0); }
+INLINED GroupSums no_sums() { return every(0); }
 #endif

@@ -35,8 +35,8 @@ class Linear(ABC):
     out_features: int
     least_rows: int = 1
     """The least rows it is to be given, so that the bits of one are those it has beside others."""
-    exact: bool = True
-    """Whether such rows may have the same bits in any company; `row_exact` tries it."""
+    can_be_exact: bool = True
+    """Whether a row may have the same bits alone and beside others; `row_exact` tries it."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Linear(ABC):
 class Plain(Linear):
     """torch's own product, on any device and in any dtype."""
 
-    exact = False
+    can_be_exact = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias

@@ -2,7 +2,7 @@
 //
 // Weights lie in tiles of TILE outputs, a tile's groups of GROUP inputs one behind the other. What stands behind the
 // last output and input is 0. A format says how long a group of a tile is (BYTES), what it makes of inputs (Rows), how
-// many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many groups ahead weights are asked for (`ahead`, by
+// many rows (AT_ONCE) and how many tiles (`tiles`) it takes at once, how many before other rows take them (STEP), how many groups ahead weights are asked for (`ahead`, by
 // rows), whether the next tiles' are too (`next`), how a group is added to the sums of R rows (`add`), and what is done with a
 // sum at last (`finished`).
 //
@@ -15,7 +15,6 @@
 #include "integers.h"
 #include "team.h"
 
-constexpr int GROUP = 32;
 constexpr bool FETCHES = ZEN;  // whether the machine brings in time what few rows need, and asking costs it
 #define UNROLLED _Pragma("GCC unroll 32")
 
@@ -132,12 +131,11 @@ static void some_rows(const Product &p, typename W::Rows x, int64_t groups, int6
         for (; tile < stop; ++tile) some_tiles<W, T, R, 1>(p, x, groups, first_row, tile, y);
 }
 
-// By a team, when the inputs are taken. Where there are several parts of rows, each takes some tiles in turn, which the second
-// cache has room for.
+// By a team, when the inputs are taken. Where there are several parts of rows, all take a few tiles before the next ones.
 template <typename W, typename T>
 APART void multiplied(const Product &p, const Inputs<W> &in, T *y) {
     const Share share = own_share((p.out + TILE - 1) / TILE);
-    const int64_t step = in.parts == 1 ? share.stop - share.first : W::PARTS > 1 ? 1 : W::tiles(1);
+    const int64_t step = in.parts == 1 ? share.stop - share.first : W::STEP;
     for (int64_t tile = share.first; tile < share.stop; tile += step)
         for (int64_t i = 0; i < in.parts; ++i)
             some_rows<W, T, W::AT_ONCE>(p, in.part(i), in.groups, in.first(i + 1) - in.first(i), in.first(i), tile,

@@ -75,14 +75,14 @@ struct Quantised {  // inputs
 };
 
 // Sums of products go on row by row, so that no product waits for the one before it.
-template <int R, typename Sum, typename Weights>
-INLINED void dotted(Sum *dots, const Weights &weights, const int8_t *inputs) {
+template <int R, typename Sum, typename Some>
+INLINED void dotted(Sum *dots, const Some &weights, const int8_t *inputs) {
     UNROLLED
     for (int r = 0; r < R; ++r) dots[r] = dotted(dots[r], weights, inputs + 4 * r);
 }
 
-// The same place, but the compiler does not know that: what one part loads for its products is not kept for the next.
-INLINED const int8_t *again(const int8_t *from) {
+// The same place, but the compiler does not know that: what one part of a tile loads is not kept in memory for the next one.
+INLINED const int8_t *anew(const int8_t *from) {
     asm volatile("" : "+r"(from));
     return from;
 }
@@ -90,8 +90,10 @@ INLINED const int8_t *again(const int8_t *from) {
 struct FewBits {
     typedef Quantised Rows;
     typedef Reals Sum;
-    static constexpr int AT_ONCE = INTEGER_ROWS, WIDTH = AT_A_TIME, PARTS = TILE / WIDTH;
+    static constexpr int AT_ONCE = REGISTER_ROWS, STEP = 1;
+    static constexpr int WIDTH = REGISTER_OUTPUTS, PARTS = TILE / WIDTH;
     static constexpr int tiles(int) { return 1; }
+    // As timed on Zen 3 (two parts), Zen 4 and Emerald Rapids.
     static constexpr int ahead(int rows) { return FETCHES ? (PARTS > 1 ? 4 : rows > 4 ? 8 : 0) : rows > 4 ? 1 : 16; }
     static constexpr bool next(int rows) { return !FETCHES && rows > 4; }
 };
@@ -103,10 +105,10 @@ struct Int4 : FewBits {
     INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*sums)[R][PARTS], const Ask &ask) {
         UNROLLED
         for (int p = 0; p < PARTS; ++p) {
-            const int8_t *inputs = again(x.bytes);
-            Few dots[R];
+            const int8_t *inputs = anew(x.bytes);
+            GroupSums dots[R];
             UNROLLED
-            for (int r = 0; r < R; ++r) dots[r] = few();
+            for (int r = 0; r < R; ++r) dots[r] = no_sums();
             UNROLLED
             for (int i = 0; i < GROUP / 8; ++i) {
                 if (p == 0) ask(weights + 4 * TILE * i);
@@ -135,7 +137,7 @@ struct Int8 : FewBits {
     INLINED void add(const uint8_t *weights, int64_t, const Quantised &x, Reals (*sums)[R][PARTS], const Ask &ask) {
         UNROLLED
         for (int p = 0; p < PARTS; ++p) {
-            const int8_t *inputs = again(x.bytes);
+            const int8_t *inputs = anew(x.bytes);
             Ints dots[R];
             UNROLLED
             for (int r = 0; r < R; ++r) dots[r] = every(OFFSET ? x.sums[r] : 0);

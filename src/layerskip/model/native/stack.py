@@ -112,7 +112,7 @@ class NativeStack(Stack):
         linears = [*self.layers[0].linears, self.head]
         self.least_rows = max(linear.least_rows for linear in linears)
         self.attention.exact = (
-            all(linear.exact for linear in linears)
+            all(linear.can_be_exact for linear in linears)
             and self.attention.can_be_exact
             and row_exact(linears, self.dtype)
         )
