@@ -244,6 +244,24 @@ static void multiplied(const Factor<T> *rows, int64_t stride, const uint32_t *ve
         for (int v = 0; v < N; ++v) sum[q][v] = to.onto ? loaded<Floats>(at[q] + v * LANES) : Floats{};
     }
     auto step = [&](int64_t w, uint32_t mask) __attribute__((always_inline)) {
+        // Of few registers: one number of each pair for all rows, then the other one, so that one load of a row serves
+        // all vectors.
+        if constexpr (LANES < 16 && !PAIRS && IN_WORD<T> == 2) {
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; ++k) {
+                Floats half[N];
+#pragma GCC unroll 8
+                for (int v = 0; v < N; ++v) {
+                    const Words both = loaded<Words>(vectors + w * width + v * LANES) & mask;
+                    half[v] = (Floats)(k == 0 ? both << 16 : both & 0xffff0000u);
+                }
+#pragma GCC unroll 8
+                for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+                    for (int v = 0; v < N; ++v) sum[q][v] = plus(sum[q][v], half[v], rows[q * stride + 2 * w + k]);
+            }
+            return;
+        }
 #pragma GCC unroll 8
         for (int v = 0; v < N; ++v) {
             Words vector = loaded<Words>(vectors + w * width + v * LANES) & mask;
