@@ -1,16 +1,16 @@
 """What dropout and exit loss each do to a small model trained from scratch: cells x seeds, resumed after any stop.
 
     python scripts/make_scratch.py TEXTS --output scratch --tokens 20000000
-    python benchmarks/scratch.py --data scratch --work RUNS --seeds 0,1,2 --save
+    python benchmarks/scratch.py --data scratch --work RUNS --seeds 0,1,2 --once dropout,gradual --save
 
 A cell is the recipe `scratch-small` with some keys changed: baseline (neither), dropout, rotational and gradual
 (exit loss alone), both (the recipe as it is). Cells are trained one after the other by `layerskip train`, a seed at
-a time. One that is done is passed over, one that was interrupted goes on from its checkpoint: the command may be
-killed at any moment and given again. Then `layerskip eval` judges every exit on held-out text (agreement,
-perplexity), and `layerskip bench` measures acceptance and the speed-up of self-speculation at --exits, equality
-first; with --train-only that waits for a call without it, on a machine that does nothing else. The last layer's
-perplexity is compared with the baseline's of the same seed, window by window. Intervals are 95% by Student's t over
-seeds; of a single seed there is none.
+a time; those of --once have the first seed alone. One that is done is passed over, one that was interrupted goes on
+from its checkpoint: the command may be killed at any moment and given again. Then `layerskip eval` judges every
+exit on held-out text (agreement, perplexity), and `layerskip bench` measures acceptance and the speed-up of
+self-speculation at --exits, equality first; with --train-only that waits for a call without it, on a machine that
+does nothing else. The last layer's perplexity is compared with the baseline's of the same seed, window by window.
+Intervals are 95% by Student's t over seeds; of a single seed there is none.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of runs and finished measurements")
     parser.add_argument("--cells", default=",".join(CELLS), help="comma-separated, the baseline among them")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--once", default="", help="cells of the first seed alone, comma-separated")
     parser.add_argument("--set", action="append", default=[], help="key=value over the recipe, for all cells")
     parser.add_argument("--exits", default="2,4,6", help="exits to measure speed at")
     parser.add_argument("--draft-length", type=int, default=4)
@@ -73,7 +74,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/scratch_*.json")
     given = parser.parse_args()
     cells, seeds = given.cells.split(","), [int(seed) for seed in given.seeds.split(",")]
-    if strange := {*cells} - {*CELLS} or {BASELINE} - {*cells}:
+    once = {cell for cell in given.once.split(",") if cell}
+    if strange := ({*cells} | once) - {*CELLS} or {BASELINE} - {*cells}:
         raise UserError(
             f"--cells {given.cells}: {', '.join(sorted(strange))}",
             f"any of {', '.join(CELLS)}, with {BASELINE}",
@@ -83,13 +85,13 @@ def main() -> None:
     told = {
         name: value
         for name, value in vars(given).items()
-        if name not in ("data", "work", "cells", "seeds", "train_only", "save")
+        if name not in ("data", "work", "cells", "seeds", "once", "train_only", "save")
     }
     work_folder(given.work.absolute().parent, given.work.name, {**told, "made": made, "recipe": recipe})
     found: dict[str, dict[int, dict[str, Any]]] = {cell: {} for cell in cells}
     with locked(given.work / "lock") as lock:
         for seed in seeds:
-            for cell in cells:
+            for cell in cells if seed == seeds[0] else [one for one in cells if one not in once]:
                 run = trained(given, cell, seed, lock)
                 if not given.train_only:
                     found[cell][seed] = measured(given, run)
