@@ -94,7 +94,7 @@ def _newest(kind: str) -> Path:
 def sources() -> str:
     """What each source gains by kind of text, a table per model."""
     parts = []
-    for path in record.newest_of_each("sources_*.json"):
+    for path in sorted(record.newest_of_each("sources_*.json"), reverse=True):
         result = json.loads(path.read_text())
         told, names = result["configuration"], [name for name in METHODS if name in result["mean"]]
         note = (
