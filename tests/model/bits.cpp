@@ -1,4 +1,4 @@
-// Prints a number for each kind of product that all of its bits go into; test_processors.py compiles it for several processors.
+// Prints a number for each kind of product that all of its bits go into; test_vector_units.py compiles it for several processors.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
