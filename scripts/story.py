@@ -34,6 +34,7 @@ def machine() -> dict[str, str]:
     """What the bits of a state depend on."""
     return {
         "processor": device_name(torch.device("cpu")),
+        "vector unit": torch.backends.cpu.get_cpu_capability(),
         "compiled kernels": environment()["compiled kernels"],
     }
 

@@ -196,5 +196,6 @@ def packs(model: Any) -> bool:
     finally:
         model.train(training)
     spread = alone.std()
-    apart = (packed[0] - packed[1]).abs().max() <= 1e-4 * spread
+    exact = packed[0].dtype == next(model.parameters()).dtype  # in 16 bits rows may differ by rounding
+    apart = (packed[0] - packed[1]).abs().max() <= (1e-4 if exact else 0.05) * spread
     return bool(apart and (packed - alone).norm() <= 0.05 * (alone - alone.mean()).norm())
