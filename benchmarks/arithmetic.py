@@ -1,7 +1,7 @@
 """What the vector unit can do at most, so that formats.py can tell what several rows must cost at least.
 
     peak = Peak()
-    peak("int8", threads=2)      # multiplications of weights a second, all threads together; None where unknown
+    peak("int8", threads=2)      # multiplications of weights a second, all threads together
 
 `arithmetic.cpp` is compiled by the machine's own compiler; its threads are those of the kernels.
 """
@@ -24,8 +24,8 @@ class Peak:
             compile_to(built, SOURCE, compiler())
             self._library = ctypes.CDLL(str(built))
 
-    def __call__(self, weights: str, threads: int) -> float | None:
+    def __call__(self, weights: str, threads: int) -> float:
         """Measured anew at every call, a few milliseconds."""
         call = getattr(self._library, weights)
         call.argtypes, call.restype = [ctypes.c_int], ctypes.c_double
-        return call(threads) or None
+        return float(call(threads))

@@ -112,8 +112,7 @@ def steps(models: Mapping[str, LanguageModel], repeats: int, threads: int) -> di
                 if turn >= 2:
                     fresh.setdefault((name, width), []).append(run(name, CONTEXT, width))
         for name in models:
-            if (rate := peak(name, threads)) is not None:
-                rates[name].append(rate)
+            rates[name].append(peak(name, threads))
             for _ in range(WARM):
                 run(name, CONTEXT, 1)
             for width in WIDTHS:
@@ -122,8 +121,8 @@ def steps(models: Mapping[str, LanguageModel], repeats: int, threads: int) -> di
     weights = step_bytes(models[FULL]) / 2
     told: dict[str, Any] = {}
     for name in models:
-        rate = statistics.median(rates[name]) if rates[name] else None
-        least = None if rate is None else weights / rate
+        rate = statistics.median(rates[name])
+        least = weights / rate
         told[name] = _rows(name, kept, least) | {
             "from_memory": _rows(name, fresh, least),
             "products_per_s": rate,
@@ -131,11 +130,14 @@ def steps(models: Mapping[str, LanguageModel], repeats: int, threads: int) -> di
     return told
 
 
-def _rows(name: str, seconds: Mapping[tuple[str, int], list[float]], least: float | None) -> dict[str, Any]:
+def _rows(name: str, seconds: Mapping[tuple[str, int], list[float]], least: float) -> dict[str, Any]:
     """A pass over one position, and how many of it others take; `least` are the seconds of one's products."""
     one = statistics.median(seconds[name, 1])
-    told = {"step_s": one, "over_one": {w: statistics.median(seconds[name, w]) / one for w in WIDTHS}}
-    return told if least is None else told | {"least_over_one": {w: w * least / one for w in WIDTHS}}
+    return {
+        "step_s": one,
+        "over_one": {w: statistics.median(seconds[name, w]) / one for w in WIDTHS},
+        "least_over_one": {w: w * least / one for w in WIDTHS},
+    }
 
 
 def decoding(

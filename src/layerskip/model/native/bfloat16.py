@@ -76,7 +76,7 @@ def bfloat16(weight: Tensor, bias: Tensor | None) -> Bfloat16 | None:
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return None
     compiled = kernels()
-    if compiled is None or not compiles_bfloat16():
+    if compiled is None or not compiled.has(Bfloat16.kernel):
         return None
     made = Bfloat16.of(compiled, weight, bias)
     try:
