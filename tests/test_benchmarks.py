@@ -47,7 +47,6 @@ def test_rows_are_told_over_one_position_beside_what_their_products_take(benchma
     told = formats._rows("int8", seconds, 0.0006)
     assert (told["step_s"], told["over_one"][4]) == (pytest.approx(0.003), pytest.approx(2))
     assert told["least_over_one"][9] == pytest.approx(1.8)
-    assert "least_over_one" not in formats._rows("int8", seconds, None)
     tables = benchmark("tables")
     assert tables._rows(json.loads(json.dumps(told)), 9) == "3.67 (1.80)"
     assert tables._rows({"over_one": {"9": 3.6}}, 9) == "3.60"
