@@ -75,11 +75,11 @@ def main() -> None:
     given = parser.parse_args()
     cells, seeds = given.cells.split(","), [int(seed) for seed in given.seeds.split(",")]
     once = {cell for cell in given.once.split(",") if cell}
-    if strange := ({*cells} | once) - {*CELLS} or {BASELINE} - {*cells}:
-        raise UserError(
-            f"--cells {given.cells}: {', '.join(sorted(strange))}",
-            f"any of {', '.join(CELLS)}, with {BASELINE}",
-        )
+    for option, named in (("--cells", {*cells}), ("--once", once)):
+        if strange := named - {*CELLS}:
+            raise UserError(f"{option}: {', '.join(sorted(strange))}", f"any of {', '.join(CELLS)}")
+    if BASELINE not in cells:
+        raise UserError(f"--cells {given.cells} lacks {BASELINE}", "the others are compared with it: add it")
     made = read_json(given.data / "made.json", dict, "scripts/make_scratch.py writes it")
     recipe = as_yaml(read_recipe(RECIPE, given.set), explain=False)
     told = {

@@ -162,9 +162,9 @@ def test_cells_are_compared_by_seed_and_averaged_over_seeds(benchmark):
 def test_a_cell_that_is_unknown_or_has_no_baseline_is_refused(script, tmp_path):
     given = ("scratch", "--data", tmp_path, "--work", tmp_path / "work")
     wrong = {
-        "drop": ("--cells", "baseline,drop"),
-        "baseline": ("--cells", "dropout"),
-        "all": ("--once", "all"),
+        "--cells: drop": ("--cells", "baseline,drop"),
+        "--cells dropout lacks baseline": ("--cells", "dropout"),
+        "--once: all": ("--once", "all"),
     }
     for says, more in wrong.items():
         with pytest.raises(UserError, match=says):
