@@ -78,6 +78,8 @@ def main() -> None:
     for option, named in (("--cells", {*cells}), ("--once", once)):
         if strange := named - {*CELLS}:
             raise UserError(f"{option}: {', '.join(sorted(strange))}", f"any of {', '.join(CELLS)}")
+    if BASELINE in once:
+        raise UserError(f"--once {given.once}", f"{BASELINE} has every seed: the others are compared with it")
     if BASELINE not in cells:
         raise UserError(f"--cells {given.cells} lacks {BASELINE}", "the others are compared with it: add it")
     made = read_json(given.data / "made.json", dict, "scripts/make_scratch.py writes it")

@@ -3,13 +3,13 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
@@ -165,6 +165,7 @@ def test_a_cell_that_is_unknown_or_has_no_baseline_is_refused(script, tmp_path):
         "--cells: drop": ("--cells", "baseline,drop"),
         "--cells dropout lacks baseline": ("--cells", "dropout"),
         "--once: all": ("--once", "all"),
+        "--once both,baseline": ("--once", "both,baseline"),
     }
     for says, more in wrong.items():
         with pytest.raises(UserError, match=says):
@@ -185,7 +186,7 @@ def test_a_comparison_that_is_killed_goes_on_from_its_checkpoint_and_trains_noth
     given += [word for key in micro for word in ("--set", key)]
     command = [sys.executable, str(ROOT / "benchmarks" / "scratch.py"), *map(str, given)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    begun = subprocess.Popen(command, env=environment, start_new_session=True)  # with its training process
+    begun = subprocess.Popen(command, env=environment)
     try:
         deadline = time.monotonic() + 120
         while not [*work.glob("baseline-0/run/checkpoint-*")]:
@@ -193,8 +194,11 @@ def test_a_comparison_that_is_killed_goes_on_from_its_checkpoint_and_trains_noth
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        os.killpg(begun.pid, signal.SIGKILL)
+        training = psutil.Process(begun.pid).children(recursive=True)
+        begun.kill()
         begun.wait()
+        for process in training:
+            process.kill()
     recipe = work / "baseline-0" / "run" / "recipe.yaml"
     first = recipe.stat().st_mtime_ns
     assert not (work / "baseline-0" / "result.json").exists()

@@ -10,7 +10,7 @@ optuna = pytest.importorskip("optuna")
 from layerskip.cli.search import seconds, share  # noqa: E402
 from layerskip.errors import UserError  # noqa: E402
 from layerskip.search import runs, study  # noqa: E402
-from layerskip.search.report import report  # noqa: E402
+from layerskip.search.report import _untried, report  # noqa: E402
 from layerskip.search.runs import Figures  # noqa: E402
 from layerskip.search.space import DEFAULTS, Range, read_space  # noqa: E402
 from layerskip.search.study import Search, front  # noqa: E402
@@ -60,6 +60,7 @@ class World:
 
     def __init__(self):
         self.made, self.stopped, self.kill_at, self.broken = [], [], None, set()
+        self.step_s = 0.0  # what ten steps take
 
     def figures(self, recipe, step):
         reached = step / 40
@@ -74,7 +75,7 @@ def world(monkeypatch):
 
     class Run:
         def __init__(self, folder, recipe, settings, held=None):
-            self.folder, self.result, self.ended = folder, None, False
+            self.folder, self.result, self.ended, self.seconds = folder, None, False, 0.0
             assert held is not None, "the process keeps the lock"
             self.recipe = read_recipe(recipe, settings)
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +90,10 @@ def world(monkeypatch):
                 if made.kill_at == (self.folder.name, step):
                     made.kill_at = None
                     raise KeyboardInterrupt
-                if step == 40:
-                    self.result = {"steps": 40}
-                yield step, made.figures(self.recipe, step)
+                self.seconds += made.step_s
+                yield step, made.figures(self.recipe, step)  # the last checkpoint is there before the end is
+            if not self.ended:
+                self.result = {"steps": 40}
 
         def stop(self):
             self.ended = True
@@ -119,6 +121,9 @@ def test_it_finds_the_peak_within_the_cost(world, tmp_path):
     assert best.params["exit_loss"] == "kl"
     assert best.user_attrs["speedup"] > 1.6
     assert world.stopped, "what others beat ends early"
+    pruned = [trial for trial in search.study.trials if trial.state.name == "PRUNED"]
+    assert pruned
+    assert all(trial.last_step < 40 for trial in pruned), "a run that has made its last step is done"
     assert world.made[0][0] == "reference"
     assert (world.made[0][1].e_scale, world.made[0][1].p_max) == (0, 0)
 
@@ -172,13 +177,14 @@ def test_another_seed_tries_other_settings_and_other_ranges_are_refused(world, t
         searching(tmp_path / "a", 3, seed=2)
 
 
-def test_a_budget_ends_it_and_a_larger_one_goes_on(world, tmp_path, monkeypatch):
-    clock = iter(range(0, 10**6, 5))
-    monkeypatch.setattr(study.time, "monotonic", lambda: next(clock))
+def test_a_budget_ends_it_and_a_larger_one_goes_on(world, tmp_path):
+    world.step_s = 5.0
     search = searching(tmp_path / "s", None, budget_s=100)
     list(search.run())
     done = len(search.study.trials)
     assert 1 <= done < 12
+    assert search.spent_s == 5.0 * sum(4 if t.state.name == "COMPLETE" else t.last_step // 10
+                                       for t in search.study.trials) + 20  # fmt: skip
     again = searching(tmp_path / "s", None, budget_s=300)
     list(again.run())
     assert len(again.study.trials) > done
@@ -273,6 +279,7 @@ def test_what_cannot_be_trained_is_said_before_any_run(tmp_path):
         "give eval_data": [*BASE[:2], "steps=40", *RANGES],
         "unknown key": [*BASE, "learningrate=1e-4..1e-2"],
         "e_scale": [*BASE, "e_scale=0.5..2"],
+        "compared with a run that has e_scale=0": [*BASE, "freeze=above", "learning_rate=1e-4..1e-2"],
     }
     for says, given in cases.items():
         with pytest.raises(UserError, match=says):
@@ -311,6 +318,23 @@ def test_figures_are_read_from_a_trainers_log():
     line = {"eval_predicted_speedup": 1.4, "eval_exit_2_loss": 3.0, "eval_exit_30_loss": 2.0, "step": 5}
     assert runs.figures_of(line) == Figures(1.4, 2.0)
     assert runs.figures_of({"eval_loss": 1.0}) == Figures(None, None)
+
+
+def test_a_run_without_exits_has_losses_and_no_speedup(tmp_path):
+    """The reference of a search: what trials are compared with on their way."""
+    state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_exit_30_loss": 2.0}]
+    state.write_text(json.dumps({"log_history": lines}))
+    assert runs.TrialRun(tmp_path, "tiny", [])._evaluated() == [(2, Figures(None, 2.0))]
+
+
+def test_ends_of_a_range_by_the_logarithm_that_no_trial_came_near_are_told(tmp_path):
+    search = searching(tmp_path / "s")
+    rows = [{"settings": {"learning_rate": rate, "e_scale": 0.5, "exit_loss": "ce"}} for rate in (1e-3, 2e-3)]
+    assert _untried(search, {"all": rows}) == (
+        "learning_rate below 0.001, learning_rate above 0.002, e_scale below 0.5, e_scale above 0.5, exit_loss=kl"
+    )
 
 
 @pytest.mark.slow

@@ -305,8 +305,7 @@ class _Run:
             **chosen,
             max_new_tokens=self.asked.max_new_tokens,
             chat=chat,
-            policy=lm.facts.policy,
-            confidence=lm.facts.confidence,
+            drafting=plan.keywords,
             ranked=hashlib.sha256(ranked.encode()).hexdigest()[:16],
             eos=tasks.ends(lm),
         )

@@ -71,6 +71,8 @@ def inspect(
     heads = own_heads(lm)
     seen = lens(lm.stack, lm.tokenizer, tokens, rows, first, heads)
     for exit_layer, head in heads.items():
+        if not exit_layer:
+            continue  # the embedding is no layer to look at
         note(f"exit {exit_layer} is read by its own draft head of {head.size:,} tokens")
     result: dict[str, Any] = {"lens": asdict(seen), "timeline": shown and asdict(shown)}
     result["configuration"] = configuration(given, lm, load_s, chat=wrapped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +114,11 @@ def _untried(search: Search, told: dict[str, Any]) -> str:
         if told_range.choices:
             missing += [f"{key}={choice}" for choice in told_range.choices if choice not in seen]
         elif seen:
-            fifth = (told_range.high - told_range.low) / 5
-            missing += [f"{key} below {min(seen):g}"] if min(seen) > told_range.low + fifth else []
-            missing += [f"{key} above {max(seen):g}"] if max(seen) < told_range.high - fifth else []
+            scale = math.log if told_range.logarithmic else float
+            low, high, least, most = map(scale, (told_range.low, told_range.high, min(seen), max(seen)))
+            fifth = (high - low) / 5
+            missing += [f"{key} below {min(seen):g}"] if least > low + fifth else []
+            missing += [f"{key} above {max(seen):g}"] if most < high - fifth else []
     return ", ".join(missing)
 
 

@@ -24,6 +24,7 @@ from layerskip.checkpoint.files import write_json, write_text
 from layerskip.errors import UserError
 
 POLL_S = 0.2
+NOTE_S = 5.0  # between two notes of the time a run has taken
 RESULT, TOOK = "result.json", "seconds.txt"
 LOG = "train.log"
 
@@ -54,6 +55,8 @@ class TrialRun:
         ]  # fmt: skip
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
+        self._sitting: tuple[float, float] | None = None  # seconds taken before it, and when it began
+        self._read: dict[Path, dict[int, dict[str, Any]]] = {}  # the evaluations of files that were read
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -64,6 +67,9 @@ class TrialRun:
     @property
     def seconds(self) -> float:
         """Wall-clock seconds that it took, start, loading and evaluations among them, over all sittings."""
+        if self._sitting is not None:
+            before, began = self._sitting
+            return before + time.monotonic() - began
         file = self.folder / TOOK
         return float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
 
@@ -72,9 +78,9 @@ class TrialRun:
 
         Raises: UserError with the last lines of a run that failed; StoppedError where it was ended from outside.
         """
-        told, ended = 0, self.result is not None
-        began, before = time.monotonic(), self.seconds
+        told, ended, noted = 0, self.result is not None, 0.0
         if not ended:
+            self._sitting = self.seconds, time.monotonic()
             self._begin()
         try:
             while True:
@@ -85,12 +91,21 @@ class TrialRun:
                 if ended or self._stopped:
                     return
                 time.sleep(POLL_S)
-                write_text(self.folder / TOOK, f"{before + time.monotonic() - began:.1f}\n")
+                if self.seconds - noted > NOTE_S:
+                    noted = self._note_time()
                 if self._process is not None and self._process.poll() is not None:
                     self._end()
                     ended = True
         finally:
             self.stop()
+            if self._sitting is not None:
+                self._note_time()
+                self._sitting = None
+
+    def _note_time(self) -> float:
+        seconds = self.seconds
+        write_text(self.folder / TOOK, f"{seconds:.1f}\n")
+        return seconds
 
     def stop(self) -> None:
         """End the process, where it still runs; what it has done stays in its checkpoint."""
@@ -106,9 +121,11 @@ class TrialRun:
             shutil.rmtree(self.output, ignore_errors=True)
         held = () if self._held is None else (self._held,)
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            # In a group of its own: Ctrl-C reaches this process alone, which then ends it with a checkpoint.
             self._process = subprocess.Popen(
-                [*self._command, *resume], stdout=subprocess.PIPE, stderr=log, text=True, pass_fds=held
-            )
+                [*self._command, *resume],
+                stdout=subprocess.PIPE, stderr=log, text=True, pass_fds=held, process_group=0,
+            )  # fmt: skip
 
     def _end(self) -> None:
         assert self._process is not None
@@ -125,13 +142,13 @@ class TrialRun:
             )
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
-        """The lines of the trainer's log that are evaluations, by step, as the newest checkpoint has them."""
-        found: dict[int, dict[str, Any]] = {}
+        """The lines of the trainer's log that are evaluations, by step, as all checkpoints together have them."""
         for state in self.output.glob("checkpoint-*/trainer_state.json"):
-            with suppress(OSError, ValueError):  # it is being replaced
-                history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-                found |= {line["step"]: line for line in history if "eval_predicted_speedup" in line}
-        return found
+            if state not in self._read:
+                with suppress(OSError, ValueError):  # it is being removed
+                    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+                    self._read[state] = {line["step"]: line for line in history if losses_of(line)}
+        return {step: line for lines in self._read.values() for step, line in lines.items()}
 
     def _evaluated(self) -> list[tuple[int, Figures]]:
         """Read the evaluations of the newest checkpoint, and of the end."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,6 +49,7 @@ LOSS = "loss"  # of the whole model by step
 HOPELESS = 3.0  # times the cost allowed, at which a run ends early
 PENALTY = 100.0  # of speed-up for each 1 of perplexity beyond what it may cost: 1.00 x for 1%
 MOST_FAILURES = 3  # in a row
+QUIET = ("e_scale=0", "p_max=0")  # the reference: exits cost the whole model nothing
 STARTUP = 6  # trials that are drawn at random
 
 
@@ -116,15 +116,14 @@ class Search:
         if self.base.freeze == "model":
             return {}
         with FileLock(self.folder / f"{REFERENCE}.lock") as lock:
-            quiet = [*self._settings(), "e_scale=0", "p_max=0"]
+            quiet = [*self._settings(), *QUIET]
             run = TrialRun(self.folder / REFERENCE, self.recipe, quiet, _descriptor(lock))
-            losses, began, known = {}, time.monotonic(), run.result is not None
+            losses = {}
             for step, figures in run.follow():
                 if figures.loss is not None:
                     losses[step] = figures.loss
                 watch("reference: steps", step, self.base.steps or 0)
-            if not known:
-                self.study.set_user_attr(SECONDS, time.monotonic() - began)
+            self.study.set_user_attr(SECONDS, run.seconds)
             self.study.set_user_attr(LOSS, losses)
         if not losses:
             raise UserError("the reference was not evaluated", "give eval_data=FILE")
@@ -160,7 +159,6 @@ class Search:
         chosen = [f"{key}={told.suggested(key, trial)}" for key, told in self.space.ranges.items()]
         held = _descriptor(lock)
         run = TrialRun(self._place(trial.number), self.recipe, [*self._settings(), *chosen], held)
-        began, before = time.monotonic(), trial.user_attrs.get(SECONDS, 0.0)
         value, why = 0.0, None
         lowest, losses = self._lowest(reference, trial.number), dict[int, float]()
         try:
@@ -173,10 +171,13 @@ class Search:
                     trial.set_user_attr(LOSS, losses)
                 trial.set_user_attr(COST, cost)
                 trial.set_user_attr(SPEEDUP, figures.speedup)
-                trial.set_user_attr(SECONDS, before + time.monotonic() - began)
+                trial.set_user_attr(SECONDS, run.seconds)
                 watch(f"trial {trial.number}: steps", step, self.base.steps or 0)
                 trial.report(value, step)
-                why = self._hopeless(trial, cost) if run.result is None else None
+                if run.result is None and step < (
+                    self.base.steps or 0
+                ):  # at the last one it is as good as done
+                    why = self._hopeless(trial, cost)
                 if why is not None:
                     run.stop()
                     break
@@ -184,7 +185,7 @@ class Search:
             why, state = error.message, TrialState.FAIL
         else:
             state = TrialState.COMPLETE if run.result is not None else TrialState.PRUNED
-        trial.set_user_attr(SECONDS, before + time.monotonic() - began)
+        trial.set_user_attr(SECONDS, run.seconds)
         trial.set_user_attr(WHY, why)
         self.study.tell(trial, value if state is TrialState.COMPLETE else None, state)
         return self.study.get_trials(deepcopy=False)[trial.number]
@@ -242,6 +243,14 @@ class Search:
         for key, told in self.space.ranges.items():
             for value in told.choices or (f"{told.low:g}", f"{told.high:g}"):
                 read_recipe(self.recipe, [*self.space.settings, f"{key}={value}"])
+        if base.freeze != "model":
+            try:
+                read_recipe(self.recipe, [*self.space.settings, *QUIET])
+            except UserError as error:
+                raise UserError(
+                    f"trials are compared with a run that has {' '.join(QUIET)}, and here {error.message}",
+                    error.hint,
+                ) from error
         return base
 
     def _settings(self) -> list[str]:

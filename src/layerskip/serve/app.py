@@ -25,7 +25,7 @@ from layerskip.serve import errors
 from layerskip.serve.guard import Guard
 from layerskip.serve.protocol import Asked, ChatRequest, CompletionRequest, TokenizeRequest
 from layerskip.serve.replies import chat_logprobs, text_logprobs
-from layerskip.serve.worker import BusyError, DrainingError, GoneError
+from layerskip.serve.worker import BrokenError, BusyError, DrainingError, GoneError
 
 if TYPE_CHECKING:
     from layerskip.serve.metrics import Metrics
@@ -157,7 +157,8 @@ class Answers:
     async def answer(self, request: Request, asked: Asked) -> Response:
         service, began = self._service, time.monotonic()
         request_id = request.headers.get("x-request-id", "")[:64] or secrets.token_hex(8)
-        client = request.headers.get("authorization") or (request.client.host if request.client else "")
+        host = request.client.host if request.client else ""
+        client = f"{request.headers.get('authorization', '')} {host}"
         headers = {"X-Request-Id": request_id}
         try:
             loop = asyncio.get_running_loop()
@@ -165,7 +166,7 @@ class Answers:
             service.worker.submit(*exchange.jobs)
         except LookupError as error:
             return _no_such(str(error.args[0]), service)
-        except (UserError, BusyError, DrainingError) as error:
+        except (UserError, BusyError, BrokenError, DrainingError) as error:
             status, body, more = errors.told(error, request_id)
             log.info("%s refused with %d: %s", request_id, status, body["error"]["message"])
             return JSONResponse(body, status, headers=headers | more)

@@ -109,7 +109,7 @@ class _Run:
             for attempt in range(self.retries + 1):
                 answer = self.answers[place] = asked(self.target, self.bodies[place])
                 answer.retried = attempt
-                if answer.error is None:
+                if answer.error is None or attempt == self.retries:
                     break
                 time.sleep(min(2.0, 0.1 * 2**attempt))
             with self.lock:
@@ -133,7 +133,8 @@ def asked(target: Target, body: dict[str, Any]) -> Answer:
                 continue
             chunk = json.loads(line[6:])
             if "error" in chunk:
-                answer.error = str(chunk["error"].get("message"))
+                told = chunk["error"]
+                answer.error = str(told.get("message") if isinstance(told, dict) else told)
                 break
             for choice in chunk["choices"]:
                 piece = (choice.get("delta") or {}).get("content") or ""
@@ -142,7 +143,7 @@ def asked(target: Target, body: dict[str, Any]) -> Answer:
                 answer.text += piece
             _count(answer, chunk.get("usage"))
         connection.close()
-    except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as error:
         answer.error = f"{type(error).__name__}: {error}"
     answer.whole_s = time.perf_counter() - began
     return answer

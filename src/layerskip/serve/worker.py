@@ -226,10 +226,11 @@ class Worker:
             if self._stopped:
                 return False
             cancelled, self._cancelled = self._cancelled, []
+            waiting = [job for _, job in self._queue.items()]  # others put more in at any moment
         for job, why in cancelled:
             self._drop(job, why)
         now = time.monotonic()
-        for job in [*self._running.values(), *self._behind, *(job for _, job in self._queue.items())]:
+        for job in [*self._running.values(), *self._behind, *waiting]:
             full_since = job.reader.full_since  # may be set to None meanwhile
             if job.deadline is not None and now > job.deadline:
                 self._drop(job, LateError())

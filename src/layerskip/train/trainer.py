@@ -185,6 +185,8 @@ class LayerSkipMixin:
         if not totals.ce:  # nothing had labels
             return output
         summed = reduced(totals, self.args.world_size)
+        if not any(summed.tokens.values()):  # all labels were ignored
+            return output
         figures = by_exit(summed)
         last = self.exits.schedule.num_layers
         figures["loss"] = figures[f"exit_{last}_loss"]  # Trainer's own averages batches, not tokens

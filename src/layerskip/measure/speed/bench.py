@@ -134,6 +134,14 @@ def check(lm: LanguageModel, prompts: Sequence[Prompt], settings: Settings) -> N
         raise UserError(
             "Hugging Face drafts at least one token", f"give a draft length, or drop {HF_EARLY_EXIT}"
         )
+    if (
+        HF_EARLY_EXIT in settings.methods
+        and settings.max_new_tokens < lm.plan(settings.options()).draft_length + 2
+    ):
+        raise UserError(
+            f"max_new_tokens is {settings.max_new_tokens}: Hugging Face may write that many in its first round",
+            "a decode rate needs two rounds: raise it, or lower the draft length",
+        )
     if isinstance(settings.draft_vocab, int):
         lm.draft_head(settings.options(draft_vocab=settings.draft_vocab))  # refuses a size out of range
     if not prompts:

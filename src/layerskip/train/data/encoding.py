@@ -256,7 +256,7 @@ class _Coder:
         return [([token for token, _ in run], every or learnt) for learnt, run in runs]
 
     def _text(self, tokens: list[int]) -> str | None:
-        if not all(0 <= token < len(self.tokenizer) for token in tokens):
+        if max(tokens, default=0) >= len(self.tokenizer):
             return None
         plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return str(self.tokenizer.decode(tokens, **plain))

@@ -104,6 +104,7 @@ def forecast(
         reasons.append(f"it takes {_span(taken.middle)}, and {_span(hours)} are allowed")
     if free is not None and memory > free:
         reasons.append(f"it needs {memory / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} are free")
+    gpus = fleet(work, sharded, other, hours) if reasons else None  # which cure no full disk
     if run.plan["disk_bytes"] > disk_free:
         reasons.append(
             f"it needs {run.plan['disk_bytes'] / 1e9:,.1f} GB of disk, and {disk_free / 1e9:,.1f} are free"
@@ -134,7 +135,7 @@ def forecast(
         "no_prediction": why,
         "fits": not reasons,
         "reasons": reasons,
-        "gpus": fleet(work, sharded, other, hours) if reasons else None,
+        "gpus": gpus,
         "notes": notes,
     }
 

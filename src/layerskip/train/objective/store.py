@@ -12,9 +12,10 @@ or a power cut leaves half-written is found by its checksum and computed again: 
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import zlib
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +32,20 @@ if TYPE_CHECKING:
     from layerskip.train.data.packing import Rows
 
 KEY_FILE = "key"
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Make a file of so many bytes that the disk really has: a write into memory mapped over a hole would kill."""
+    if not hasattr(os, "posix_fallocate"):
+        file.truncate(size)
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(
+            f"{file.name} cannot have {size / 1e9:.1f} GB: {error.strerror}",
+            "states_gb=0 computes them anew in every epoch",
+        ) from error
 
 
 class StateStore:
@@ -70,7 +85,7 @@ class StateStore:
                 )
             for name, size in (("states", len(rows) * self.row_bytes), ("sums", 8 * len(rows))):
                 with (folder / name).open("wb") as file:
-                    file.truncate(size)
+                    _reserve(file, size)
             write_text(folder / KEY_FILE, key)
         self._states = np.memmap(folder / "states", np.uint8, "r+", shape=(len(rows), self.row_bytes))
         self._sums = np.memmap(folder / "sums", np.int64, "r+", shape=(len(rows),))
