@@ -191,7 +191,7 @@ def scratch(results: list[dict[str, Any]], file: Path) -> Path:
     draw.dress(middle, "Self-speculation over plain decoding", "exit layer E", "speed-up, x")
     draw.dress(right, "Perplexity of the last layer", "", "over the baseline's, %")
     seeds = len(next(iter(cells.values()))["by_seed"])
-    note = f"95% intervals over {seeds} seeds" if seeds > 1 else "one seed"
+    note = f"95% intervals over {seeds} seeds, where a cell has several" if seeds > 1 else "one seed"
     draw.legend(figure, draw.signs({colour: name for name, colour in colours.items()}, note))
     return draw.written(figure, file)
 

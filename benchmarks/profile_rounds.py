@@ -49,7 +49,9 @@ CATEGORIES = {
 
 def named_kernels(kernels) -> None:
     """Let the profiler see the compiled regions, which it cannot by itself."""
-    for name in ("norm", "swiglu", "attention") if kernels is not None else ():
+    for name in (
+        ("norm", "glu", "product", "best", "drafts", "attention", "layers") if kernels is not None else ()
+    ):
         call = getattr(kernels, name)
 
         def recorded(*arguments, _name=name, _call=call):

@@ -20,7 +20,7 @@ from cells import away, head, line, link, machine, number, ratio, share
 from engine_tables import engines, harness
 from reference_table import reference
 from speed_tables import serving, shapes
-from training_tables import search
+from training_tables import scratch, search
 
 from layerskip.train.job.curve import POINTS
 
@@ -373,6 +373,7 @@ PAGES = {
         "table: peers": peers,
         "table: topv2": topv2,
         "table: reference": reference,
+        "table: scratch": scratch,
         "table: search": search,
         "table: tuning": tuning,
         "table: policies": policies,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_adapter import head_of
+from test_adapter import weights as adapter_weights
 
 import tiny
 from layerskip.decode.control import Choice, Controller, Prices
@@ -86,6 +87,17 @@ def test_what_is_not_compiled_drafts_step_by_step(family, given):
     stack, head = made(family, **given)
     assert stack.chain(head) is None
     assert stack.chain(None) is None
+
+
+def test_blocks_of_unequal_width_draft_step_by_step():
+    """Compiled drafts have room for one width: a file with two must not write beyond it."""
+    stack, head = made(blocks=2)
+    weights = {name: weight.float() for name, weight in adapter_weights(stack.width, blocks=2).items()}
+    weights["blocks.1.gate_up.weight"] = torch.randn(192, stack.width)
+    weights["blocks.1.down.weight"] = torch.randn(stack.width, 96)
+    uneven = replace(head, adapter=stack.adapter(weights, 0))
+    assert stack.chain(head) is not None
+    assert stack.chain(uneven) is None
 
 
 def test_rounds_draft_in_one_call_and_cut_at_budget_and_end():

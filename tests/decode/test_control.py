@@ -290,6 +290,17 @@ def test_a_bad_start_does_not_end_an_adapter_that_runs_no_layer():
         assert controller.choice().draft_length == 0
 
 
+def test_a_plain_step_that_was_due_is_not_taken_for_a_choice():
+    """The third of them makes plain steps known, and they are due more seldom from then on."""
+    controller = Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),))
+    for _ in range(4):
+        while not controller._plain_is_due(8):
+            controller.learn(Choice(2, 3), 0.02, [Drafted(3, 3, 4, {})] * 8)
+        controller.learn(controller.plain, 0.02, [Drafted(0, 0, 1, {})] * 8)
+        assert controller.rest(8) is None
+        assert controller._current == Choice(2, 3)
+
+
 def test_plain_steps_of_few_rows_are_no_reason_to_rest():
     controller = Controller(Prices(L, 0.5, 0.5), (Choice(2, 3),))
     for _ in range(3):

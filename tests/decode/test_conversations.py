@@ -87,6 +87,14 @@ def test_a_second_turn_reuses_the_cache_and_answers_as_a_fresh_conversation(text
     assert chat.messages == turns
 
 
+def test_a_conversation_keeps_states_where_they_are_asked_for(texts):
+    chat = texts.chat(max_new_tokens=6, states=True)
+    for text in ("hello", "go on"):
+        said(chat, text)
+        alone = texts.generate(chat.messages[:-1], max_new_tokens=6, states=True)
+        torch.testing.assert_close(chat.last.states, alone.states)
+
+
 def test_an_answer_abandoned_midway_stays_in_the_conversation(texts):
     chat = texts.chat(max_new_tokens=20, **SPECULATIVE)
     answer = chat.send("hello")

@@ -1,5 +1,6 @@
 """The Python face: `layerskip.generate` and `LanguageModel`, in any form of prompt, one or many."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,7 +59,7 @@ def test_generate_takes_a_model_in_memory_and_any_form_of_prompt(texts):
         == lm.hf.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0, 5:].tolist()
     )
     assert (alone.text, alone.finish_reason) == ("", "length")
-    for prompt in ("hello", ids, torch.tensor(ids)):
+    for prompt in ("hello", ids, torch.tensor(ids), np.array(ids)):
         got = layerskip.generate(lm.hf, prompt, tokenizer=tokenizer, max_new_tokens=NEW, **SPECULATIVE)
         assert got.tokens == alone.tokens
         assert got.text == final_text(tokenizer, got.tokens)

@@ -63,6 +63,8 @@ def test_auto_loads_what_was_chosen(folder, monkeypatch, chosen):
 def test_auto_leaves_alone_what_has_no_formats(folder, monkeypatch):
     monkeypatch.setattr(loading, "compared", None)
     assert layerskip.load(folder, quantize="auto", stack="hf", progress=False).stack.name == "hf"
+    exact = layerskip.load(folder, quantize="auto", dtype="float32", progress=False).stack
+    assert (str(exact.dtype), exact.quantize) == ("torch.float32", None)
     tiny.random_model("gpt2").save_pretrained(folder.parent / "gpt2")
     assert layerskip.load(folder.parent / "gpt2", quantize="auto", progress=False).stack.name == "hf"
 

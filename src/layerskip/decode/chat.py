@@ -31,7 +31,7 @@ class Chat:
     def __init__(self, call: Call, engines: EnginePool, limit: int, system: str | None = None) -> None:
         self.call, self.limit = call, limit
         self._engines = engines
-        self._engine: Engine | None = engines.take(1, min(limit, FIRST), call.head)
+        self._engine: Engine | None = engines.take(1, min(limit, FIRST), call.head, call.options.states)
         self.scheduler = Scheduler(self._engine)
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._system)

@@ -142,7 +142,8 @@ def arms(
     depths = {exit_layer, *(min(exits, key=lambda k: (abs(k - w), k)) for w in wanted)}
     longest = max(draft_length, LONGEST)
     lengths = {max(1, draft_length // 4), max(1, draft_length // 2), draft_length, 2 * draft_length}
-    return tuple(Choice(e, min(k, longest), confidence) for e in sorted(depths) for k in sorted(lengths))
+    reached = sorted({min(k, longest) for k in lengths})
+    return tuple(Choice(e, k, confidence) for e in sorted(depths) for k in reached)
 
 
 class _Fading:
@@ -357,13 +358,15 @@ class Controller:
             if self.timed and step is not None and self.copies in book.known:
                 book.extra.append((seconds / (step * price) - 1, more))
             arm, price = self.copies, price * (1 + more)
+        measured_only = plain and self._plain_is_due(
+            num_rows
+        )  # before its time counts; drafting goes on after it
         if self.timed and not choice.probes:  # a probe's time is not the arm's
             book.add(arm, seconds / price)
         if arm.source == LOOKUP and not plain:
             self._since_plain += 1
             self._since_probe += 1
             return
-        measured_only = plain and self._plain_is_due(len(rows))  # drafting goes on after it
         if plain and not measured_only and num_rows >= MANY:
             self._rest = self._resting = min(max(FIRST_REST, 2 * self._rest + 1), LONGEST_REST)
         if measured_only and book.extra:  # what copies took may have had a reason that is gone

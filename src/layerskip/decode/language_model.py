@@ -330,8 +330,8 @@ def _ended(rounds: Sequence[Round]) -> bool:
 
 def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     """Tell one prompt from a list of prompts: one is text, a list of messages, or token ids."""
-    if isinstance(prompt, torch.Tensor):
-        return ([prompt], True) if prompt.dim() == 1 else (list(prompt), False)
+    if isinstance(prompt, torch.Tensor) or hasattr(prompt, "__array__"):
+        return ([prompt], True) if prompt.ndim == 1 else (list(prompt), False)
     if isinstance(prompt, str):
         return [prompt], True
     if isinstance(prompt, Sequence):

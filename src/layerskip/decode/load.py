@@ -115,7 +115,8 @@ def _loaded(
 ) -> LanguageModel:
     path = hub.resolve(name, progress=progress)
     if quantize == "auto":
-        quantize = _fastest_format(path, chosen, stack, device_map)
+        fits = dtype in ("auto", "bfloat16", torch.bfloat16)  # formats take no other activations
+        quantize = _fastest_format(path, chosen, stack, device_map) if fits else None
     kind = resolve_dtype(dtype, chosen, native=stack != "hf" and device_map is None and native_family(path))
     if quantize in FORMATS and dtype == "auto":
         kind = FORMATS[quantize].dtypes[0]

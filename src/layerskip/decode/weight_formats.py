@@ -75,7 +75,7 @@ def compared(folder: Path, load: Load, watch: Watch = silent, again: bool = Fals
             own = _laws(lm, texts)
             laws = own if name is None else laws
             cost = math.expm1(float((laws.exp() * (laws - own)).sum(-1).mean()))
-            rows.append(Worth(name, step_bytes(lm), _step_s(lm), max(0.0, cost)))
+            rows.append(Worth(name, step_bytes(lm), _step_s(lm), max(cost, 0.0)))  # a NaN stays one
         del lm, own
         gc.collect()  # the next one must not stand beside it
     if disturbed:

@@ -49,18 +49,18 @@ def load(
             return made
     hf = load_model(path, dtype=dtype, device=device, device_map=device_map)
     refuse_unsupported(hf)
-    reason = "it was refused" if kind == "hf" else native_reason(hf, placed=device_map is not None)
-    if reason is None:
+    why = "--stack hf was asked for" if kind == "hf" else native_reason(hf, placed=device_map is not None)
+    if why is None:
         return native_stack(hf, quantize=quantize), hf
     if kind == "auto" and device_map is None and hf.config.get_text_config().model_type in NATIVE_FAMILIES:
         warnings.warn(
-            f"decoding by transformers' modules, two to three times slower than the native stack: {reason}",
+            f"decoding by transformers' modules, two to three times slower than the native stack: {why}",
             RuntimeWarning,
             stacklevel=2,
         )
     if kind == "native" or quantize is not None:
         wanted = "the native stack" if quantize is None else f"{quantize}, which needs the native stack,"
-        raise UserError(f"{wanted} cannot be had: {reason}", "leave out --quantize and --stack native")
+        raise UserError(f"{wanted} cannot be had: {why}", "leave out --quantize and --stack")
     return HuggingFaceStack(hf), hf
 
 

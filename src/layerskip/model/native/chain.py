@@ -60,6 +60,7 @@ class Chain:
         products = [adapter.join, *(part for block in adapter.blocks for part in block), head.project]
         tiled = [product for product in products if isinstance(product, Tiled) and product.bias is None]
         alike = len({product.kernel for product in tiled}) == 1 and len(tiled) == len(products)
+        alike = alike and len({down.in_features for _, down in adapter.blocks}) <= 1  # they share their room
         return cls(head, tiled, table, scale or 1.0, finish, counters) if alike else None
 
     def __call__(
