@@ -79,8 +79,8 @@ def reference() -> str:
         "kept are the adapter's. TOPv2 is the recipe after 0.7 million tokens, its deepest exits beside the "
         "published ones in order, at the best K. The head of 49,152 tokens is as dear as eight layers of so "
         "small a model, so ours drafts with a few thousand tokens, and gains more from fewer drafts kept. "
-        "XSUM was not run here; training from scratch (published: 2.16 x on CNN/DM) was, at 4 million parameters and 5 "
-        f"million tokens, [above](#from-scratch). From {link(kinds)} "
+        "XSUM was not run here; training from scratch (published: 2.16 x on CNN/DM) was, at 4 million "
+        f"parameters and 5 million tokens, [below](#from-scratch). From {link(kinds)} "
         f"and {link(task)}."
     )
     return "\n".join([*lines, "", about])
