@@ -80,7 +80,7 @@ def reference() -> str:
         "published ones in order, at the best K. The head of 49,152 tokens is as dear as eight layers of so "
         "small a model, so ours drafts with a few thousand tokens, and gains more from fewer drafts kept. "
         "XSUM was not run here; training from scratch (published: 2.16 x on CNN/DM) was, at 4 million "
-        f"parameters and 5 million tokens, [below](#from-scratch). From {link(kinds)} "
+        f"parameters and 5 million tokens, see below. From {link(kinds)} "
         f"and {link(task)}."
     )
     return "\n".join([*lines, "", about])

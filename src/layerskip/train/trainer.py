@@ -182,10 +182,8 @@ class LayerSkipMixin:
         with self.exits.measurement() as totals:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
         self._logged_s += time.perf_counter() - began  # not a part of training's tokens per second
-        if not totals.ce:  # nothing had labels
-            return output
-        summed = reduced(totals, self.args.world_size)
-        if not any(summed.tokens.values()):  # all labels were ignored
+        summed = reduced(totals, self.args.world_size) if totals.ce else totals
+        if not any(summed.tokens.values()):  # nothing had labels, or all were ignored
             return output
         figures = by_exit(summed)
         last = self.exits.schedule.num_layers
