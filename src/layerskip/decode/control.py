@@ -358,9 +358,8 @@ class Controller:
             if self.timed and step is not None and self.copies in book.known:
                 book.extra.append((seconds / (step * price) - 1, more))
             arm, price = self.copies, price * (1 + more)
-        measured_only = plain and self._plain_is_due(
-            num_rows
-        )  # before its time counts; drafting goes on after it
+        # Asked before its time is noted, which may make it due more seldom. Drafting goes on after it.
+        measured_only = plain and self._plain_is_due(num_rows)
         if self.timed and not choice.probes:  # a probe's time is not the arm's
             book.add(arm, seconds / price)
         if arm.source == LOOKUP and not plain:

@@ -174,9 +174,8 @@ class Search:
                 trial.set_user_attr(SECONDS, run.seconds)
                 watch(f"trial {trial.number}: steps", step, self.base.steps or 0)
                 trial.report(value, step)
-                if run.result is None and step < (
-                    self.base.steps or 0
-                ):  # at the last one it is as good as done
+                ends = step >= (self.base.steps or 0)  # done, though its result may not be there yet
+                if run.result is None and not ends:
                     why = self._hopeless(trial, cost)
                 if why is not None:
                     run.stop()
